@@ -1,0 +1,347 @@
+"""From tasks to device batches: `Task` (host) -> `Trajectory` (host) -> `TokenBatch` (device).
+
+Every per-token array is indexed by the token it is *about*: `behaviour_logprobs[t]` and
+`loss_mask[t]` speak of `tokens[t]`, and so does every log-probability a model returns. Nothing else
+in jaxrl shifts by one.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+PADDING = -1  # sequence and group id of padding: out of range, so segment sums drop it
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One problem, ready for sampling. `row` keeps every field of its source."""
+
+  id: str
+  prompt: list[int]  # token ids; contexts are never re-tokenised text
+  question: str = ""
+  answer: str = ""  # the reference that verifiers compare with
+  solution: str = ""  # the text to imitate in supervised tuning; holds the answer
+  row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Trajectory:
+  """One sequence of tokens on the host, with what is known about it.
+
+  Attributes:
+    tokens: token ids. [length]
+    loss_mask: tokens that are trained on; never the first, which nothing predicts. [length]
+    behaviour_logprobs: log-probability of each token when it was sampled, 0 elsewhere. [length]
+    turn_ids: turn of a conversation that each token belongs to, 0 where there is one turn. [length]
+    tag_ids: free segment labels (thought, answer, step, ...), 0 where unused. [length]
+    group: sequences with equal `group` are compared with one another; any integer.
+    reward: one scalar; meaningless unless `scored`.
+    scored: False takes the sequence out of group statistics and of every loss.
+    weight: multiplies the loss of this sequence.
+    columns: more scalars per sequence, the same keys in every trajectory of a batch.
+    signals: more arrays per token, the same keys in every trajectory of a batch. [length]
+    task_id, prompt_length, text, finish: where it came from and how it ended (`stop` or `length`).
+    evidence: named criteria behind the reward.
+  """
+
+  tokens: np.ndarray
+  loss_mask: np.ndarray
+  behaviour_logprobs: np.ndarray | None = None
+  turn_ids: np.ndarray | None = None
+  tag_ids: np.ndarray | None = None
+  group: int = 0
+  reward: float = 0.0
+  scored: bool = True
+  weight: float = 1.0
+  columns: dict[str, float] = dataclasses.field(default_factory=dict)
+  signals: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  task_id: str = ""
+  prompt_length: int = 0
+  text: str = ""
+  finish: str = ""
+  evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    self.tokens = np.asarray(self.tokens, np.int32)
+    length = self.tokens.shape[0]
+
+    def per_token(name, value, dtype):
+      value = np.zeros(length, dtype) if value is None else np.asarray(value, dtype)
+      if value.shape != (length,):
+        raise ValueError(f"trajectory of task {self.task_id!r}: {name} has shape {value.shape}, "
+                         f"but there are {length} tokens")
+      return value
+
+    self.loss_mask = per_token("loss_mask", self.loss_mask, bool)
+    self.behaviour_logprobs = per_token("behaviour_logprobs", self.behaviour_logprobs, np.float32)
+    self.turn_ids = per_token("turn_ids", self.turn_ids, np.int32)
+    self.tag_ids = per_token("tag_ids", self.tag_ids, np.int32)
+    self.signals = {k: per_token(f"signals[{k!r}]", v, np.float32) for k, v in self.signals.items()}
+    if length and self.loss_mask[0]:
+      raise ValueError(f"trajectory of task {self.task_id!r}: loss_mask[0] is True, but nothing "
+                       "predicts the first token; start the prompt with a BOS token")
+
+
+@flax.struct.dataclass
+class TokenBatch:
+  """Sequences of any kind, packed into rows. Padding has segment 0 and sequence -1.
+
+  Attributes, per token:
+    tokens, positions: token id and its index within its segment.
+    segment_ids: attention boundary, 0 for padding, unique over the batch.
+    sequence_ids: index into the per-sequence arrays.
+    loss_mask, behaviour_logprobs, turn_ids, tag_ids: as in `Trajectory`.
+    signals: more arrays per token (`reference_logprobs`, `advantages`, ...).
+  Attributes, per sequence:
+    rewards, weights: as in `Trajectory`.
+    group_ids: index of the group, counted from 0 over the batch; -1 for padding.
+    sequence_mask: real and scored.
+    columns: more scalars per sequence.
+  """
+
+  tokens: Int[Array, "rows length"]
+  positions: Int[Array, "rows length"]
+  segment_ids: Int[Array, "rows length"]
+  sequence_ids: Int[Array, "rows length"]
+  loss_mask: Bool[Array, "rows length"]
+  behaviour_logprobs: Float[Array, "rows length"]
+  turn_ids: Int[Array, "rows length"]
+  tag_ids: Int[Array, "rows length"]
+  rewards: Float[Array, "sequences"]
+  weights: Float[Array, "sequences"]
+  group_ids: Int[Array, "sequences"]
+  sequence_mask: Bool[Array, "sequences"]
+  signals: dict[str, Float[Array, "rows length"]] = flax.struct.field(default_factory=dict)
+  columns: dict[str, Float[Array, "sequences"]] = flax.struct.field(default_factory=dict)
+
+  @property
+  def num_sequences(self) -> int:
+    """Length of the per-sequence arrays, padding included (static)."""
+    return self.rewards.shape[0]
+
+  def with_signals(self, **signals) -> "TokenBatch":
+    return self.replace(signals={**self.signals, **signals})
+
+
+PER_TOKEN = ("tokens", "positions", "segment_ids", "sequence_ids", "loss_mask",
+             "behaviour_logprobs", "turn_ids", "tag_ids", "signals")
+
+
+@flax.struct.dataclass
+class ModelOutputs:
+  """What a model says about the tokens of a batch; fields that nobody asked for are None."""
+
+  logprobs: Float[Array, "rows length"] | None = None  # of tokens[t], 0 where nothing predicts it
+  entropy: Float[Array, "rows length"] | None = None  # of the distribution that tokens[t] is from
+  hidden: Float[Array, "rows length width"] | None = None  # final hidden state at tokens[t]
+  values: Float[Array, "rows length"] | None = None  # value of the state before tokens[t]
+  scores: Float[Array, "rows length heads"] | None = None  # scalar heads read at tokens[t]
+
+
+# ---------------------------------------------------------------------------------------- packing
+
+
+def bucket(size: int, minimum: int = 1) -> int:
+  """The smallest power of two that is at least `size` and `minimum`."""
+  return 1 << max(size - 1, minimum - 1, 0).bit_length()
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+  """Assigns items to bins of equal capacity: longest first, each into the first bin with room."""
+  bins, room = [], []
+  for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index, left in enumerate(room):
+      if lengths[item] <= left:
+        break
+    else:
+      index = len(bins)
+      bins.append([])
+      room.append(capacity)
+    bins[index].append(item)
+    room[index] -= lengths[item]
+  return bins
+
+
+def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, rows_multiple: int = 1,
+         min_rows: int = 1, min_sequences: int = 1) -> TokenBatch:
+  """Packs trajectories into a batch of NumPy arrays whose shape comes from few buckets.
+
+  Args:
+    trajectories: in the order of the per-sequence arrays; may be empty.
+    row_length: row length wanted; the longest sequence raises it to its power of two.
+    rows_multiple: the row count is a power of two times this (micro-batch rows x devices).
+    min_rows: smallest row count, to keep several batches in one bucket.
+    min_sequences: smallest length of the per-sequence arrays, likewise.
+
+  Raises:
+    ValueError: when trajectories disagree on the keys of `columns` or `signals`.
+  """
+  lengths = [len(t.tokens) for t in trajectories]
+  length = max(row_length, bucket(max(lengths, default=1)))
+  bins = first_fit_decreasing(lengths, length)
+  rows = rows_multiple * bucket(-(-max(len(bins), min_rows) // rows_multiple))
+  sequences = bucket(len(trajectories), min_sequences)
+  signal_names = _common_keys(trajectories, "signals")
+  column_names = _common_keys(trajectories, "columns")
+
+  def tokens_of(dtype, fill=0):
+    return np.full((rows, length), fill, dtype)
+
+  batch = TokenBatch(
+      tokens=tokens_of(np.int32), positions=tokens_of(np.int32), segment_ids=tokens_of(np.int32),
+      sequence_ids=tokens_of(np.int32, PADDING), loss_mask=tokens_of(bool),
+      behaviour_logprobs=tokens_of(np.float32), turn_ids=tokens_of(np.int32),
+      tag_ids=tokens_of(np.int32), rewards=np.zeros(sequences, np.float32),
+      weights=np.zeros(sequences, np.float32), group_ids=np.full(sequences, PADDING, np.int32),
+      sequence_mask=np.zeros(sequences, bool),
+      signals={k: tokens_of(np.float32) for k in signal_names},
+      columns={k: np.zeros(sequences, np.float32) for k in column_names})
+
+  for row, items in enumerate(bins):
+    start = 0
+    for item in items:
+      t, at = trajectories[item], (row, slice(start, start + lengths[item]))
+      batch.tokens[at] = t.tokens
+      batch.positions[at] = np.arange(lengths[item])
+      batch.segment_ids[at] = item + 1
+      batch.sequence_ids[at] = item
+      batch.loss_mask[at] = t.loss_mask & t.scored
+      batch.behaviour_logprobs[at] = t.behaviour_logprobs
+      batch.turn_ids[at] = t.turn_ids
+      batch.tag_ids[at] = t.tag_ids
+      for name in signal_names:
+        batch.signals[name][at] = t.signals[name]
+      start += lengths[item]
+
+  groups = {}
+  for item, t in enumerate(trajectories):
+    batch.rewards[item] = t.reward if t.scored else 0.0
+    batch.weights[item] = t.weight
+    batch.group_ids[item] = groups.setdefault(t.group, len(groups))
+    batch.sequence_mask[item] = t.scored
+    for name in column_names:
+      batch.columns[name][item] = t.columns[name]
+  return batch
+
+
+def unpack(batch: TokenBatch) -> list[Trajectory]:
+  """The trajectories of a host batch in their order, without what `pack` does not carry.
+
+  `loss_mask` and `reward` of an unscored trajectory come back as False and 0.
+  """
+  batch = jax.tree.map(np.asarray, batch)
+  trajectories = []
+  for item in range(int((batch.group_ids != PADDING).sum())):
+    at = np.nonzero(batch.sequence_ids == item)  # row-major, so in order of position
+    trajectories.append(Trajectory(
+        tokens=batch.tokens[at], loss_mask=batch.loss_mask[at],
+        behaviour_logprobs=batch.behaviour_logprobs[at], turn_ids=batch.turn_ids[at],
+        tag_ids=batch.tag_ids[at], group=int(batch.group_ids[item]),
+        reward=float(batch.rewards[item]), scored=bool(batch.sequence_mask[item]),
+        weight=float(batch.weights[item]),
+        columns={k: float(v[item]) for k, v in batch.columns.items()},
+        signals={k: v[at] for k, v in batch.signals.items()}))
+  return trajectories
+
+
+def _common_keys(trajectories, field):
+  keys = [tuple(sorted(getattr(t, field))) for t in trajectories]
+  for t, k in zip(trajectories, keys):
+    if k != keys[0]:
+      raise ValueError(f"cannot pack trajectories with different {field}: task "
+                       f"{trajectories[0].task_id!r} has {list(keys[0])}, task {t.task_id!r} has "
+                       f"{list(k)}")
+  return keys[0] if keys else ()
+
+
+# --------------------------------------------------------------------------------- segment helpers
+
+
+def sum_by_sequence(batch: TokenBatch, values: Float[Array, "rows length"]
+                    ) -> Float[Array, "sequences"]:
+  """Sum of a per-token array over the tokens of each sequence (mask it first); empty gives 0."""
+  return jax.ops.segment_sum(values.reshape(-1), batch.sequence_ids.reshape(-1),
+                             num_segments=batch.num_sequences)
+
+
+def mean_by_sequence(batch: TokenBatch, values: Float[Array, "rows length"]
+                     ) -> Float[Array, "sequences"]:
+  """Mean over the loss tokens of each sequence; a sequence without any gives 0."""
+  mask = batch.loss_mask.astype(values.dtype)
+  total = sum_by_sequence(batch, jnp.where(batch.loss_mask, values, 0))
+  return total / jnp.maximum(sum_by_sequence(batch, mask), 1)
+
+
+def to_tokens(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "rows length"]:
+  """The value of each token's sequence, 0 on padding."""
+  real = batch.sequence_ids != PADDING
+  return jnp.where(real, values[jnp.where(real, batch.sequence_ids, 0)], 0)
+
+
+def _by_group(batch, reduced):
+  """Value of its group at each scored sequence, 0 elsewhere. [groups] -> [sequences]"""
+  return jnp.where(batch.sequence_mask, reduced[jnp.maximum(batch.group_ids, 0)], 0)
+
+
+def _scored_groups(batch):
+  return jnp.where(batch.sequence_mask, batch.group_ids, PADDING)
+
+
+def sum_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "sequences"]:
+  """At each scored sequence, the sum over the scored sequences of its group; 0 elsewhere."""
+  return _by_group(batch, jax.ops.segment_sum(
+      jnp.where(batch.sequence_mask, values, 0), _scored_groups(batch),
+      num_segments=batch.num_sequences))
+
+
+def count_by_group(batch: TokenBatch) -> Float[Array, "sequences"]:
+  """At each scored sequence, the number of scored sequences in its group; 0 elsewhere."""
+  return sum_by_group(batch, jnp.ones_like(batch.rewards))
+
+
+def mean_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
+                  ) -> Float[Array, "sequences"]:
+  """At each scored sequence, the mean over the scored sequences of its group; 0 elsewhere.
+
+  A group whose values are all equal has exactly that value as its mean.
+  """
+  mean = sum_by_group(batch, values) / jnp.maximum(count_by_group(batch), 1)
+  return jnp.where(is_constant_by_group(batch, values), jnp.where(batch.sequence_mask, values, 0),
+                   mean)
+
+
+def max_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "sequences"]:
+  """At each scored sequence, the maximum over the scored sequences of its group; 0 elsewhere."""
+  return _by_group(batch, jax.ops.segment_max(
+      jnp.where(batch.sequence_mask, values, -jnp.inf), _scored_groups(batch),
+      num_segments=batch.num_sequences))
+
+
+def min_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "sequences"]:
+  """At each scored sequence, the minimum over the scored sequences of its group; 0 elsewhere."""
+  return -max_by_group(batch, -values)
+
+
+def is_constant_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
+                         ) -> Bool[Array, "sequences"]:
+  """True at each scored sequence whose group holds one value only (singletons included)."""
+  return batch.sequence_mask & (max_by_group(batch, values) == min_by_group(batch, values))
+
+
+def std_by_group(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: int = 0
+                 ) -> Float[Array, "sequences"]:
+  """At each scored sequence, the standard deviation of its group; 0 elsewhere.
+
+  Groups with one value only give exactly 0, singletons with `ddof=1` too.
+  """
+  deviation = values - mean_by_group(batch, values)
+  variance = sum_by_group(batch, deviation ** 2) / jnp.maximum(count_by_group(batch) - ddof, 1)
+  constant = is_constant_by_group(batch, values)
+  return jnp.where(constant, 0, jnp.sqrt(jnp.where(constant | ~batch.sequence_mask, 1, variance))
+                   ) * batch.sequence_mask
