@@ -1,0 +1,376 @@
+"""One decoder-only transformer for the Llama, Qwen and Gemma dialects.
+
+A dialect is a setting of `DecoderConfig`, never another model file. The same parameters serve three
+calls: packed rows in training, prompts before sampling (both `Decoder.__call__`), and one token for
+each sample of each prompt (`Decoder.decode`).
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from jaxrl.models import rope
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False),
+               "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+NEGATIVE = -1e30  # a score that softmax turns into exactly 0, without the NaN of -inf minus -inf
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Shape and dialect of a decoder.
+
+  Attributes:
+    head_dim: 0 means `d_model // heads`.
+    layer_types: `full` or `sliding` per layer, repeated to cover all layers.
+    sliding_window: tokens visible to a `sliding` layer, the query included.
+    rope_scaling: `{"rope_type": "linear" | "llama3" | "dynamic"..., ...}` as in `rope.frequencies`.
+    rope_local_theta: RoPE base of `sliding` layers (Gemma 3); 0 means `rope_theta` and its scaling.
+    norm_offset: RMSNorm multiplies by `1 + scale` (Gemma) and not by `scale`.
+    post_norms: also normalise what attention and MLP return (Gemma 2 and 3).
+    qk_norm: RMSNorm over each head of queries and keys (Qwen 3, Gemma 3).
+    query_scale: factor on queries; 0 means `head_dim ** -0.5`.
+    scale_embeddings: multiply embeddings by `sqrt(d_model)` (Gemma).
+    attention_soft_cap, logit_soft_cap: `cap * tanh(x / cap)`; 0 is off (Gemma 2).
+    scan_layers: one stacked set of layer parameters, compiled once for any depth.
+    remat: what the backward pass recomputes: `none`, `dots` (all but matrix products), `full`.
+    heads_on_top: scalar heads over the final hidden state, name -> number of outputs.
+    dtype, param_dtype: of activations and of parameters.
+  """
+
+  vocab_size: int
+  layers: int = 4
+  d_model: int = 128
+  heads: int = 4
+  kv_heads: int = 2
+  head_dim: int = 0
+  d_ff: int = 384
+  layer_types: tuple[str, ...] = ("full",)
+  sliding_window: int = 0
+  rope_theta: float = 10_000.0
+  rope_scaling: tuple[tuple[str, object], ...] = ()
+  rope_local_theta: float = 0.0
+  norm_epsilon: float = 1e-6
+  norm_offset: bool = False
+  post_norms: bool = False
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  query_scale: float = 0.0
+  activation: str = "silu"
+  tie_embeddings: bool = True
+  scale_embeddings: bool = False
+  attention_soft_cap: float = 0.0
+  logit_soft_cap: float = 0.0
+  scan_layers: bool = False
+  remat: str = "none"
+  heads_on_top: tuple[tuple[str, int], ...] = ()
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  def __post_init__(self):
+    def check(ok, message):
+      if not ok:
+        raise ValueError(f"config.model: {message}")
+    check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} does not divide "
+          f"heads={self.heads}")
+    check(self.head_dim or self.d_model % self.heads == 0, f"heads={self.heads} does not divide "
+          f"d_model={self.d_model}; set head_dim")
+    check(self.width % 2 == 0, f"head_dim={self.width} is odd, but RoPE rotates pairs")
+    check(self.remat in REMAT_POLICIES, f"remat={self.remat!r} is none of {list(REMAT_POLICIES)}")
+    check(self.activation in ACTIVATIONS, f"activation={self.activation!r} is none of "
+          f"{list(ACTIVATIONS)}")
+    check(self.layer_types and set(self.layer_types) <= {"full", "sliding"},
+          f"layer_types={self.layer_types} must be `full` or `sliding`")
+    check("sliding" not in self.layer_types or self.sliding_window > 0,
+          "layer_types has `sliding`, so sliding_window must be positive")
+    check(min(self.vocab_size, self.layers, self.d_model, self.d_ff) > 0, "sizes must be positive")
+
+  @property
+  def width(self) -> int:
+    """Dimension of one head."""
+    return self.head_dim or self.d_model // self.heads
+
+  @property
+  def is_sliding(self) -> tuple[bool, ...]:
+    """Per layer, whether its attention is windowed."""
+    kinds = self.layer_types
+    return tuple(kinds[i % len(kinds)] == "sliding" for i in range(self.layers))
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """Keys and values of one layer (or of all, stacked in front) while sampling.
+
+  A prompt's entries are stored once and read by all its samples; each sample owns its suffix.
+  """
+
+  prefix_keys: Float[Array, "prompts kv_heads prefix width"]
+  prefix_values: Float[Array, "prompts kv_heads prefix width"]
+  suffix_keys: Float[Array, "prompts kv_heads samples suffix width"]
+  suffix_values: Float[Array, "prompts kv_heads samples suffix width"]
+
+
+@flax.struct.dataclass
+class KeyValues:
+  """New keys and values of one layer (or of all, stacked in front)."""
+
+  keys: Float[Array, "rows kv_heads length width"]
+  values: Float[Array, "rows kv_heads length width"]
+
+
+def partitioned(initializer, *axes):
+  """An initializer whose parameter carries logical axis names."""
+  return nn.with_logical_partitioning(initializer, axes)
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+  """`cap * tanh(x / cap)`; 0 is off."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation over the last axis, computed in float32."""
+
+  config: DecoderConfig
+  axis: str = "embed"
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    init = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
+    scale = self.param("scale", partitioned(init, self.axis), (x.shape[-1],), c.param_dtype)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 ** 2, axis=-1, keepdims=True) + c.norm_epsilon)
+    return (x32 * (scale.astype(jnp.float32) + c.norm_offset)).astype(c.dtype)
+
+
+class Projection(nn.Module):
+  """A dense layer with named axes: contracts the last `len(inputs)` axes into `outputs`."""
+
+  config: DecoderConfig
+  inputs: tuple[str, ...]
+  outputs: tuple[str, ...]
+  shape: tuple[int, ...]  # of the outputs
+  use_bias: bool = False
+  scale: float = 1.0  # of the initial variance
+
+  @nn.compact
+  def __call__(self, x):
+    c, n = self.config, len(self.inputs)
+    init = nn.initializers.variance_scaling(
+        self.scale, "fan_in", "normal", in_axis=tuple(range(n)),
+        out_axis=tuple(range(n, n + len(self.shape))))
+    kernel = self.param("kernel", partitioned(init, *self.inputs, *self.outputs),
+                        x.shape[-n:] + self.shape, c.param_dtype)
+    axes = tuple(range(x.ndim - n, x.ndim))
+    y = jax.lax.dot_general(x, kernel.astype(c.dtype), ((axes, tuple(range(n))), ((), ())))
+    if self.use_bias:
+      bias = self.param("bias", partitioned(nn.initializers.zeros, *self.outputs), self.shape,
+                        c.param_dtype)
+      y = y + bias.astype(c.dtype)
+    return y
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions, over packed rows or over a cache."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x, positions, segment_ids, cache, step, sliding):
+    c = self.config
+    heads = functools.partial(Projection, c, ("embed",), use_bias=c.qkv_bias)
+    q = heads(outputs=("heads", "head_dim"), shape=(c.heads, c.width), name="query")(x)
+    k = heads(outputs=("kv_heads", "head_dim"), shape=(c.kv_heads, c.width), name="key")(x)
+    v = heads(outputs=("kv_heads", "head_dim"), shape=(c.kv_heads, c.width), name="value")(x)
+    if c.qk_norm:
+      q, k = RMSNorm(c, "head_dim", name="query_norm")(q), RMSNorm(c, "head_dim", name="key_norm")(k)
+    q, k = rope.rotate(q, k, positions, _frequencies(c, sliding))
+    q = q * (c.query_scale or c.width ** -0.5)
+    q = q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.width)
+    q = q.transpose(0, 2, 3, 1, 4)  # [rows, kv_heads, group, length, width]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [rows, kv_heads, length, width]
+    window = _window(c, sliding)
+    if cache is None:
+      out = _attend_packed(q, k, v, segment_ids, positions, window, c.attention_soft_cap)
+    else:
+      out = _attend_cache(q, k, v, cache, segment_ids, step, window, c.attention_soft_cap)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], c.heads, c.width)
+    out = Projection(c, ("heads", "head_dim"), ("embed",), (c.d_model,), c.output_bias,
+                     scale=0.5 / c.layers, name="output")(out)
+    return out, KeyValues(k, v)
+
+
+def _frequencies(c: DecoderConfig, sliding):
+  full = rope.frequencies(c.width, c.rope_theta, dict(c.rope_scaling))
+  if not c.rope_local_theta:
+    return full
+  return jnp.where(sliding, rope.frequencies(c.width, c.rope_local_theta, {}), full)
+
+
+def _window(c: DecoderConfig, sliding):
+  """Visible tokens in this layer, None if all layers see everything."""
+  if not any(c.is_sliding):
+    return None
+  return jnp.where(sliding, c.sliding_window, np.iinfo(np.int32).max)
+
+
+def _attend_packed(q, k, v, segment_ids, positions, window, cap):
+  """Causal attention within segments. q [rows, kv, group, length, width]."""
+  scores = jnp.einsum("rkgqd,rktd->rkgqt", q, k, preferred_element_type=jnp.float32)
+  scores = soft_cap(scores, cap)
+  distance = positions[:, :, None] - positions[:, None, :]
+  visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance >= 0)
+  if window is not None:
+    visible &= distance < window
+  scores = jnp.where(visible[:, None, None], scores, NEGATIVE)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("rkgqt,rktd->rkgqd", weights, v)
+
+
+def _attend_cache(q, k, v, cache, prefix_lengths, step, window, cap):
+  """Attention of one new token per sample over prefix, suffix and itself.
+
+  Args:
+    q: [prompts, kv, group, samples, width]; k, v: the new token's, [prompts, kv, samples, width].
+    prefix_lengths: tokens of each prompt. [prompts]
+    step: tokens already in the suffix, the same for all samples.
+  """
+  f32 = dict(preferred_element_type=jnp.float32)
+  prefix = jnp.einsum("pkgsd,pktd->pkgst", q, cache.prefix_keys, **f32)
+  suffix = jnp.einsum("pkgsd,pkstd->pkgst", q, cache.suffix_keys, **f32)
+  itself = jnp.einsum("pkgsd,pksd->pkgs", q, k, **f32)[..., None]
+  prefix_index, suffix_index = jnp.arange(prefix.shape[-1]), jnp.arange(suffix.shape[-1])
+  see_prefix = prefix_index < prefix_lengths[:, None]  # [prompts, prefix]
+  see_suffix = suffix_index < step  # [suffix]
+  if window is not None:
+    see_prefix &= (prefix_lengths[:, None] + step) - prefix_index < window
+    see_suffix &= step - suffix_index < window
+  scores = jnp.concatenate([
+      jnp.where(see_prefix[:, None, None, None], soft_cap(prefix, cap), NEGATIVE),
+      jnp.where(see_suffix, soft_cap(suffix, cap), NEGATIVE),
+      soft_cap(itself, cap)], axis=-1)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  a, b, c = jnp.split(weights, [prefix.shape[-1], prefix.shape[-1] + suffix.shape[-1]], axis=-1)
+  return (jnp.einsum("pkgst,pktd->pkgsd", a, cache.prefix_values)
+          + jnp.einsum("pkgst,pkstd->pkgsd", b, cache.suffix_values)
+          + c * v[:, :, None])
+
+
+class MLP(nn.Module):
+  """Gated feed-forward layer: `down(activation(gate(x)) * up(x))`."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    wide = functools.partial(Projection, c, ("embed",), ("mlp",), (c.d_ff,), c.mlp_bias)
+    hidden = ACTIVATIONS[c.activation](wide(name="gate")(x)) * wide(name="up")(x)
+    return Projection(c, ("mlp",), ("embed",), (c.d_model,), c.mlp_bias, scale=0.5 / c.layers,
+                      name="down")(hidden)
+
+
+class Block(nn.Module):
+  """Attention and MLP with residual connections; returns `(x, KeyValues)` as `nn.scan` wants."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x, positions, segment_ids, step, cache, sliding):
+    c = self.config
+    norm = functools.partial(RMSNorm, c)
+    out, key_values = Attention(c, name="attention")(
+        norm(name="attention_norm")(x), positions, segment_ids, cache, step, sliding)
+    x = x + (norm(name="attention_post_norm")(out) if c.post_norms else out)
+    out = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
+    return x + (norm(name="mlp_post_norm")(out) if c.post_norms else out), key_values
+
+
+class Decoder(nn.Module):
+  """Token ids to final hidden states; `vocabulary` is the matrix that makes logits of them."""
+
+  config: DecoderConfig
+
+  def setup(self):
+    c = self.config
+    shape, axes = (c.vocab_size, c.d_model), ("vocab", "embed")
+    init = partitioned(nn.initializers.normal(c.d_model ** -0.5), *axes)
+    self.embedding = self.param("embedding", init, shape, c.param_dtype)
+    if not c.tie_embeddings:
+      self.unembedding = self.param("unembedding", init, shape, c.param_dtype)
+    block = Block
+    if c.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+    if c.scan_layers:
+      self.blocks = nn.scan(
+          block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+          metadata_params={nn.PARTITION_NAME: "layers"})(c)
+    else:
+      self.blocks = [block(c) for _ in range(c.layers)]
+    self.final_norm = RMSNorm(c)
+    self.tops = {name: Projection(c, ("embed",), ("head",), (outputs,), use_bias=True, scale=1e-4,
+                                  name=f"{name}_head")
+                 for name, outputs in c.heads_on_top}
+
+  def __call__(self, tokens: Int[Array, "rows length"], positions: Int[Array, "rows length"],
+               segment_ids: Int[Array, "rows length"]
+               ) -> tuple[Float[Array, "rows length width"], KeyValues | Sequence[KeyValues]]:
+    """Final hidden states of packed rows, and the keys and values of every layer."""
+    hidden, key_values = self._run(tokens, positions, segment_ids, None, None)
+    if self.is_initializing():
+      for head in self.tops.values():
+        head(hidden)
+    return hidden, key_values
+
+  def decode(self, tokens: Int[Array, "prompts samples"], prefix_lengths: Int[Array, "prompts"],
+             step: Int[Array, ""], cache: LayerCache | Sequence[LayerCache]
+             ) -> tuple[Float[Array, "prompts samples width"], KeyValues | Sequence[KeyValues]]:
+    """Hidden states of one new token per sample; the caller stores its keys and values.
+
+    Args:
+      tokens: the newest token of every sample.
+      prefix_lengths: length of every prompt.
+      step: number of suffix tokens already in the cache, the same for all samples.
+      cache: one per layer, or one with layers in front when `scan_layers`.
+    """
+    positions = jnp.broadcast_to(prefix_lengths[:, None] + step, tokens.shape)
+    return self._run(tokens, positions, prefix_lengths, step, cache)
+
+  def head(self, name: str, hidden: Float[Array, "rows length width"]
+           ) -> Float[Array, "rows length outputs"]:
+    """Outputs of a scalar head, in float32."""
+    return self.tops[name](hidden).astype(jnp.float32)
+
+  def vocabulary(self) -> Float[Array, "vocab width"]:
+    """The matrix whose product with a hidden state gives logits (before soft-capping)."""
+    return self.embedding if self.config.tie_embeddings else self.unembedding
+
+  def _run(self, tokens, positions, segment_ids, step, cache):
+    c = self.config
+    x = self.embedding.astype(c.dtype)[tokens]
+    if c.scale_embeddings:
+      x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
+    if c.scan_layers:
+      x, key_values = self.blocks(x, positions, segment_ids, step, cache, jnp.array(c.is_sliding))
+    else:
+      key_values = []
+      for i, block in enumerate(self.blocks):
+        x, kv = block(x, positions, segment_ids, step, cache and cache[i], c.is_sliding[i])
+        key_values.append(kv)
+    return self.final_norm(x), key_values

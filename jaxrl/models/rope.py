@@ -1,0 +1,55 @@
+"""Rotary position embeddings and their scaling rules."""
+
+from collections.abc import Mapping
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+
+def frequencies(width: int, theta: float, scaling: Mapping[str, object]) -> np.ndarray:
+  """Angular frequencies of the rotated pairs. [width / 2]
+
+  Args:
+    width: dimension of one head.
+    theta: base; pair i turns by `theta ** (-2 i / width)` radians per position (RoFormer,
+      arXiv:2104.09864).
+    scaling: empty, or `rope_type` and its parameters under the names of Hugging Face configs:
+      `linear` (`factor`; arXiv:2306.15595) or `llama3` (`factor`, `low_freq_factor`,
+      `high_freq_factor`, `original_max_position_embeddings`; Llama 3.1): wavelengths longer than
+      `original / low_freq_factor` are slowed down by `factor`, those shorter than
+      `original / high_freq_factor` stay, and between them the two are blended.
+
+  Raises:
+    ValueError: unknown `rope_type` or missing parameter.
+  """
+  base = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+  if not scaling:
+    return base.astype(np.float32)
+  kind = scaling.get("rope_type")
+  try:
+    if kind == "linear":
+      return (base / scaling["factor"]).astype(np.float32)
+    if kind == "llama3":
+      low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+      turns = scaling["original_max_position_embeddings"] * base / (2 * math.pi)
+      keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+      return (keep * base + (1 - keep) * base / scaling["factor"]).astype(np.float32)
+  except KeyError as error:
+    raise ValueError(f"config.model.rope_scaling of type {kind!r} needs {error}") from error
+  raise ValueError(f"config.model.rope_scaling: rope_type={kind!r} is none of linear, llama3")
+
+
+def rotate(q: Float[Array, "rows length heads width"], k: Float[Array, "rows length kv_heads width"],
+           positions: Int[Array, "rows length"], frequency: Float[Array, "half"]
+           ) -> tuple[Array, Array]:
+  """Turns queries and keys by their positions; pairs are (i, i + width / 2), as in Llama."""
+  angle = positions[..., None].astype(jnp.float32) * frequency  # [rows, length, half]
+  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+  def turn(x):
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+  return turn(q), turn(k)
