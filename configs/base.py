@@ -1,0 +1,75 @@
+"""Every setting there is, with its default: the parent of all other configs.
+
+Sections hold for every phase; a phase (`config.phases` names them in order) is a section of its own
+that may lay any of these over again. README explains the system; docstrings explain the pieces.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.phases = ()
+
+  # Where problems come from: "task:NAME" (a built-in toy task, its knobs in data.task), a path
+  # (JSONL, .jsonl.gz, Parquet; several by comma or glob) or "tfds:NAME:SPLIT".
+  config.data = dict(
+      train="", validation="", test="",
+      task=dict(), task_size=1_000_000,  # knobs, and problems in the train split of a toy task
+      question="question", answer="answer", solution="solution", id="",  # field names
+      messages="",  # field with chat messages, instead of question; or
+      chat=False,  # wrap the question in a user message of the tokenizer's chat template
+      prompt_template="{question}", solution_template="{solution}",
+      answer_pattern="",  # regex with one group that picks the answer out of its field
+      remove_pattern="",  # regex of what is cut out of solutions
+      max_prompt_tokens=256, max_completion_tokens=256,
+      on_bad_row="fail",  # skip | truncate | fail
+  )
+  config.tokenizer = dict(
+      kind="character",  # character | bpe (trained on data.train) | pretrained (from path)
+      alphabet="", vocab_size=2048, path="")
+
+  config.model = dict(
+      layers=4, d_model=128, heads=4, kv_heads=2, head_dim=0, d_ff=384,
+      layer_types=("full",), sliding_window=0,
+      rope_theta=10_000.0, rope_scaling=(), rope_local_theta=0.0,
+      norm_epsilon=1e-6, norm_offset=False, post_norms=False, qk_norm=False,
+      qkv_bias=False, output_bias=False, mlp_bias=False, query_scale=0.0, activation="silu",
+      tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
+      scan_layers=False, remat="none", heads_on_top=(), dtype="float32", param_dtype="float32")
+  config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that are left
+
+  config.optimizer = dict(
+      name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.1,
+      b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0,
+      max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
+  config.batch = dict(
+      examples=64,  # sequences per update in supervised phases
+      row_length=128,  # tokens per packed row; longer sequences raise it
+      micro_batch_rows=8,  # rows per forward and backward pass, a multiple of data x fsdp
+      vocabulary_chunk=4096)  # logits exist for this much of the vocabulary at a time
+
+  config.rollout = dict(
+      prompts=16, episode=dict(name="group", samples=8),
+      temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_tokens=64, stop_strings=(),
+      templates=dict(),  # texts with {placeholders} for ctx.render
+      updates=1,  # optimiser updates on each batch of rollouts
+      filter_zero_variance=False, max_resample=2,
+      max_rows=1024,  # sampled together on the device
+      max_failure_rate=0.1,  # of episodes
+      max_logprob_gap=0.05)  # between sampler and trainer at the first update of a phase
+  config.reward = dict(
+      criteria=[dict(name="exact_match")], aggregate=dict(name="weighted_sum"),
+      workers=0, timeout=5.0, max_failure_rate=0.1)
+  config.advantage = [dict(name="center_by_group"), dict(name="scale_by_group_std")]
+  config.objective = [dict(name="clipped_surrogate", low=0.2, high=0.2)]
+  config.aggregation = dict(kind="token_mean", constant=0.0)
+
+  config.evaluate = dict(
+      problems=256, samples=8, temperature=1.0, k=8,
+      correct="",  # criterion that decides what is correct; "" is the first
+      every=0)  # also evaluate greedily on validation problems every so many updates; 0 is never
+  config.checkpoint = dict(every=100, keep=2)  # updates between checkpoints; 0 is only phase ends
+  config.log = dict(samples_every=50, curves_every=100)
+  return config

@@ -1,0 +1,8 @@
+"""Episodes and the loop that runs them."""
+
+from jaxrl.rollouts.collect import Collected
+from jaxrl.rollouts.collect import collect
+from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.engine import EpisodeFailure
+from jaxrl.rollouts.engine import Rollouts
+from jaxrl.rollouts.episodes import group
