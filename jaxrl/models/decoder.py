@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from jaxrl import sharding
 from jaxrl.models import rope
 
 REMAT_POLICIES = {
@@ -36,7 +37,7 @@ class DecoderConfig:
     head_dim: 0 means `d_model // heads`.
     layer_types: `full` or `sliding` per layer, repeated to cover all layers.
     sliding_window: tokens visible to a `sliding` layer, the query included.
-    rope_scaling: `{"rope_type": "linear" | "llama3" | "dynamic"..., ...}` as in `rope.frequencies`.
+    rope_scaling: items of `{"rope_type": "linear" | "llama3", ...}`, as in `rope.frequencies`.
     rope_local_theta: RoPE base of `sliding` layers (Gemma 3); 0 means `rope_theta` and its scaling.
     norm_offset: RMSNorm multiplies by `1 + scale` (Gemma) and not by `scale`.
     post_norms: also normalise what attention and MLP return (Gemma 2 and 3).
@@ -298,7 +299,9 @@ class Block(nn.Module):
         norm(name="attention_norm")(x), positions, segment_ids, cache, step, sliding)
     x = x + (norm(name="attention_post_norm")(out) if c.post_norms else out)
     out = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
-    return x + (norm(name="mlp_post_norm")(out) if c.post_norms else out), key_values
+    x = x + (norm(name="mlp_post_norm")(out) if c.post_norms else out)
+    # Without this, XLA may split activations by `fsdp` like the parameters, not by rows.
+    return sharding.constrain(x, "rows", "length", None) if cache is None else x, key_values
 
 
 class Decoder(nn.Module):
@@ -324,7 +327,8 @@ class Decoder(nn.Module):
     else:
       self.blocks = [block(c) for _ in range(c.layers)]
     self.final_norm = RMSNorm(c)
-    self.tops = {name: Projection(c, ("embed",), ("head",), (outputs,), use_bias=True, scale=1e-4,
+    exact = dataclasses.replace(c, dtype="float32")  # a value in bfloat16 has three digits
+    self.tops = {name: Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True, scale=1e-4,
                                   name=f"{name}_head")
                  for name, outputs in c.heads_on_top}
 
@@ -335,7 +339,7 @@ class Decoder(nn.Module):
     hidden, key_values = self._run(tokens, positions, segment_ids, None, None)
     if self.is_initializing():
       for head in self.tops.values():
-        head(hidden)
+        head(hidden.astype(jnp.float32))
     return hidden, key_values
 
   def decode(self, tokens: Int[Array, "prompts samples"], prefix_lengths: Int[Array, "prompts"],
@@ -355,7 +359,7 @@ class Decoder(nn.Module):
   def head(self, name: str, hidden: Float[Array, "rows length width"]
            ) -> Float[Array, "rows length outputs"]:
     """Outputs of a scalar head, in float32."""
-    return self.tops[name](hidden).astype(jnp.float32)
+    return self.tops[name](hidden.astype(jnp.float32))
 
   def vocabulary(self) -> Float[Array, "vocab width"]:
     """The matrix whose product with a hidden state gives logits (before soft-capping)."""
@@ -363,7 +367,9 @@ class Decoder(nn.Module):
 
   def _run(self, tokens, positions, segment_ids, step, cache):
     c = self.config
-    x = self.embedding.astype(c.dtype)[tokens]
+    x = self.embedding[tokens].astype(c.dtype)
+    if cache is None:
+      x = sharding.constrain(x, "rows", "length", None)
     if c.scale_embeddings:
       x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
     if c.scan_layers:

@@ -1,0 +1,250 @@
+"""Where arrays live: the device mesh, the rules from logical axes to mesh axes, process start-up.
+
+Parameters name their axes (`embed`, `heads`, ...) and `RULES` says which mesh axis splits each, so
+one program runs on a laptop and on a pod. XLA inserts the communication. Code that runs on a mesh of
+several devices does so inside `with jax.set_mesh(mesh)`, which is where `constrain` finds it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+import os
+from typing import Any
+
+from flax.core import meta
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+import numpy as np
+
+from jaxrl.batch import PER_TOKEN, TokenBatch
+
+AXES = ("data", "fsdp", "tensor")
+RULES = {
+    "rows": ("data", "fsdp"),  # of a batch: every device computes its own rows, ...
+    "embed": ("fsdp",),  # ... gathering each parameter over `fsdp` just before it is used
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_dim": (),
+    "head": (),
+    "layers": (),
+    "length": (),
+}
+DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"),
+           ("kv_heads", "kv_heads"), ("d_ff", "mlp"))  # field of a model config, its logical axis
+
+
+# ------------------------------------------------------------------------------------------- mesh
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of all devices with axes `(data, fsdp, tensor)`.
+
+  Args:
+    data: copies of the parameters, each with its own rows.
+    fsdp: devices that share one copy of the parameters, each with its own rows.
+    tensor: devices that share heads, feed-forward width and vocabulary, and see the same rows.
+    devices: all devices of all processes if None.
+
+  One of the three may be -1: what the others leave.
+
+  Raises:
+    ValueError: the product is not the device count; names the nearest setting that is.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  wanted = dict(zip(AXES, (data, fsdp, tensor)))
+  given = math.prod(size for size in wanted.values() if size > 0)
+  left, remainder = divmod(len(devices), given)
+  shape = tuple(left if size == -1 else size for size in wanted.values())
+  if min(shape) < 1 or list(wanted.values()).count(-1) > 1 or math.prod(shape) != len(devices):
+    setting = ", ".join(f"{axis}={size}" for axis, size in wanted.items())
+    remedy = " ".join(f"--config.mesh.{axis}={size}"
+                      for axis, size in zip(AXES, _nearest_shape(wanted, len(devices))))
+    raise ValueError(f"config.mesh ({setting}) does not divide {len(devices)} devices: use {remedy}; "
+                     "one axis may be -1, what the others leave")
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _nearest_shape(wanted, count):
+  divisors = [d for d in range(1, count + 1) if count % d == 0]
+  shapes = [s for s in itertools.product(divisors, repeat=3) if math.prod(s) == count]
+  first_free = next((axis for axis in AXES if wanted[axis] < 1), None)
+
+  def distance(shape):
+    return sum(abs(math.log(size / max(wanted[axis], 1)))
+               for axis, size in zip(AXES, shape) if axis != first_free)
+  return min(shapes, key=distance)
+
+
+def check_divisible(config: Any, mesh: Mesh) -> None:
+  """Refuses a model that does not split evenly over a mesh.
+
+  Args:
+    config: has the fields `d_model, vocab_size, heads, kv_heads, d_ff` (`models.DecoderConfig`).
+    mesh: of `make_mesh`.
+
+  Raises:
+    ValueError: names every field that does not divide, and what would.
+  """
+  problems = []
+  for field, axis in DIVIDED:
+    size, parts = getattr(config, field), _parts(axis, mesh)
+    if size % parts:
+      mesh_axis = RULES[axis][0]
+      fits = math.gcd(size, parts)
+      problem = f"config.model.{field}={size} does not divide over mesh.{mesh_axis}={parts}: use "
+      if field == "vocab_size":
+        problem += f"--config.model.vocab_size={-(-size // parts) * parts} (unused ids at its end) or "
+      problems.append(problem + f"--config.mesh.{mesh_axis}={fits}")
+  if problems:
+    raise ValueError("\n".join(problems))
+
+
+def _parts(axis, mesh):
+  """Number of pieces that a logical axis is split into."""
+  return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+# -------------------------------------------------------------------------------------- shardings
+
+
+def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
+  """The mesh axes of an array with these logical axes; None is not split.
+
+  Raises:
+    ValueError: a name that `RULES` lacks.
+  """
+  unknown = [name for name in names if name is not None and name not in RULES]
+  if unknown:
+    raise ValueError(f"logical axes {unknown} have no rule; sharding.RULES has {', '.join(RULES)}")
+  return PartitionSpec(*(RULES[name] or None if name else None for name in names))
+
+
+def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
+  """Shardings for a tree whose parameters carry logical axis names, such as a train state.
+
+  Args:
+    abstract: `jax.eval_shape` of what makes the tree. Optimiser states made of boxed parameters are
+      boxed too and follow them; leaves without names, and those whose rank is not that of their
+      parameter (factored moments), are replicated.
+    mesh: of `make_mesh`.
+
+  Returns:
+    The unboxed tree, with a `NamedSharding` for each array.
+
+  Raises:
+    ValueError: an axis of a parameter does not divide; names the parameter.
+  """
+  def is_box(leaf):
+    return isinstance(leaf, meta.AxisMetadata)
+
+  def sharding(path, leaf):
+    value = leaf.unbox() if is_box(leaf) else leaf
+    names = leaf.names if is_box(leaf) and len(leaf.names) == value.ndim else ()
+    spec = partition_spec(names)
+    for size, name in zip(value.shape, names):
+      if name and size % _parts(name, mesh):
+        raise ValueError(f"parameter {jax.tree_util.keystr(path)} of shape {value.shape}: axis "
+                         f"{name!r} does not divide over {' x '.join(RULES[name])} = "
+                         f"{_parts(name, mesh)} of config.mesh")
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=is_box)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+  """Pins an activation to the logical axes of the mesh in context; without a mesh, does nothing.
+
+  An axis that does not divide over its devices is left to XLA.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  spec = [PartitionSpec.UNCONSTRAINED if name and size % _parts(name, mesh) else axes
+          for size, name, axes in zip(x.shape, names, partition_spec(names))]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def axis_size(name: str) -> int:
+  """Number of devices that split a logical axis on the mesh in context; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else _parts(name, mesh)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> Callable[[TokenBatch], TokenBatch]:
+  """A function from a batch to its shardings: tokens by rows, per-sequence arrays everywhere."""
+  by_rows = NamedSharding(mesh, partition_spec(("rows",)))
+
+  def shardings(batch: TokenBatch) -> TokenBatch:
+    tokens = {name: getattr(batch, name) for name in PER_TOKEN}
+    return jax.tree.map(lambda _: replicated(mesh), batch).replace(
+        **jax.tree.map(lambda _: by_rows, tokens))
+
+  return shardings
+
+
+def put_batch(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
+  """Moves a batch onto the mesh. With several processes, each passes the same whole batch.
+
+  Raises:
+    ValueError: the rows do not divide over the devices of `data` and `fsdp`.
+  """
+  rows, parts = batch.tokens.shape[0], _parts("rows", mesh)
+  if rows % parts:
+    raise ValueError(f"a batch of {rows} rows does not divide over mesh data x fsdp = {parts}: pack "
+                     f"it with rows_multiple={parts}")
+  shardings = batch_sharding(mesh)(batch)
+  if jax.process_count() == 1:
+    return jax.device_put(batch, shardings)
+
+  def put(x, sharding):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+  return jax.tree.map(put, batch, shardings)
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+def start_distributed(environment: Mapping[str, str] = os.environ) -> bool:
+  """Joins the other processes of a run when the environment says that there are others.
+
+  That is the case with `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
+  `JAX_PROCESS_ID`; in a SLURM step, an Open MPI job or a TPU slice of several hosts (there JAX finds
+  the rest itself). Elsewhere, and when called again, it does nothing. Call it before anything that
+  touches a device.
+
+  Returns:
+    Whether this process is one of several.
+
+  Raises:
+    ValueError: some of the three variables are set and others are not.
+  """
+  if jax.distributed.is_initialized():
+    return jax.process_count() > 1
+  found_by_jax = (
+      int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+      or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+      or "," in environment.get("TPU_WORKER_HOSTNAMES", ""))
+  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+  missing = [name for name in names if not environment.get(name)]
+  if not missing:
+    address, count, index = (environment[name] for name in names)
+    if int(count) > 1:
+      jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
+    return int(count) > 1
+  if found_by_jax:
+    jax.distributed.initialize()
+    return jax.process_count() > 1
+  if len(missing) < len(names):
+    raise ValueError(f"{', '.join(sorted(set(names) - set(missing)))} without {', '.join(missing)}: "
+                     f"a run of several processes needs all of {', '.join(names)}; unset them for one")
+  return False
