@@ -174,7 +174,7 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, rows_multip
 
   Args:
     trajectories: in the order of the per-sequence arrays; may be empty.
-    row_length: row length wanted; the longest sequence raises it to its power of two.
+    row_length: row length wanted; a longer sequence raises it to its power of two.
     rows_multiple: the row count is a power of two times this (micro-batch rows x devices).
     min_rows: smallest row count, to keep several batches in one bucket.
     min_sequences: smallest length of the per-sequence arrays, likewise.
@@ -183,7 +183,8 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, rows_multip
     ValueError: when trajectories disagree on the keys of `columns` or `signals`.
   """
   lengths = [len(t.tokens) for t in trajectories]
-  length = max(row_length, bucket(max(lengths, default=1)))
+  longest = max(lengths, default=0)
+  length = row_length if 0 < row_length >= longest else bucket(longest)
   bins = first_fit_decreasing(lengths, length)
   rows = rows_multiple * bucket(-(-max(len(bins), min_rows) // rows_multiple))
   sequences = bucket(len(trajectories), min_sequences)
@@ -311,9 +312,21 @@ def mean_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
 
   A group whose values are all equal has exactly that value as its mean.
   """
-  mean = sum_by_group(batch, values) / jnp.maximum(count_by_group(batch), 1)
-  return jnp.where(is_constant_by_group(batch, values), jnp.where(batch.sequence_mask, values, 0),
-                   mean)
+  # Summing differences keeps what rounding would take from small differences of large values.
+  origin = jax.lax.stop_gradient(max_by_group(batch, values))
+  total = sum_by_group(batch, values - origin)
+  return origin + total / jnp.maximum(count_by_group(batch), 1)
+
+
+def deviation_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
+                       ) -> Float[Array, "sequences"]:
+  """At each scored sequence, its value minus the mean of its group; 0 elsewhere.
+
+  Exactly 0 in a group whose values are all equal, singletons included.
+  """
+  origin = jax.lax.stop_gradient(max_by_group(batch, values))
+  shifted = jnp.where(batch.sequence_mask, values - origin, 0)
+  return shifted - mean_by_group(batch, shifted)
 
 
 def max_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "sequences"]:
@@ -340,8 +353,12 @@ def std_by_group(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: 
 
   Groups with one value only give exactly 0, singletons with `ddof=1` too.
   """
-  deviation = values - mean_by_group(batch, values)
-  variance = sum_by_group(batch, deviation ** 2) / jnp.maximum(count_by_group(batch) - ddof, 1)
-  constant = is_constant_by_group(batch, values)
-  return jnp.where(constant, 0, jnp.sqrt(jnp.where(constant | ~batch.sequence_mask, 1, variance))
-                   ) * batch.sequence_mask
+  squares = sum_by_group(batch, deviation_by_group(batch, values) ** 2)
+  variance = squares / jnp.maximum(count_by_group(batch) - ddof, 1)
+  positive = variance > 0  # the square root has no gradient at 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
+def as_one_group(batch: TokenBatch) -> TokenBatch:
+  """The batch with all its sequences in one group: `*_by_group` become statistics of the batch."""
+  return batch.replace(group_ids=jnp.where(batch.group_ids == PADDING, PADDING, 0))
