@@ -84,12 +84,15 @@ def _find(name, module, where):
   if ":" in name:
     path, attribute = name.split(":", 1)
     try:
-      return getattr(importlib.import_module(path), attribute)
+      function = getattr(importlib.import_module(path), attribute)
     except ModuleNotFoundError as error:
       raise ValueError(f"{where}: cannot import {path!r} of {name!r} ({error}); the directory that "
                        "jaxrl is started in is on the import path") from error
     except AttributeError as error:
       raise ValueError(f"{where}: module {path!r} has no {attribute!r}") from error
+    if not callable(function):
+      raise ValueError(f"{where}: {name!r} is not a function but a {type(function).__name__}")
+    return function
   valid = pieces(module)
   if name not in valid:
     raise ValueError(f"{where}: {module.__name__} has no {name!r}{nearest(name, valid)}; a function "

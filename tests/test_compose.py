@@ -1,0 +1,89 @@
+"""Names in configs become functions, and mistakes are named with their remedy."""
+
+import functools
+import sys
+import types
+
+import ml_collections
+import pytest
+
+from jaxrl import advantages, compose, objectives
+
+
+def scale(x, *, factor: float, offset: float = 0.0):
+  return factor * x + offset
+
+
+@compose.needs("entropy", "values")
+def curious(x):
+  return x
+
+
+@pytest.fixture
+def package(monkeypatch):
+  """A package of two pieces, one foreign function and one private one."""
+  module = types.ModuleType("toy_pieces")
+  for name, function in dict(scale=scale, curious=curious, _hidden=lambda x: x).items():
+    copy = types.FunctionType(function.__code__, function.__globals__, name)
+    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, "toy_pieces.file"
+    copy.__dict__.update(function.__dict__)
+    setattr(module, name, copy)
+  module.partial, module.constant = functools.partial, 3
+  monkeypatch.setitem(sys.modules, "toy_pieces", module)
+  return module
+
+
+def test_a_spec_binds_its_arguments(package):
+  assert compose.build(dict(name="scale", factor=3.0), package)(2.0) == 6.0
+  assert compose.build(dict(name="scale", factor=3.0, offset=1.0), package)(2.0) == 7.0
+  assert compose.build("curious", package)(2.0) == 2.0
+
+
+def test_a_config_dict_is_a_spec_and_stays_as_it_was(package):
+  spec = ml_collections.ConfigDict(dict(name="scale", factor=2.0))
+  assert compose.build(spec, package)(5.0) == 10.0
+  assert spec.to_dict() == dict(name="scale", factor=2.0)
+
+
+def test_pieces_are_the_public_functions_of_the_package(package):
+  assert set(compose.pieces(package)) == {"scale", "curious"}
+
+
+def test_a_function_of_ones_own_is_named_by_its_module(package):
+  spec = dict(name="toy_pieces:scale", factor=3.0)
+  assert compose.build(spec, advantages)(2.0) == 6.0
+
+
+@pytest.mark.parametrize("spec, message", [
+    (dict(name="scal", factor=1.0), r"objective\[0\].*toy_pieces.*'scal'; did you mean 'scale'\?"),
+    (dict(name="zzz"), r"'zzz'; valid are curious, scale; .*'module:function'"),
+    (dict(name="_hidden"), r"has no '_hidden'"),
+    (dict(name="partial"), r"has no 'partial'"),
+    (dict(name="scale", factr=1.0), r"no argument 'factr'; did you mean 'factor'\?"),
+    (dict(name="scale", x=1.0, factor=1.0), r"no argument 'x'; valid are factor, offset"),
+    (dict(name="curious", q=1.0), r"no argument 'q'; valid are none"),
+    (dict(name="scale"), r"scale needs factor; write dict\(name='scale', factor=\.\.\.\)"),
+    (dict(factor=1.0), r"objective\[0\] needs a name"),
+    (dict(name=3), r"objective\[0\] needs a name"),
+    ("no_such_module:f", r"objective\[0\]: cannot import 'no_such_module'.*import path"),
+    ("toy_pieces:g", r"objective\[0\]: module 'toy_pieces' has no 'g'"),
+    ("toy_pieces:constant", r"objective\[0\]: 'toy_pieces:constant' is not a function"),
+])
+def test_mistakes_are_named_with_their_remedy(package, spec, message):
+  with pytest.raises(ValueError, match=message):
+    compose.build(spec, package, where="objective[0]")
+
+
+def test_needs_and_name_survive_building(package):
+  built = functools.partial(compose.build("curious", package))
+  assert compose.signals_of(built) == ("entropy", "values")
+  assert compose.name_of(built) == "curious"
+  assert compose.signals_of(compose.build(dict(name="scale", factor=1.0), package)) == ()
+
+
+def test_every_piece_of_credit_and_loss_is_found_by_its_name():
+  assert set(compose.pieces(advantages)) == {
+      "center_by_batch", "center_by_group", "leave_one_out", "scale_by_batch_std",
+      "scale_by_group_std"}
+  assert set(compose.pieces(objectives)) == {
+      "clipped_surrogate", "cross_entropy", "entropy", "kl", "reinforce"}
