@@ -367,7 +367,8 @@ class Decoder(nn.Module):
 
   def _run(self, tokens, positions, segment_ids, step, cache):
     c = self.config
-    x = self.embedding[tokens].astype(c.dtype)
+    table = self.embedding if cache is not None else sharding.constrain(self.embedding, "vocab", None)
+    x = table[tokens].astype(c.dtype)
     if cache is None:
       x = sharding.constrain(x, "rows", "length", None)
     if c.scale_embeddings:
