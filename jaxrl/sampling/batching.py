@@ -1,0 +1,103 @@
+"""How requests become device batches of few shapes."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+
+import numpy as np
+
+from jaxrl.sampling import draw, generate
+from jaxrl.sampling.requests import Request
+
+MERGE = 16  # padding rows that are cheaper than one more device call
+MIN_PROMPT = 16  # tokens
+MIN_STOP_IDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """Samples `first .. first + count` of one request, which share a prompt on the device."""
+
+  request: int
+  first: int
+  count: int
+
+
+def bucket(size: int, minimum: int = 1) -> int:
+  """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes, and at most a third is padding."""
+  power = 1
+  while power < size:
+    power *= 2
+  return max(minimum, power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power)
+
+
+def power_of_two(size: int, minimum: int) -> int:
+  """The next power of two, at least `minimum` (itself a power of two)."""
+  return max(minimum, 1 << (size - 1).bit_length())
+
+
+def layout(requests: Sequence[Request], max_rows: int) -> Iterator[tuple[list[Slot], int]]:
+  """Distributes requests over device calls.
+
+  Args:
+    requests: in any order.
+    max_rows: samples in one device call.
+
+  Yields:
+    The slots of a call and the samples per slot (some of which may be padding).
+  """
+  by_width = {}
+  for i, request in enumerate(requests):
+    for first in range(0, request.n, max_rows):
+      slot = Slot(i, first, min(max_rows, request.n - first))
+      by_width.setdefault(min(max_rows, bucket(slot.count)), []).append(slot)
+  widths = sorted(by_width)
+  for narrow, wide in zip(widths, widths[1:]):
+    if len(by_width[narrow]) * (wide - narrow) <= MERGE:
+      by_width[wide] = by_width.pop(narrow) + by_width[wide]
+  for width, slots in sorted(by_width.items()):
+    # Neighbours in prompt length share a call, so that few prompts are padded much.
+    slots = sorted(slots, key=lambda s: len(requests[s.request].prompt))
+    prompts = max_rows // width
+    for start in range(0, len(slots), prompts):
+      yield slots[start:start + prompts], width
+
+
+def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
+         ) -> generate.Inputs:
+  """Pads the prompts and settings of a call to its bucketed shape, in host arrays.
+
+  Args:
+    requests: all of them; slots point into them.
+    slots: one per prompt of the call.
+    shards: the number of prompts becomes a multiple of this.
+  """
+  served = [requests[slot.request] for slot in slots]
+  prompts = -(-bucket(len(slots)) // shards) * shards
+
+  def column(values, padding, dtype):
+    return np.array([*values, *[padding] * (prompts - len(slots))], dtype)
+
+  def table(rows, padding, width, dtype):
+    out = np.full((prompts, width), padding, dtype)
+    for row, values in zip(out, rows):
+      row[:len(values)] = values
+    return out
+
+  params = [request.params for request in served]
+  how = draw.Distribution(
+      temperature=column((p.temperature for p in params), 1.0, np.float32),
+      top_k=column((p.top_k for p in params), 0, np.int32),
+      top_p=column((p.top_p for p in params), 1.0, np.float32),
+      min_p=column((p.min_p for p in params), 0.0, np.float32))
+  longest = max(len(r.prompt) for r in served)
+  stops = power_of_two(max(len(p.stop_ids) for p in params), MIN_STOP_IDS)
+  return generate.Inputs(
+      tokens=table((r.prompt for r in served), 0, power_of_two(longest, MIN_PROMPT), np.int32),
+      counts=column((slot.count for slot in slots), 0, np.int32),
+      settings=generate.Settings(
+          how=how, max_tokens=column((p.max_tokens for p in params), 1, np.int32),
+          stop_ids=table((p.stop_ids for p in params), -1, stops, np.int32),
+          lengths=column((len(r.prompt) for r in served), 1, np.int32)),
+      folds=table((r.key for r in served), 0, max(len(r.key) for r in served), np.uint32),
+      depth=column((len(r.key) for r in served), 0, np.int32),
+      first=column((slot.first for slot in slots), 0, np.int32))

@@ -1,0 +1,93 @@
+"""Where samples end."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxrl.sampling.batching import Slot
+from jaxrl.sampling.requests import Request, Sample
+
+
+class StopStrings:
+  """Looks for stop strings in the decoded text of one device call, between chunks.
+
+  Text grows with every token, so the first token that completes a stop string is found by bisection
+  and does not depend on where chunks end.
+  """
+
+  def __init__(self, decode: Callable[[list[int]], str] | None, requests: Sequence[Request],
+               slots: Sequence[Slot]):
+    self._decode = decode
+    self._open = {(p, s): requests[slot.request].params.stop_strings
+                  for p, slot in enumerate(slots) for s in range(slot.count)
+                  if requests[slot.request].params.stop_strings}
+    self.found = {}  # (prompt, sample) -> (tokens, characters before the stop string)
+
+  @property
+  def pending(self) -> bool:
+    """Whether any sample may still end with a stop string."""
+    return bool(self._open)
+
+  def search(self, tokens: np.ndarray, checked: int, lengths: np.ndarray) -> None:
+    """Looks at every sample that has not ended with a stop string.
+
+    Args:
+      tokens: so far. [time, prompts, samples]
+      checked: tokens already searched in vain.
+      lengths: tokens of each sample, fewer than `tokens` where it ended. [prompts, samples]
+    """
+    for (p, s), strings in list(self._open.items()):
+      row = tokens[:lengths[p, s], p, s].tolist()
+      if self._position(row, strings) is not None:
+        low, high = checked, len(row)  # no stop string in the first `low`, one in the first `high`
+        while high - low > 1:
+          middle = (low + high) // 2
+          if self._position(row[:middle], strings) is None:
+            low = middle
+          else:
+            high = middle
+        self.found[p, s] = high, self._position(row[:high], strings)
+      if (p, s) in self.found or len(row) < len(tokens):
+        del self._open[p, s]
+
+  def _position(self, tokens, strings):
+    text = self._decode(tokens)
+    return min((i for i in map(text.find, strings) if i >= 0), default=None)
+
+
+def lengths(tokens: np.ndarray, stop_ids: np.ndarray, max_tokens: np.ndarray) -> np.ndarray:
+  """Tokens of each sample up to its stop token or limit, those so far if neither has come.
+
+  Args:
+    tokens: [time, prompts, samples]
+    stop_ids: per prompt, filled up with -1. [prompts, ids]
+    max_tokens: per prompt. [prompts]
+
+  Returns:
+    [prompts, samples]
+  """
+  stops = (tokens[..., None] == stop_ids[:, None]).any(axis=-1)
+  until_stop = np.where(stops.any(axis=0), stops.argmax(axis=0) + 1, len(tokens))
+  return np.minimum(until_stop, max_tokens[:, None])
+
+
+def cut(tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stop_ids: np.ndarray,
+        slots: Sequence[Slot], found: dict[tuple[int, int], tuple[int, int]]) -> list[list[Sample]]:
+  """The samples of every slot.
+
+  Args:
+    tokens, logprobs: [time, prompts, samples]
+    lengths: as returned by `lengths`.
+    stop_ids: [prompts, ids]
+    slots: one per prompt that is not padding.
+    found: stop strings, as in `StopStrings.found`.
+  """
+  tokens, logprobs = np.moveaxis(tokens, 0, -1), np.moveaxis(logprobs, 0, -1)
+
+  def one(p, s):
+    length, text_end = found.get((p, s), (lengths[p, s], None))
+    stopped = (p, s) in found or tokens[p, s, length - 1] in stop_ids[p]
+    return Sample(tokens[p, s, :length].copy(), logprobs[p, s, :length].copy(),
+                  "stop" if stopped else "length", text_end)
+
+  return [[one(p, s) for s in range(slot.count)] for p, slot in enumerate(slots)]
