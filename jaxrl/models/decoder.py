@@ -367,10 +367,8 @@ class Decoder(nn.Module):
 
   def _run(self, tokens, positions, segment_ids, step, cache):
     c = self.config
-    table = self.embedding if cache is not None else sharding.constrain(self.embedding, "vocab", None)
-    x = table[tokens].astype(c.dtype)
-    if cache is None:
-      x = sharding.constrain(x, "rows", "length", None)
+    pin = sharding.constrain if cache is None else lambda x, *names: x
+    x = pin(pin(self.embedding, "vocab", None)[tokens].astype(c.dtype), "rows", "length", None)
     if c.scale_embeddings:
       x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
     if c.scan_layers:
