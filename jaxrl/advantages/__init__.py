@@ -1,0 +1,10 @@
+"""Credit: the names that `config.advantage` may list, each `(batch, values, *, ...) -> values`.
+
+`jaxrl.advantages.chain` runs a list of them.
+"""
+
+from jaxrl.advantages.baselines import center_by_batch
+from jaxrl.advantages.baselines import center_by_group
+from jaxrl.advantages.baselines import leave_one_out
+from jaxrl.advantages.scales import scale_by_batch_std
+from jaxrl.advantages.scales import scale_by_group_std
