@@ -1,0 +1,12 @@
+"""Losses: the terms that `config.objective` may list, each `(outputs, batch, *, ...)` -> per token.
+
+A term returns `(values, metrics)`: a loss per token, and diagnostics per token by name. Off the
+loss mask both are finite and pass no gradient. A term divides by nothing that depends on other
+rows: `jaxrl.objectives.aggregate` weighs tokens, over the whole optimiser step, and adds terms up.
+"""
+
+from jaxrl.objectives.policy import clipped_surrogate
+from jaxrl.objectives.policy import reinforce
+from jaxrl.objectives.regularisers import entropy
+from jaxrl.objectives.regularisers import kl
+from jaxrl.objectives.supervised import cross_entropy

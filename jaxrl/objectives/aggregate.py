@@ -1,0 +1,120 @@
+"""How losses per token become one number: weights of tokens, and the sum of terms.
+
+The weights belong to a whole optimiser step; a micro-batch takes its rows of them. What is summed
+with them then adds up over micro-batches and devices to the same loss, gradient and metrics:
+
+  weights, means = loss_weights(batch, "token_mean"), mean_weights(batch)    # once per step
+  loss, metrics = sum_of_terms(terms)(outputs, rows, weights_of_rows, means_of_rows)   # summed
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrl.batch import TokenBatch, sum_by_sequence, to_tokens
+from jaxrl.compose import name_of, nearest, signals_of
+
+# What a term returns: a loss per token, and diagnostics per token by name.
+TermOutput = tuple[Float[Array, "rows length"], dict[str, Float[Array, "rows length"]]]
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+
+
+def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None = None
+                 ) -> Float[Array, "rows length"]:
+  """What each token counts, so that `loss = sum(weights * losses_per_token)`.
+
+  With w the weight of a token's sequence, N the scored sequences (those without a loss token
+  included), T the loss tokens of the batch and T_s those of the sequence:
+
+    token_mean     w / T                every token counts the same (DAPO, arXiv:2503.14476)
+    sequence_mean  w / (N * T_s)        every sequence counts the same (GRPO, arXiv:2402.03300)
+    sequence_sum   w / N                the policy gradient's own sum over time
+    constant       w / (N * constant)   the same with a fixed scale (Dr. GRPO, arXiv:2503.20783)
+
+  Args:
+    batch: all sequences of the optimiser step.
+    aggregation: one of `AGGREGATIONS`.
+    constant: for "constant" only: tokens that a sum is divided by, such as the longest completion.
+
+  Returns:
+    Weights that are exactly 0 off the loss mask; all 0 where nothing is left to train on.
+
+  Raises:
+    ValueError: unknown aggregation, or "constant" without a positive constant.
+  """
+  if aggregation not in AGGREGATIONS:
+    raise ValueError(f"unknown aggregation {aggregation!r}{nearest(aggregation, AGGREGATIONS)}")
+  if aggregation == "constant" and not (constant and constant > 0):
+    raise ValueError(f"aggregation 'constant' divides by constant={constant}: set it to a positive "
+                     "number, such as the largest number of completion tokens")
+  mask = _scored_tokens(batch)
+  sequences = jnp.maximum(jnp.sum(batch.sequence_mask), 1)
+  if aggregation == "token_mean":
+    denominator = jnp.maximum(jnp.sum(mask), 1)
+  elif aggregation == "sequence_mean":
+    lengths = sum_by_sequence(batch, mask.astype(batch.weights.dtype))
+    denominator = sequences * to_tokens(batch, lengths)
+  elif aggregation == "sequence_sum":
+    denominator = sequences
+  else:
+    denominator = sequences * constant
+  return jnp.where(mask, to_tokens(batch, batch.weights) / jnp.where(mask, denominator, 1), 0)
+
+
+def mean_weights(batch: TokenBatch) -> Float[Array, "rows length"]:
+  """1 / T at each loss token of the batch: weights under which diagnostics are averaged."""
+  return loss_weights(batch.replace(weights=jnp.ones_like(batch.weights)), "token_mean")
+
+
+def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
+                 ) -> Callable[..., tuple[Float[Array, ""], dict]]:
+  """Adds terms up to one loss.
+
+  Args:
+    terms: as `compose.build` returns them; each carries its own coefficient (`beta`, ...).
+
+  Returns:
+    `loss_and_metrics(outputs, batch, weights, mean_weights)` -> (loss, metrics): both are sums over
+    the tokens at hand, under `weights` and `mean_weights`. Metrics are those of the terms, and
+    `loss/<term>` for each.
+
+  Raises:
+    ValueError: no term, or the same term twice; from the returned function: a signal that a term
+      declared is missing, or two terms report the same metric.
+  """
+  names = [name_of(term) for term in terms]
+  if not names:
+    raise ValueError("objective lists no term: name at least one, such as 'clipped_surrogate'")
+  if repeated := [name for name in names if names.count(name) > 1]:
+    raise ValueError(f"objective lists {repeated[0]!r} {len(repeated)} times: keep one of them")
+
+  def loss_and_metrics(outputs, batch, weights, mean_weights):
+    loss, metrics = jnp.zeros((), weights.dtype), {}
+    for name, term in zip(names, terms):
+      _check_signals(name, term, outputs, batch)
+      values, diagnostics = term(outputs, batch)
+      metrics[f"loss/{name}"] = jnp.sum(weights * values)
+      loss += metrics[f"loss/{name}"]
+      for key, per_token in diagnostics.items():
+        if key in metrics:
+          raise ValueError(f"objective term {name!r} reports the metric {key!r}, and so does "
+                           "another term: rename it in one of them")
+        metrics[key] = jnp.sum(mean_weights * per_token)
+    return loss, metrics
+
+  return loss_and_metrics
+
+
+def _scored_tokens(batch: TokenBatch) -> Bool[Array, "rows length"]:
+  """The loss mask, without sequences that were taken out after packing."""
+  return batch.loss_mask & to_tokens(batch, batch.sequence_mask).astype(bool)
+
+
+def _check_signals(name, term, outputs, batch):
+  for signal in signals_of(term):
+    if signal not in batch.signals and getattr(outputs, signal, None) is None:
+      raise ValueError(f"objective term {name!r} needs {signal!r}, which is neither among the "
+                       f"batch's signals ({', '.join(batch.signals) or 'none'}) nor in the model's "
+                       "outputs: the trainer computes what the term declares with compose.needs")

@@ -1,0 +1,58 @@
+"""Regularisers: stay near a reference policy, stay uncertain."""
+
+import jax.numpy as jnp
+
+from jaxrl.batch import ModelOutputs, TokenBatch
+from jaxrl.compose import needs
+from jaxrl.objectives.aggregate import TermOutput
+from jaxrl.objectives.log_ratio import cap, log_ratio
+
+
+@needs("reference_logprobs")
+def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str = "k3"
+       ) -> TermOutput:
+  """Penalty `beta * KL(policy || reference)`, estimated at the sampled token (Schulman, 2020).
+
+  With d = log policy(t) - log reference(t) and t sampled from the policy:
+
+    estimator  loss / beta      its mean            the mean of its gradient
+    k1         d                KL(policy || ref)   0: the score function has mean 0
+    k2         d^2 / 2          biased, near KL     the gradient of KL(policy || ref)
+    k3         exp(-d) - 1 + d  KL(policy || ref)   the gradient of KL(ref || policy)
+
+  So k1, the best known as a value, regularises nothing as a loss (it belongs into rewards); k2
+  follows the KL that is meant; k3, never negative, is the one in GRPO (arXiv:2402.03300) and TRL,
+  with the gradient taken through it as here. Near the reference k2 and k3 agree. A sample that is
+  off-policy is not corrected for. Source: http://joschu.net/blog/kl-approx.html.
+
+  Args:
+    outputs: supplies `logprobs`.
+    batch: supplies `signals["reference_logprobs"]`.
+    beta: coefficient.
+    estimator: "k1", "k2" or "k3".
+
+  Returns:
+    Loss per token; metric `kl`, the estimate before `beta`.
+  """
+  if estimator not in ("k1", "k2", "k3"):
+    raise ValueError(f"kl: estimator={estimator!r}; valid are 'k1', 'k2' and 'k3'")
+  difference = log_ratio(batch, outputs.logprobs, batch.signals["reference_logprobs"])
+  if estimator == "k1":
+    estimate = difference
+  elif estimator == "k2":
+    estimate = jnp.square(difference) / 2
+  else:
+    inverse = cap(-difference)
+    estimate = jnp.expm1(inverse) - inverse
+  return beta * estimate, {"kl": estimate}
+
+
+@needs("entropy")
+def entropy(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: float) -> TermOutput:
+  """Bonus for the entropy of the policy at each loss token: `loss_t = -coefficient * H(t)`.
+
+  A positive coefficient keeps the policy uncertain; a negative one makes it more certain.
+  Metrics: `entropy`, in nats.
+  """
+  entropies = jnp.where(batch.loss_mask, outputs.entropy, 0)
+  return -coefficient * entropies, {"entropy": entropies}

@@ -1,0 +1,199 @@
+"""Policy terms: float64 loops and finite differences, identities, hostile ratios."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.objectives import clipped_surrogate, reinforce
+from jaxrl.objectives.aggregate import AGGREGATIONS, loss_weights, mean_weights, sum_of_terms
+
+SURROGATES = {
+    "token": dict(low=0.2, high=0.3),
+    "sequence": dict(level="sequence", low=0.03, high=0.06),
+    "dual": dict(low=0.1, high=0.2, dual_clip=1.4),
+    "dual_sequence": dict(level="sequence", low=0.03, high=0.06, dual_clip=1.1),
+}
+
+
+def surrogate_reference(batch, logprobs, sequences, *, low, high, level="token", dual_clip=None):
+  """The clipped surrogate from its equation: (losses, distance to the nearest kink)."""
+  losses, kink = np.zeros(logprobs.shape), np.inf
+  for _, rows, columns in sequences(batch):
+    at = (rows, columns)
+    difference = logprobs[at] - np.asarray(batch.behaviour_logprobs[at], np.float64)
+    if level == "sequence" and len(rows):
+      difference = np.full_like(difference, difference.mean())
+    ratio = np.exp(difference)
+    advantage = np.asarray(batch.signals["advantages"][at], np.float64)
+    gain = np.minimum(ratio * advantage, np.clip(ratio, 1 - low, 1 + high) * advantage)
+    if dual_clip is not None:
+      gain = np.where(advantage < 0, np.maximum(gain, dual_clip * advantage), gain)
+    losses[at] = -gain
+    for bound in (1 - low, 1 + high, dual_clip or 1 + high):
+      kink = min(kink, np.min(np.abs(ratio - bound), initial=np.inf))
+  return losses, kink
+
+
+@functools.lru_cache(maxsize=None)
+def step(term, aggregation="token_mean"):
+  """Jitted ((loss, metrics), gradient in the outputs)."""
+  objective = sum_of_terms([term])
+
+  def loss(outputs, batch):
+    return objective(outputs, batch, loss_weights(batch, aggregation, constant=10),
+                     mean_weights(batch))
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", SURROGATES)
+def test_surrogate_and_its_gradient_equal_the_equation(packed, name, aggregation):
+  settings, checked = SURROGATES[name], 0
+  run = step(functools.partial(clipped_surrogate, **settings), aggregation)
+  for seed in range(8):
+    batch, outputs = packed.batch(seed)
+    logprobs = np.asarray(outputs.logprobs, np.float64)
+
+    def loss(logprobs):
+      losses, _ = surrogate_reference(batch, logprobs, packed.sequences, **settings)
+      return packed.aggregate(batch, losses, aggregation, constant=10)
+
+    if surrogate_reference(batch, logprobs, packed.sequences, **settings)[1] < 1e-4:
+      continue  # a finite difference would straddle the kink
+    (value, _), gradient = run(outputs, batch)
+    packed.close(value, loss(logprobs))
+    packed.close(gradient.logprobs, packed.finite_differences(loss, logprobs, batch.loss_mask))
+    checked += 1
+  assert checked >= 4
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_reinforce_and_its_gradient_equal_the_equation(packed, aggregation):
+  batch, outputs = packed.batch(1)
+  (value, _), gradient = step(reinforce, aggregation)(outputs, batch)
+  products = -np.asarray(batch.signals["advantages"], np.float64) * outputs.logprobs
+  packed.close(value, packed.aggregate(batch, products, aggregation, constant=10))
+  for index in np.ndindex(batch.tokens.shape):
+    one = np.zeros(batch.tokens.shape)
+    one[index] = -batch.signals["advantages"][index]
+    expected = packed.aggregate(batch, one, aggregation, constant=10)
+    np.testing.assert_allclose(gradient.logprobs[index], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_on_policy_the_surrogate_has_the_gradient_of_reinforce(packed, name):
+  batch, outputs = packed.batch(2)
+  batch = batch.replace(behaviour_logprobs=outputs.logprobs)
+  surrogate = functools.partial(clipped_surrogate, **SURROGATES[name])
+  (_, metrics), gradient = step(surrogate, "sequence_mean")(outputs, batch)
+  _, expected = step(reinforce, "sequence_mean")(outputs, batch)
+  packed.close(gradient.logprobs, expected.logprobs)
+  assert metrics["clip_fraction"] == 0 and metrics["behaviour_kl"] == 0
+  np.testing.assert_allclose(metrics["ratio"], 1, rtol=1e-6)
+
+
+def test_for_single_tokens_sequence_level_is_token_level(packed):
+  batch, outputs = packed.batch(4, lengths=[2] * 8, noise=0.5)
+  results = [step(functools.partial(clipped_surrogate, level=level, dual_clip=1.5))(outputs, batch)
+             for level in ("token", "sequence")]
+  jax.tree.map(packed.close, results[0], results[1])
+
+
+def test_gspo_token_has_the_gradient_of_sequence_level(packed):
+  """GSPO-token: each token's gradient is s * A * grad log pi(t) / length, unless s is clipped."""
+  batch, outputs = packed.batch(6)
+  run = step(functools.partial(clipped_surrogate, level="sequence", low=0.05, high=0.05),
+             "sequence_mean")
+  _, gradient = run(outputs, batch)
+  expected, count = np.zeros(batch.tokens.shape), len(list(packed.sequences(batch)))
+  for i, *at in packed.sequences(batch):
+    at = tuple(at)
+    if len(at[0]):
+      s = np.exp(np.mean(outputs.logprobs[at].astype(np.float64) - batch.behaviour_logprobs[at]))
+      advantage = batch.signals["advantages"][at][0]
+      inside = s <= 1.05 if advantage > 0 else s >= 0.95
+      expected[at] = -batch.weights[i] * inside * s * advantage / len(at[0]) / count
+  assert np.any(expected) and np.any(batch.loss_mask & (expected == 0))
+  packed.close(gradient.logprobs, expected)
+
+
+def test_dual_clip_touches_negative_advantages_only_and_bounds_their_loss(packed):
+  batch, outputs = packed.batch(7, noise=2.0)
+  plain, _ = clipped_surrogate(outputs, batch)
+  dual, _ = clipped_surrogate(outputs, batch, dual_clip=3.0)
+  plain, dual, advantages = np.asarray(plain), np.asarray(dual), batch.signals["advantages"]
+  up, down = batch.loss_mask & (advantages > 0), batch.loss_mask & (advantages < 0)
+  np.testing.assert_array_equal(plain[up], dual[up])
+  assert np.any(plain[down] > 3 * np.abs(advantages[down]))
+  assert np.all(dual[down] <= 3.00001 * np.abs(advantages[down]))
+
+
+@pytest.mark.parametrize("name", ["token", "dual"])
+def test_clip_fraction_counts_the_tokens_whose_gradient_is_cut(packed, name):
+  batch, outputs = packed.batch(8, noise=0.6)
+  surrogate = functools.partial(clipped_surrogate, **SURROGATES[name])
+  (_, metrics), gradient = step(surrogate)(outputs, batch)
+  cut = np.mean(np.asarray(gradient.logprobs)[batch.loss_mask] == 0)
+  assert 0.1 < cut < 0.9
+  np.testing.assert_allclose(metrics["clip_fraction"], cut, rtol=1e-5)
+
+
+def test_metrics_describe_the_drift_from_the_behaviour_policy(packed):
+  batch, outputs = packed.batch(9)
+  drift = outputs.logprobs.astype(np.float64) - batch.behaviour_logprobs
+  drift = drift[batch.loss_mask]
+  for term in (clipped_surrogate, reinforce):
+    (_, metrics), _ = step(term)(outputs, batch)
+    np.testing.assert_allclose(metrics["behaviour_kl"], np.mean(np.exp(drift) - 1 - drift),
+                               rtol=1e-4)
+  (_, metrics), _ = step(clipped_surrogate)(outputs, batch)
+  np.testing.assert_allclose(metrics["ratio"], np.mean(np.exp(drift)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize("difference", [100.0, -100.0, 1e30, -1e30, np.inf, -np.inf])
+def test_hostile_ratios_give_finite_losses_and_gradients(packed, name, difference):
+  surrogate = functools.partial(clipped_surrogate, **SURROGATES[name])
+  batch, outputs = packed.batch(10)
+  hostile = np.where(batch.tokens % 2 == 0, batch.behaviour_logprobs + difference, outputs.logprobs)
+  run = jax.value_and_grad(lambda x: jnp.sum(surrogate(outputs.replace(logprobs=x), batch)[0]))
+  value, gradient = run(hostile.astype(np.float32))
+  assert np.isfinite(value) and np.all(np.isfinite(gradient))
+  assert np.any(batch.loss_mask & (batch.tokens % 2 == 0) & (batch.signals["advantages"] < 0))
+
+
+@pytest.mark.parametrize("term", [
+    reinforce, clipped_surrogate, functools.partial(clipped_surrogate, level="sequence")])
+def test_off_the_loss_mask_nothing_is_read(packed, term):
+  batch, outputs = packed.batch(11)
+  expected = step(term)(outputs, batch)
+  for garbage in (np.nan, np.inf, -np.inf):
+    def spoil(x):
+      return np.where(batch.loss_mask, x, np.float32(garbage))
+    spoiled = batch.replace(behaviour_logprobs=spoil(batch.behaviour_logprobs),
+                            signals=jax.tree.map(spoil, batch.signals))
+    result = step(term)(outputs.replace(logprobs=spoil(outputs.logprobs)), spoiled)
+    np.testing.assert_array_equal(result[0][0], expected[0][0])
+    np.testing.assert_array_equal(result[1].logprobs, expected[1].logprobs)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(level="tokens"), "level='tokens'; valid are 'token' and 'sequence'"),
+    (dict(low=-0.1), "low=-0.1, high=0.2; both are distances from 1"),
+    (dict(dual_clip=0.9), "dual_clip=0.9 has to be above 1"),
+])
+def test_settings_that_make_no_sense_are_refused(packed, settings, message):
+  batch, outputs = packed.batch(0)
+  with pytest.raises(ValueError, match=message):
+    clipped_surrogate(outputs, batch, **settings)
+
+
+@pytest.mark.parametrize("term", [reinforce, clipped_surrogate])
+def test_a_phase_without_advantages_is_told_so(packed, term):
+  batch, outputs = packed.batch(0)
+  with pytest.raises(ValueError, match="needs batch.signals\\['advantages'\\]"):
+    term(outputs, batch.replace(signals={}))
