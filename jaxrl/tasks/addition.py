@@ -1,0 +1,41 @@
+"""Addition of two numbers: `123+456=` -> `579`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrl.tasks import knobs
+
+
+def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "plain"
+           ) -> dict[str, Any]:
+  """Two operands, each uniform over 0 .. 10**digits - 1.
+
+  Args:
+    rng: source of randomness.
+    digits: digits of the largest operand, 1 to 18.
+    answer_format: how the sum is written, `plain` (579) or `reversed` (975: each digit then depends
+      on operand digits and one carry only, which a small model learns sooner).
+  """
+  knobs.integer("digits", digits, 1, 18)
+  if answer_format not in ("plain", "reversed"):
+    raise ValueError(f"answer_format={answer_format!r}: use 'plain' or 'reversed'")
+  a, b = (int(x) for x in rng.integers(10 ** digits, size=2))
+  answer = _written(a + b, answer_format)
+  return dict(question=f"{a}+{b}=", answer=answer, solution=answer, a=a, b=b,
+              answer_format=answer_format)
+
+
+def check(row: Mapping[str, Any], completion: str) -> bool:
+  """Whether the completion is the sum, written in the row's format."""
+  return completion.strip() == _written(row["a"] + row["b"], row["answer_format"])
+
+
+def key(row: Mapping[str, Any]) -> str:
+  """The unordered pair: 1+2 and 2+1 are one problem."""
+  return "+".join(map(str, sorted((row["a"], row["b"]))))
+
+
+def _written(total, answer_format):
+  return str(total)[::-1] if answer_format == "reversed" else str(total)
