@@ -61,15 +61,17 @@ class State:
   """Samples under way.
 
   Attributes:
-    suffix: per layer (or stacked), keys and values of the tokens sampled so far.
+    suffix: per layer (or stacked), keys and values of the tokens read so far, but for the latest.
       [prompts, kv_heads, samples, capacity, width]
+    pending: of the latest token read. [prompts, kv_heads, samples, width]
     keys: PRNG key of each sample.
-    last: newest token, not in the suffix cache yet.
+    last: newest token, not read yet.
     done: ended, or padding.
-    step: tokens in the suffix cache.
+    step: tokens read of every sample.
   """
 
   suffix: list[decoder_lib.KeyValues] | decoder_lib.KeyValues
+  pending: list[decoder_lib.KeyValues] | decoder_lib.KeyValues
   keys: Array
   last: Int[Array, "prompts samples"]
   done: Bool[Array, "prompts samples"]
@@ -104,9 +106,10 @@ def prefill(params, inputs: Inputs, base_key: Array, *, config: decoder_lib.Deco
   last = jnp.take_along_axis(hidden, settings.lengths[:, None, None] - 1, axis=1)
   logits = _logits(config, params, last)  # [prompts, 1, vocab]
   keys = _sample_keys(base_key, inputs, samples)
-  suffix = jax.tree.map(
-      lambda x: jnp.zeros(x.shape[:-2] + (samples, capacity) + x.shape[-1:], x.dtype), prefix)
-  state = State(suffix=_distribute(suffix, mesh, config), keys=keys,
+  def empty(*shape):
+    return _distribute(jax.tree.map(
+        lambda x: jnp.zeros(x.shape[:-2] + shape + x.shape[-1:], x.dtype), prefix), mesh, config)
+  state = State(suffix=empty(samples, capacity), pending=empty(samples), keys=keys,
                 last=jnp.zeros(keys.shape, jnp.int32),
                 done=jnp.arange(samples) >= inputs.counts[:, None], step=jnp.int32(0))
   uniform = _uniforms(keys, jnp.arange(1))[0]
@@ -142,13 +145,11 @@ def decode(params, prefix, state: State, settings: Settings, *, config: decoder_
 
   def step(carry):
     state, tokens, logprobs = carry
-    hidden, new = model.apply({"params": params}, state.last, settings.lengths, state.step,
-                              _layer_caches(prefix, state.suffix), method="decode")
-    suffix = jax.tree.map(
-        lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, state.step, all.ndim - 2),
-        state.suffix, new)
+    suffix = _distribute(_store(state), mesh, config)
+    hidden, pending = model.apply({"params": params}, state.last, settings.lengths, state.step,
+                                  _layer_caches(prefix, suffix), method="decode")
     i = state.step - start
-    state = state.replace(suffix=_distribute(suffix, mesh, config), step=state.step + 1)
+    state = state.replace(suffix=suffix, pending=pending, step=state.step + 1)
     state, token, logprob = _extend(state, _logits(config, params, hidden), uniforms[i], settings,
                                     state.step)
     return state, tokens.at[i].set(token), logprobs.at[i].set(logprob)
@@ -188,6 +189,18 @@ def _logits(config, params, hidden):
   logits = jnp.einsum("psd,vd->psv", hidden, vocabulary.astype(hidden.dtype),
                       preferred_element_type=jnp.float32)
   return decoder_lib.soft_cap(logits, config.logit_soft_cap)
+
+
+def _store(state):
+  """The suffix cache with the newest keys and values in it.
+
+  They are stored before the cache is read for the next token, not after it was read for their own:
+  a buffer that is only written to is updated in place, else XLA copies the whole cache every step.
+  """
+  index = jnp.maximum(state.step - 1, 0)  # at step 0 there are none yet, and index 0 is not visible
+  return jax.tree.map(
+      lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, cache.ndim - 2),
+      state.suffix, state.pending)
 
 
 def _layer_caches(prefix, suffix):
