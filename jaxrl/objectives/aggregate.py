@@ -55,12 +55,12 @@ def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None 
     denominator = jnp.maximum(jnp.sum(mask), 1)
   elif aggregation == "sequence_mean":
     lengths = sum_by_sequence(batch, mask.astype(batch.weights.dtype))
-    denominator = sequences * to_tokens(batch, lengths)
+    denominator = sequences * jnp.maximum(to_tokens(batch, lengths), 1)
   elif aggregation == "sequence_sum":
     denominator = sequences
   else:
     denominator = sequences * constant
-  return jnp.where(mask, to_tokens(batch, batch.weights) / jnp.where(mask, denominator, 1), 0)
+  return jnp.where(mask, to_tokens(batch, batch.weights) / denominator, 0)
 
 
 def mean_weights(batch: TokenBatch) -> Float[Array, "rows length"]:
