@@ -20,8 +20,8 @@ def test_no_criterion_is_ok_without_a_finite_number(bad):
 
 
 @pytest.mark.parametrize("value, score", [
-    (True, 1.0), (False, 0.0), (np.bool_(True), 1.0), (3, 3.0), (-0.5, -0.5), (np.float32(0.25), 0.25),
-    (np.int64(2), 2.0), (Fraction(1, 4), 0.25)])
+    (True, 1.0), (False, 0.0), (np.bool_(True), 1.0), (3, 3.0), (-0.5, -0.5),
+    (np.float32(0.25), 0.25), (np.int64(2), 2.0), (Fraction(1, 4), 0.25)])
 def test_numbers_and_truth_values_are_scores(value, score):
   found = criterion.as_criterion(value)
   assert found == ok(score)

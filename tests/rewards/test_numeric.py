@@ -26,14 +26,15 @@ SAME = [
     ("18", "\\boxed{18}"), ("0.5", "\\frac{1}{2}"), ("\\frac{1}{2}", "0.5"), ("1/3", "0.333333"),
     ("2\\sqrt{3}", "\\sqrt{12}")]
 DIFFERENT = [
-    ("18", "19"), ("18", "-18"), ("3", "300"), ("3", "3e2"), ("1234", "1"), ("18", "1.8"), ("-3", "3"),
-    ("1/3", "0.33"), ("2", "2\\sqrt{3}"), ("18", ""), ("18", "   "), ("18", "x"), ("18", "18/0"),
-    ("18", "nan"), ("18", "{18"), ("18", "eighteen"), ("18", "\\frac{"), ("18", "1" * 5000)]
+    ("18", "19"), ("18", "-18"), ("3", "300"), ("3", "3e2"), ("1234", "1"), ("18", "1.8"),
+    ("-3", "3"), ("1/3", "0.33"), ("2", "2\\sqrt{3}"), ("18", ""), ("18", "   "), ("18", "x"),
+    ("18", "18/0"), ("18", "nan"), ("18", "{18"), ("18", "eighteen"), ("18", "\\frac{"),
+    ("18", "1" * 5000)]
 
 
 @pytest.mark.parametrize("answer, text", SAME)
 def test_notations_of_one_value(answer, text):
-  if text not in ("- 3",):  # in running text that is a subtraction
+  if text != "- 3":  # in running text that is a subtraction
     assert judge(answer, text).score == 1.0
   assert judge(answer, f"so it is 7\n#### {text}", pattern=GSM8K).score == 1.0
 
@@ -60,8 +61,9 @@ def test_a_reference_without_a_number_cannot_judge(answer):
 
 
 @pytest.mark.parametrize("text", [
-    "\x00", "18\x00", "a" * 100_000, "1" * 100_000, "$" * 100_000, "(" * 100_000, "((((" * 500 + "1",
-    "\\boxed{" * 1000, "#### " * 20_000, "\ud800", "\u202e18", "1e999999999999", "9" * 300 + "e999"])
+    "\x00", "18\x00", "a" * 100_000, "1" * 100_000, "$" * 100_000, "(" * 100_000,
+    "((((" * 500 + "1", "\\boxed{" * 1000, "#### " * 20_000, "\ud800", "\u202e18", "1e999999999999",
+    "9" * 300 + "e999"])
 def test_hostile_text_scores_zero_or_one(text):
   for options in ({}, dict(pattern=GSM8K)):
     found = judge("7", text, **options)

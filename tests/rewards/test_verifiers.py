@@ -32,7 +32,8 @@ def test_exact_match_needs_a_reference():
 
 
 @pytest.mark.parametrize("text, matches", [
-    ("<a>1</a>", True), ("<a>1\n2</a>", True), ("<a>1</a> ", False), (" <a>1</a>", False), ("", False)])
+    ("<a>1</a>", True), ("<a>1\n2</a>", True), ("<a>1</a> ", False), (" <a>1</a>", False),
+    ("", False)])
 def test_format_is_about_the_whole_completion(text, matches):
   assert matches_format(task(), completion(text), pattern="<a>.*</a>") is matches
 
