@@ -1,12 +1,12 @@
 """Checkpoints of a run: written in the background, verified when read, never silently wrong.
 
 One checkpoint is `<directory>/<step>/` with two items: `state`, the device arrays, in Orbax's own
-format, and `host`, what every process keeps beside them (see `hostfile`), including the shape and the
-fingerprint of every device array. A checkpoint is restored only if all of this agrees.
+format, and `host`, what every process keeps beside them (see `hostfile`), including the shape and
+the fingerprint of every device array. A checkpoint is restored only if all of this agrees.
 
-Names beside the steps: `<step>.damaged` is a checkpoint that could not be restored, moved out of the
-way; `<step>.replaced` is the old version of a step that is being saved anew, deleted once the new one
-is complete and put back if the run dies before that.
+Names beside the steps: `<step>.damaged` is a checkpoint that could not be restored, moved out of
+the way; `<step>.replaced` is the old version of a step that is being saved anew, deleted once the
+new one is complete and put back if the run dies before that.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +87,7 @@ class Checkpoints:
       state: pytree of `jax.Array` (any sharding), NumPy arrays and scalars, Python numbers.
       host: JSON-able; see `hostfile.plain`. Every process stores its own.
       buffer: more NumPy arrays, not necessarily the same from save to save. Every process its own.
-      force: replace a checkpoint of the same step (the old one stays until the new one is complete).
+      force: replace a checkpoint of the same step (the old one stays until the new is complete).
 
     Returns:
       False if there is a checkpoint of this step already and `force` is not set.
@@ -124,14 +124,16 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
     return True
 
-  def restore_latest(self, abstract_state: Any) -> Restored | None:
+  def restore_latest(self, abstract_state: Any | Callable[[dict[str, Any]], Any]
+                     ) -> Restored | None:
     """The newest checkpoint that is intact, or None in an empty directory.
 
     Damaged ones are reported and renamed to `<step>.damaged`.
 
     Args:
       abstract_state: the structure to restore, with `jax.ShapeDtypeStruct` (or arrays) for arrays;
-        their `sharding` says where the arrays go, whatever the mesh was when they were saved.
+        their `sharding` says where the arrays go, whatever the mesh was when they were saved. Or a
+        function that returns it for the host record, if it depends on the phase, say.
 
     Raises:
       CheckpointError: no checkpoint is intact; or the checkpoint is of another model or optimiser.
@@ -190,14 +192,17 @@ class Checkpoints:
     return ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
         max_to_keep=self._keep, cleanup_tmp_directories=True, save_root_metadata=False))
 
-  def _restore(self, step: int, abstract_state: Any) -> Restored:
-    """Restores one checkpoint, or raises `_Damaged`, or `CheckpointError` if it is another model's."""
+  def _restore(self, step: int, abstract_state: Any | Callable) -> Restored:
+    """Restores one checkpoint, or raises `_Damaged`, or `CheckpointError` for another model's."""
     with _agreeing_on_damage():
       record, arrays = hostfile.read(self.directory / str(step) / "host", jax.process_index())
     if record["processes"] != jax.process_count():
       raise CheckpointError(
-          f"checkpoint of step {step} in {self.directory} was saved by {record['processes']} processes "
-          f"and each kept its own share of the data; there are {jax.process_count()} now: start as many")
+          f"checkpoint of step {step} in {self.directory} was saved by {record['processes']} "
+          f"processes, each with its own share of the data; there are {jax.process_count()} now: "
+          "start as many")
+    if callable(abstract_state):
+      abstract_state = abstract_state(record["host"])
     leaves = _leaves(abstract_state)
     self._refuse_other_structure(step, record["state"], _describe(leaves))
     on_device = {path: _abstract(leaf) for path, leaf in leaves.items() if _is_device(leaf)}
@@ -209,7 +214,8 @@ class Checkpoints:
     for path, leaf in leaves.items():
       if not _is_device(leaf):
         values[path] = _as_type_of(leaf, arrays[f"state/{_name(path)}"])
-    state = jax.tree.unflatten(jax.tree.structure(abstract_state), [values[path] for path in leaves])
+    structure = jax.tree.structure(abstract_state)
+    state = jax.tree.unflatten(structure, [values[path] for path in leaves])
     buffer = {name.removeprefix("buffer/"): array for name, array in arrays.items()
               if name.startswith("buffer/")}
     return Restored(step, state, record["host"], buffer if record["has_buffer"] else None)
@@ -225,9 +231,11 @@ class Checkpoints:
       arrays |= traverse_util.flatten_dict(restored["state"])
     return arrays
 
-  def _refuse_other_structure(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    differing = [f"{name}: {saved.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} "
-                 "now" for name in sorted({**saved, **wanted}) if saved.get(name) != wanted.get(name)]
+  def _refuse_other_structure(self, step: int, saved: dict[str, str], wanted: dict[str, str]
+                              ) -> None:
+    differing = [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} now"
+        for name in sorted({**saved, **wanted}) if saved.get(name) != wanted.get(name)]
     if not differing:
       return
     rest = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
@@ -256,7 +264,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _explaining_failure(self) -> Iterator[None]:
-    """Turns what Orbax raises into one error, and leaves a directory that can be saved into again."""
+    """Turns what Orbax raises into one error, and leaves a directory that can be saved into."""
     try:
       yield
     except Exception as error:
@@ -269,9 +277,10 @@ class Checkpoints:
       last = self.latest_step()
       intact = "there is no earlier one" if last is None else (
           f"the last complete one is of step {last}, and the same command continues from it")
-      raise CheckpointError(f"checkpoint of step {step} could not be written to {self.directory}: "
-                            f"{_first_line(error)}\nCheck the free space and the permissions there. "
-                            f"No earlier checkpoint is lost: {intact}") from error
+      raise CheckpointError(
+          f"checkpoint of step {step} could not be written to {self.directory}: "
+          f"{_first_line(error)}\nCheck the free space and the permissions there. No earlier "
+          f"checkpoint is lost: {intact}") from error
 
 
 class _Damaged(Exception):
@@ -280,7 +289,7 @@ class _Damaged(Exception):
 
 @contextlib.contextmanager
 def _agreeing_on_damage() -> Iterator[None]:
-  """Raises `_Damaged` on every process if the body failed on any, so that all fall back together."""
+  """Raises `_Damaged` on all processes if the body failed on any: all fall back together."""
   problem = ""
   try:
     yield
@@ -340,7 +349,7 @@ def _fingerprints(arrays: Mapping[tuple[str, ...], jax.Array]) -> dict[str, int]
 
 
 def _as_type_of(leaf: Any, array: np.ndarray) -> Any:
-  """A restored host value as the kind that the structure asks for: array, NumPy or Python scalar."""
+  """A restored host value as what the structure asks for: array, NumPy or Python scalar."""
   if isinstance(leaf, np.ndarray):
     return array
   return array[()] if isinstance(leaf, np.generic) else type(leaf)(array.item())

@@ -66,8 +66,8 @@ def refuse_unstorable(arrays: Mapping[str, np.ndarray]) -> None:
   """Raises TypeError if an array is not plain numbers, booleans or fixed-width strings."""
   for name, array in arrays.items():
     if array.dtype.hasobject or array.dtype.names:
-      raise TypeError(f"array {name!r} of a checkpoint has dtype {array.dtype}; store plain numbers, "
-                      "or put the value into the JSON part")
+      raise TypeError(f"array {name!r} of a checkpoint has dtype {array.dtype}; store plain "
+                      "numbers, or put the value into the JSON part")
 
 
 def plain(value: Any, where: str = "host") -> Any:
@@ -90,8 +90,8 @@ def plain(value: Any, where: str = "host") -> Any:
     return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
   if isinstance(value, (list, tuple)):
     return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-  raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold: convert it to numbers, "
-                  "strings, lists and dicts, or put arrays into `buffer`")
+  raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold: convert it to "
+                  "numbers, strings, lists and dicts, or put arrays into `buffer`")
 
 
 def _canonical(content: Any) -> bytes:

@@ -1,8 +1,8 @@
 """Keeps Orbax from talking past our own reports.
 
-Whatever matters in its log lines is also raised, and then reported once by `checkpoints`. When one read
-of a restore fails, it abandons the other reads together with their event loop, and Python would print a
-traceback for each: where they are collected, and again when they finish after all.
+Whatever matters in its log lines is also raised, and then reported once by `checkpoints`. When one
+read of a restore fails, it abandons the other reads together with their event loop, and Python
+would print a traceback for each: where they are collected, and again when they finish after all.
 """
 
 from collections.abc import Iterator
