@@ -7,6 +7,7 @@ its `steps` and whatever differs from the top level.
 
 import ast
 from collections.abc import Mapping, Sequence
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -21,6 +22,19 @@ import ml_collections
 from jaxrl.compose import nearest
 
 PHASE_FIELDS = ("kind", "steps", "until")
+
+
+class ConfigError(ValueError):
+  """A mistake in a config or in what it names; the message is all that is needed to mend it."""
+
+
+@contextlib.contextmanager
+def as_config_errors():
+  """Turns `ValueError` into `ConfigError`, where nothing but the config can be at fault."""
+  try:
+    yield
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
 def load(spec: str) -> ml_collections.ConfigDict:

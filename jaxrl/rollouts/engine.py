@@ -168,9 +168,7 @@ class Rollouts:
     tokens = list(map(int, sample.tokens))
     if tokens and tokens[-1] in params.stop_ids:
       tokens.pop()
-    text = self.tokenizer.decode(tokens)
-    ends = [at for s in params.stop_strings if (at := text.find(s)) >= 0]
-    return text[:min(ends)] if ends else text
+    return self.tokenizer.decode(tokens)[:sample.text_end]
 
 
 class _Session:
@@ -238,7 +236,7 @@ class _Session:
   def _serve_samples(self, pending):
     if not pending:
       return
-    results = self.rollouts.sampler.sample(self.params, [p.request for p in pending],
+    results = self.rollouts.sampler.sample(self.params["params"], [p.request for p in pending],
                                            self.base_key)
     for p, result in zip(pending, results):
       self._resolve(p, result)
@@ -261,9 +259,7 @@ class _Session:
 
 def _complete(coroutine):
   """Runs a coroutine to its end, also where an event loop already runs (notebooks)."""
-  try:
-    asyncio.get_running_loop()
-  except RuntimeError:
+  if asyncio._get_running_loop() is None:
     return asyncio.run(coroutine)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     return pool.submit(asyncio.run, coroutine).result()

@@ -1,0 +1,89 @@
+"""How well a policy solves problems: greedily, on average over samples, and in k tries."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl.batch import Task
+from jaxrl.batch import Trajectory
+from jaxrl.evaluation.pass_at_k import pass_at_k
+from jaxrl.rollouts import Rollouts
+from jaxrl.rollouts import group
+
+GREEDY, SAMPLED = 0, 1  # last integer of the PRNG key of either kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Metrics by name, and the greedy answers behind them."""
+
+  metrics: dict[str, float]
+  answers: list[Trajectory]
+
+
+def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct: str, samples: int,
+             k: int, temperature: float, base_key: jax.Array, key: tuple[int, ...]) -> Evaluation:
+  """Evaluates a policy on tasks.
+
+  Args:
+    rollouts: supplies sampler, tokenizer, scorer and limits; its own episode is not used.
+    correct: criterion that counts as solved at a score of 1.
+    samples: draws per task for the sampled metrics; 0 leaves them out.
+    k: of pass@k, at most `samples`.
+    temperature: of the draws.
+    base_key, key: randomness, see `Rollouts.run`.
+
+  Returns:
+    `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, the mean number of greedy tokens
+    `greedy_tokens` and the share `unscored` that no criterion could judge (left out of the rest).
+  """
+  def run(n, temperature, kind):
+    session = Rollouts(functools.partial(group, samples=n), rollouts.sampler, rollouts.tokenizer,
+                       rollouts.scorer, report=rollouts.report,
+                       sampling=dataclasses.replace(rollouts.sampling, temperature=temperature,
+                                                    top_k=0, top_p=1.0, min_p=0.0))
+    return session.run(params, tasks, base_key=base_key, key=(*key, kind))
+
+  answers = run(1, 0.0, GREEDY)
+  scored = [t for t in answers if t.scored]
+  metrics = {
+      "greedy_accuracy": _mean([is_correct(t, correct) for t in scored]),
+      "greedy_tokens": _mean([len(t.tokens) - t.prompt_length for t in answers]),
+      "unscored": _mean([not t.scored for t in answers]),
+  }
+  if samples:
+    groups: dict[int, list[bool]] = {}
+    for t in run(samples, temperature, SAMPLED):
+      if t.scored:
+        groups.setdefault(t.group, []).append(is_correct(t, correct))
+    metrics["sampled_accuracy"] = _mean([np.mean(g) for g in groups.values()])
+    metrics[f"pass_at_{k}"] = _mean([pass_at_k(len(g), sum(g), k) for g in groups.values()
+                                     if len(g) >= k])
+  return Evaluation(metrics, answers)
+
+
+def is_correct(trajectory: Trajectory, criterion: str) -> bool:
+  """Whether a criterion gave (at least) its full score of 1."""
+  return trajectory.evidence[criterion].score >= 1.0
+
+
+def sample_rows(trajectories: Sequence[Trajectory], tasks: Mapping[str, Task],
+                **more: Sequence[Any]) -> list[dict[str, Any]]:
+  """What a run writes down about trajectories, one JSON-able row each."""
+  rows = []
+  for i, t in enumerate(trajectories):
+    rows.append(dict(
+        task=t.task_id, prompt=tasks[t.task_id].question, answer=tasks[t.task_id].answer,
+        completion=t.text, finish=t.finish, tokens=len(t.tokens) - t.prompt_length,
+        reward=t.reward if t.scored else None,
+        criteria={name: dataclasses.asdict(c) for name, c in t.evidence.items()},
+        **{name: values[i] for name, values in more.items()}))
+  return rows
+
+
+def _mean(values):
+  return float(np.mean(values)) if len(values) else float("nan")

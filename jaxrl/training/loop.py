@@ -1,0 +1,220 @@
+"""The training loop: one phase from its first update, or from wherever it was stopped, to its last."""
+
+from collections.abc import Callable
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl import batch as batches
+from jaxrl import sharding
+from jaxrl.batch import TokenBatch
+from jaxrl.evaluation import policy
+from jaxrl.training.checkpoints import Checkpoints
+from jaxrl.training.learner import Learner
+from jaxrl.training.learner import to_micro_batches
+from jaxrl.training.reporting import Reporter
+from jaxrl.training.state import TrainState
+from jaxrl.training.supply import Supplied
+from jaxrl.training.supply import Supply
+
+
+class TrainingFailure(RuntimeError):
+  """Training cannot go on; the message says why and what is left."""
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a checkpoint remembers beside the state: everything on the host that training depends on.
+
+  Attributes:
+    phase: index of the phase in `config.phases`.
+    updates: updates of all phases so far; the number of a checkpoint.
+    supply: position in the data.
+    updates_left: updates still to be made on the batch in the checkpoint's buffer.
+    batch_metrics: what was logged about that batch.
+    ended: the phase has reached its last update, or what it was waiting for.
+    evaluations: metrics by moment: `start`, and the name of each phase that has ended.
+    seconds: time spent by phase, evaluations included.
+  """
+
+  phase: int = 0
+  updates: int = 0
+  supply: dict | None = None
+  updates_left: int = 0
+  batch_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  ended: bool = False
+  evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class PhaseRun:
+  """Everything that the loop needs for one phase.
+
+  Attributes:
+    name, steps: of the phase.
+    supply: gives batches.
+    learner: jitted functions.
+    updates_per_batch: optimiser updates on each batch.
+    packing: keyword arguments of `batch.pack`.
+    micro_batch_rows: rows of one forward and backward pass.
+    mesh: where batches go.
+    max_bad_steps: updates in a row with a non-finite gradient before the run stops.
+    max_logprob_gap: largest difference between sampler and trainer that the first update accepts.
+    validate: greedy metrics on validation problems for `(params, step)`, None if not wanted.
+    validate_every: updates between validations.
+    until: metric and bound of validation that end the phase, None to run all steps.
+    checkpoint_every, samples_every, curves_every: updates between these; 0 is never.
+  """
+
+  name: str
+  steps: int
+  supply: Supply
+  learner: Learner
+  updates_per_batch: int
+  packing: dict[str, int]
+  micro_batch_rows: int
+  mesh: jax.sharding.Mesh
+  max_bad_steps: int
+  max_logprob_gap: float
+  validate: Callable[[Any, int], dict[str, float]] | None
+  validate_every: int
+  until: tuple[str, float] | None
+  checkpoint_every: int
+  samples_every: int
+  curves_every: int
+
+
+def train(phase: PhaseRun, state: TrainState, progress: Progress,
+          buffer: dict[str, np.ndarray] | None, *, reporter: Reporter, checkpoints: Checkpoints
+          ) -> TrainState:
+  """Runs a phase to its end, saving on the way; changes `progress` in place.
+
+  Args:
+    buffer: the prepared batch of a checkpoint with updates left, see `to_buffer`.
+
+  Raises:
+    TrainingFailure: too many non-finite gradients in a row, or sampler and trainer disagree.
+  """
+  if progress.supply is not None:
+    phase.supply.set_state(progress.supply)
+  batch = None
+  if buffer is not None:
+    batch = sharding.put_batch(from_buffer(buffer), phase.mesh)
+  step = int(state.step)
+  while step < phase.steps and not progress.ended:
+    start = time.perf_counter()
+    fresh = batch is None
+    if fresh:
+      supplied = phase.supply.next(state.params, step)
+      batch = _prepare(phase, state, supplied, progress)
+      progress.supply, progress.updates_left = phase.supply.get_state(), phase.updates_per_batch
+      if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:
+        _log_samples(phase, batch, supplied, progress.updates, reporter)
+    with jax.set_mesh(phase.mesh):
+      state, metrics = phase.learner.update(state, batch)
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    step, progress.updates = step + 1, progress.updates + 1
+    progress.updates_left -= 1
+    _check(phase, metrics, step, fresh, checkpoints)
+    if not fresh:
+      metrics.pop("logprob_gap", None)  # by now the policy has moved; the gap is not an error
+    metrics |= progress.batch_metrics | _speed(progress.batch_metrics, start)
+    if progress.updates_left == 0:
+      batch, progress.batch_metrics = None, {}
+    if phase.validate and phase.validate_every and step % phase.validate_every == 0:
+      validation = phase.validate(state.params, step)
+      metrics |= {f"validation/{name}": value for name, value in validation.items()}
+      if phase.until and validation[phase.until[0]] >= phase.until[1]:
+        progress.ended = True
+        reporter.note(f"{phase.name}: validation {phase.until[0]} reached "
+                      f"{validation[phase.until[0]]:.3f} at update {step}; the phase ends here")
+    progress.ended = progress.ended or step == phase.steps
+    seconds = time.perf_counter() - start
+    progress.seconds[phase.name] = progress.seconds.get(phase.name, 0.0) + seconds
+    reporter.step(progress.updates, phase.name, {"phase_step": step, **metrics})
+    if phase.curves_every and step % phase.curves_every == 0:
+      reporter.draw()
+    if progress.ended or (phase.checkpoint_every and step % phase.checkpoint_every == 0):
+      save(checkpoints, state, progress, batch)
+  return state
+
+
+def save(checkpoints: Checkpoints, state: TrainState, progress: Progress,
+         batch: TokenBatch | None = None) -> None:
+  """Starts a checkpoint of everything that the rest of the run depends on."""
+  buffer = None if batch is None else to_buffer(batch)
+  checkpoints.save(progress.updates, state, dataclasses.asdict(progress), buffer, force=True)
+
+
+def to_buffer(batch: TokenBatch) -> dict[str, np.ndarray]:
+  """A prepared batch as a flat dict of host arrays."""
+  host = jax.device_get(batch)
+  arrays = {}
+  for field in dataclasses.fields(host):
+    value = getattr(host, field.name)
+    if isinstance(value, dict):
+      arrays |= {f"{field.name}.{name}": array for name, array in value.items()}
+    else:
+      arrays[field.name] = value
+  return arrays
+
+
+def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
+  """The inverse of `to_buffer`."""
+  fields: dict[str, Any] = {"signals": {}, "columns": {}}
+  for name, array in arrays.items():
+    field, _, key = name.partition(".")
+    if key:
+      fields[field][key] = array
+    else:
+      fields[field] = array
+  return TokenBatch(**fields)
+
+
+def _prepare(phase, state, supplied: Supplied, progress):
+  host = batches.pack(supplied.trajectories, **phase.packing)
+  used = int((host.segment_ids != 0).sum())
+  rows = int((host.segment_ids != 0).any(axis=1).sum())
+  progress.batch_metrics = {
+      **supplied.metrics, "sequences": len(supplied.trajectories), "tokens": used,
+      "loss_tokens": int(host.loss_mask.sum()),
+      "packing_efficiency": used / max(rows * host.tokens.shape[1], 1)}
+  host = to_micro_batches(host, phase.micro_batch_rows)
+  with jax.set_mesh(phase.mesh):
+    return phase.learner.prepare(state, sharding.put_batch(host, phase.mesh))
+
+
+def _speed(batch_metrics, start):
+  seconds = time.perf_counter() - start
+  return {"step_seconds": seconds, "tokens_per_second": batch_metrics["tokens"] / seconds}
+
+
+def _check(phase, metrics, step, fresh, checkpoints):
+  last = checkpoints.latest_step()
+  left = f"the last good checkpoint is that of update {last}" if last else "no checkpoint yet"
+  if metrics["bad_steps"] >= phase.max_bad_steps:
+    raise TrainingFailure(
+        f"{phase.name}: loss or gradient was not finite {phase.max_bad_steps} updates in a row, up "
+        f"to update {step}; {left}. Lower config.optimizer.learning_rate or "
+        "config.optimizer.clip_norm, or look at the newest samples")
+  if fresh and step == 1 and metrics.get("logprob_gap", 0.0) > phase.max_logprob_gap:
+    raise TrainingFailure(
+        f"{phase.name}: sampler and trainer disagree about the log-probability of the same tokens "
+        f"by {metrics['logprob_gap']:.3g}, more than config.rollout.max_logprob_gap="
+        f"{phase.max_logprob_gap}. With bfloat16 some gap is normal and the bound may be raised; "
+        "in float32 this is a bug in a model or sampler setting")
+
+
+def _log_samples(phase, batch, supplied, updates, reporter):
+  host = jax.device_get(batch)
+  ids, mask = host.sequence_ids[host.loss_mask], host.signals["advantages"][host.loss_mask]
+  count = np.maximum(np.bincount(ids, minlength=host.num_sequences), 1)
+  means = np.bincount(ids, weights=mask, minlength=host.num_sequences) / count
+  advantages = [float(a) for a in means[:len(supplied.trajectories)]]
+  reporter.samples(phase.name, updates,
+                   policy.sample_rows(supplied.trajectories, supplied.tasks,
+                                      advantage=advantages))

@@ -1,0 +1,151 @@
+"""A whole run: phases in order, evaluations around them, resuming, and what is left behind."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from jaxrl import config as configs
+from jaxrl import sharding
+from jaxrl.training import builders
+from jaxrl.training import loop
+from jaxrl.training import state as states
+from jaxrl.training.builders import Parts
+from jaxrl.training.checkpoints import Checkpoints
+from jaxrl.training.loop import Progress
+from jaxrl.training.reporting import Reporter
+
+START = "start"  # the moment of the first evaluation
+FREE_TO_CHANGE = ("checkpoint", "log", "mesh")  # sections that a resumed run may change
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False
+        ) -> dict[str, Any]:
+  """Runs all phases of a config, or what is left of them; the same call continues a killed run.
+
+  Args:
+    config: as `configs/base.py`, complete.
+    workdir: where everything that the run leaves behind goes.
+    quiet: plain log lines instead of a progress bar.
+
+  Returns:
+    The contents of `summary.json`.
+
+  Raises:
+    ConfigError: a bad config, row or tokenizer, before anything is computed.
+    TrainingFailure, RewardFailure, EpisodeFailure, CheckpointError: the run cannot go on.
+  """
+  sharding.start_distributed()
+  workdir = pathlib.Path(workdir)
+  plain = configs.to_dict(config)
+  with configs.as_config_errors():
+    _check_same_config(workdir, plain)
+  with Reporter(workdir, quiet=quiet) as reporter:
+    with configs.as_config_errors():
+      parts = builders.build_parts(config, workdir, reporter.note)
+    try:
+      reporter.config(plain)
+      checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
+                                report=reporter.note)
+      try:
+        return _run(parts, checkpoints, reporter)
+      finally:
+        checkpoints.close()
+    finally:
+      parts.scorer.close()
+
+
+def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
+  restored = checkpoints.restore_latest(
+      lambda host: builders.abstract_state(parts, parts.phases[host["phase"]]))
+  progress, state, buffer = Progress(), None, None
+  if restored is not None:
+    progress, state, buffer = Progress(**restored.host), restored.state, restored.buffer
+    reporter.rewind(progress.updates)
+    reporter.note(f"continuing phase {parts.phases[progress.phase].name} after update "
+                  f"{progress.updates}")
+  else:
+    reporter.rewind(0)
+  rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
+  params = states.initial_parameters(parts.decoder, rng, parts.mesh) if state is None else None
+  for index in range(progress.phase, len(parts.phases)):
+    phase = parts.phases[index]
+    began = time.perf_counter()
+    if index == 0 and START not in progress.evaluations:
+      params = params if state is None else state.params
+      progress.evaluations[START] = _evaluate(parts, phase, params, (0,), reporter, START)
+      progress.seconds[phase.name] = time.perf_counter() - began
+    if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
+      params, state, buffer = state.params, None, None
+      progress = dataclasses.replace(progress, phase=index, supply=None, ended=False,
+                                     updates_left=0, batch_metrics={})
+    if phase.kind != "evaluate":
+      state = _train(parts, phase, params, state, progress, buffer, reporter, checkpoints)
+    elif state is None:
+      state = builders.start_state(parts, phase, params, rng)
+    if phase.name not in progress.evaluations:
+      began = time.perf_counter()
+      progress.evaluations[phase.name] = _evaluate(parts, phase, state.params, (index + 1,),
+                                                   reporter, phase.name)
+      progress.seconds[phase.name] = (progress.seconds.get(phase.name, 0.0)
+                                      + time.perf_counter() - began)
+      loop.save(checkpoints, state, progress)
+    reporter.summary(summary(parts, progress, checkpoints.directory.parent))
+    reporter.draw()
+  checkpoints.wait()
+  result = summary(parts, progress, checkpoints.directory.parent)
+  reporter.finish(result)
+  return result
+
+
+def _train(parts, phase, params, state, progress, buffer, reporter, checkpoints):
+  if state is None:
+    rng = jax.random.key_data(jax.random.key(parts.config.seed))
+    state = builders.start_state(parts, phase, params, rng)
+  phase_run = builders.phase_run(parts, phase)
+  reporter.start_phase(phase.name, phase.kind, phase.steps, int(state.step))
+  state = loop.train(phase_run, state, progress, buffer, reporter=reporter,
+                     checkpoints=checkpoints)
+  reporter.end_phase()
+  return state
+
+
+def _evaluate(parts, phase, params, key, reporter, moment) -> dict[str, float]:
+  if not parts.test:
+    return {}
+  evaluation = builders.evaluate(parts, phase, params, parts.test, key)
+  reporter.evaluation(moment, evaluation.metrics)
+  return evaluation.metrics
+
+
+def summary(parts: Parts, progress: Progress, workdir: pathlib.Path) -> dict[str, Any]:
+  """`phases` with accuracies before and after each; the reporter adds cost and versions."""
+  rows, before = [], progress.evaluations.get(START, {})
+  for phase in parts.phases:
+    if phase.name not in progress.evaluations:
+      break
+    after = progress.evaluations[phase.name]
+    rows.append(dict(name=phase.name, kind=phase.kind,
+                     seconds=progress.seconds.get(phase.name, 0.0), before=before, after=after))
+    before = after
+  return dict(phases=rows, workdir=str(workdir), updates=progress.updates)
+
+
+def _check_same_config(workdir, plain):
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  old = json.loads(path.read_text())
+  drop = lambda c: {k: v for k, v in c.items() if k not in FREE_TO_CHANGE}
+  changed = configs.differences(drop(old), drop(plain))
+  if changed:
+    raise ValueError(f"{workdir} holds a run with another config:\n  " + "\n  ".join(changed[:20])
+                     + "\ncontinue it with the config that it was started with, or pass another "
+                     f"--workdir, or delete {workdir}")

@@ -1,0 +1,73 @@
+"""What training changes: parameters, optimiser state, counters."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+import optax
+
+from jaxrl import sharding
+from jaxrl.models import DecoderConfig
+from jaxrl.models import init_parameters
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of one phase.
+
+  Attributes:
+    step: updates of this phase, skipped ones included.
+    params: of the policy.
+    opt_state: of the phase's optimiser.
+    reference: frozen copy of the parameters at the start of the phase, None if no term needs it.
+    bad_steps: updates in a row that were skipped because a gradient was not finite.
+    skipped_steps: all updates of this phase that were skipped.
+    rng: raw data of the run's PRNG key; everything random folds counters into it.
+  """
+
+  step: Int[Array, ""]
+  params: Any
+  opt_state: Any
+  reference: Any
+  bad_steps: Int[Array, ""]
+  skipped_steps: Int[Array, ""]
+  rng: Array
+
+
+def start_phase(params: Any, rng: Array, optimizer: optax.GradientTransformation, *,
+                with_reference: bool) -> TrainState:
+  """A fresh optimiser and counters around given parameters."""
+  def zero():
+    return jnp.zeros((), jnp.int32)
+  return TrainState(step=zero(), params=params, opt_state=optimizer.init(params),
+                    reference=jax.tree.map(jnp.copy, params) if with_reference else None,
+                    bad_steps=zero(), skipped_steps=zero(), rng=rng)
+
+
+def initial_parameters(config: DecoderConfig, rng: Array, mesh: jax.sharding.Mesh) -> Any:
+  """Random parameters, made in place on the mesh."""
+  def init():
+    return nn.unbox(init_parameters(config, jax.random.wrap_key_data(rng)))
+  return jax.jit(init, out_shardings=parameter_shardings(config, mesh))()
+
+
+def parameter_shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
+  """The sharding of every parameter."""
+  boxed = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+  return sharding.shardings_of(boxed, mesh)
+
+
+def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
+                   optimizer: optax.GradientTransformation, *, with_reference: bool) -> TrainState:
+  """Shapes, types and shardings of a state, without computing it: what a restore fills in."""
+  def make():
+    boxed = init_parameters(config, jax.random.key(0))
+    rng = jax.random.key_data(jax.random.key(0))
+    return start_phase(boxed, rng, optimizer, with_reference=with_reference)
+  boxed = jax.eval_shape(make)
+  shardings = sharding.shardings_of(boxed, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                      nn.unbox(boxed), shardings)

@@ -1,0 +1,114 @@
+"""Where a phase's batches come from: supervised examples, or rollouts of the current policy.
+
+A supply draws from the data and gives host batches; the loop neither knows nor cares which kind it
+feeds on. A new kind of phase is a new supply and its objective terms.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import time
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxrl import data
+from jaxrl.batch import Task
+from jaxrl.batch import Trajectory
+from jaxrl.rollouts import Rollouts
+from jaxrl.rollouts import collect
+
+
+@dataclasses.dataclass
+class Supplied:
+  """Trajectories of one batch, what to log about them, and the tasks they answer."""
+
+  trajectories: list[Trajectory]
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  tasks: dict[str, Task] = dataclasses.field(default_factory=dict)
+
+
+class Supply(Protocol):
+  """Gives batches, and can be stopped and continued at any of them."""
+
+  sampled: bool  # whether trajectories come from a policy, with log-probabilities and rewards
+
+  def next(self, params: Any, step: int) -> Supplied:
+    """The next batch, for the policy `params` at update `step` of the phase."""
+
+  def get_state(self) -> dict:
+    """JSON-able position."""
+
+  def set_state(self, state: dict) -> None:
+    """Continues from a position."""
+
+
+class Examples:
+  """Supervised examples: `count` tasks with their solutions per batch."""
+
+  sampled = False
+
+  def __init__(self, tasks: data.TaskIterator, to_example: Callable[[Task], Trajectory],
+               count: int):
+    self._tasks, self._to_example, self._count = tasks, to_example, count
+
+  def next(self, params: Any, step: int) -> Supplied:
+    del params, step
+    return Supplied([self._to_example(next(self._tasks)) for _ in range(self._count)])
+
+  def get_state(self) -> dict:
+    return self._tasks.get_state()
+
+  def set_state(self, state: dict) -> None:
+    self._tasks.set_state(state)
+
+
+class GroupsOfRollouts:
+  """Rollouts: episodes of the current policy, scored, with statistics of their groups."""
+
+  sampled = True
+
+  def __init__(self, tasks: data.TaskIterator, rollouts: Rollouts, *, prompts: int,
+               base_key: jax.Array, phase: int, filter_zero_variance: bool, max_resample: int):
+    self._tasks, self._rollouts = tasks, rollouts
+    self._collect = dict(prompts=prompts, base_key=base_key,
+                         filter_zero_variance=filter_zero_variance, max_resample=max_resample)
+    self._phase = phase
+
+  def next(self, params: Any, step: int) -> Supplied:
+    start = time.perf_counter()
+    collected = collect(self._rollouts, params, lambda n: [next(self._tasks) for _ in range(n)],
+                        key=(self._phase, step), step=step, **self._collect)
+    metrics = rollout_metrics(collected.trajectories)
+    metrics["groups"] = collected.groups
+    metrics["effective_groups"] = collected.effective_groups / max(collected.groups, 1)
+    metrics["rollout_seconds"] = time.perf_counter() - start
+    return Supplied(collected.trajectories, metrics, collected.tasks)
+
+  def get_state(self) -> dict:
+    return self._tasks.get_state()
+
+  def set_state(self, state: dict) -> None:
+    self._tasks.set_state(state)
+
+
+def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+  """Means over scored trajectories: reward, its criteria, length, and how they ended."""
+  scored = [t for t in trajectories if t.scored]
+  lengths = [int(t.loss_mask.sum()) for t in trajectories]
+  metrics = {
+      "reward": _mean([t.reward for t in scored]),
+      "reward_std": float(np.std([t.reward for t in scored])) if scored else float("nan"),
+      "response_tokens": _mean(lengths),
+      "response_tokens_max": float(max(lengths, default=0)),
+      "truncated": _mean([t.finish == "length" for t in trajectories]),
+      "unscored": _mean([not t.scored for t in trajectories]),
+  }
+  for name in scored[0].evidence if scored else ():
+    values = [t.evidence[name].score for t in scored if name in t.evidence]
+    metrics[f"criteria/{name}"] = _mean(values)
+  return metrics
+
+
+def _mean(values):
+  return float(np.mean(values)) if len(values) else float("nan")
