@@ -1,8 +1,8 @@
 """Where arrays live: the device mesh, the rules from logical axes to mesh axes, process start-up.
 
 Parameters name their axes (`embed`, `heads`, ...) and `RULES` says which mesh axis splits each, so
-one program runs on a laptop and on a pod. XLA inserts the communication. Code that runs on a mesh of
-several devices does so inside `with jax.set_mesh(mesh)`, which is where `constrain` finds it.
+one program runs on a laptop and on a pod. XLA inserts the communication. Code for a mesh of several
+devices runs inside `with jax.set_mesh(mesh)`, which is where `constrain` finds it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,8 +63,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
     setting = ", ".join(f"{axis}={size}" for axis, size in wanted.items())
     remedy = " ".join(f"--config.mesh.{axis}={size}"
                       for axis, size in zip(AXES, _nearest_shape(wanted, len(devices))))
-    raise ValueError(f"config.mesh ({setting}) does not divide {len(devices)} devices: use {remedy}; "
-                     "one axis may be -1, what the others leave")
+    raise ValueError(f"config.mesh ({setting}) does not divide {len(devices)} devices: use "
+                     f"{remedy}; one axis may be -1, what the others leave")
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -97,7 +97,8 @@ def check_divisible(config: Any, mesh: Mesh) -> None:
       fits = math.gcd(size, parts)
       problem = f"config.model.{field}={size} does not divide over mesh.{mesh_axis}={parts}: use "
       if field == "vocab_size":
-        problem += f"--config.model.vocab_size={-(-size // parts) * parts} (unused ids at its end) or "
+        padded = -(-size // parts) * parts
+        problem += f"--config.model.vocab_size={padded} (unused ids at its end) or "
       problems.append(problem + f"--config.mesh.{mesh_axis}={fits}")
   if problems:
     raise ValueError("\n".join(problems))
@@ -128,8 +129,8 @@ def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
 
   Args:
     abstract: `jax.eval_shape` of what makes the tree. Optimiser states made of boxed parameters are
-      boxed too and follow them; leaves without names, and those whose rank is not that of their
-      parameter (factored moments), are replicated.
+      boxed too and follow them. Leaves without names are replicated, as are factored moments (of
+      another rank than their parameter, or of size 1).
     mesh: of `make_mesh`.
 
   Returns:
@@ -144,13 +145,13 @@ def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
   def sharding(path, leaf):
     value = leaf.unbox() if is_box(leaf) else leaf
     names = leaf.names if is_box(leaf) and len(leaf.names) == value.ndim else ()
-    spec = partition_spec(names)
+    names = [name if size > 1 else None for size, name in zip(value.shape, names)]
     for size, name in zip(value.shape, names):
-      if name and size % _parts(name, mesh):
+      if name in RULES and size % _parts(name, mesh):
         raise ValueError(f"parameter {jax.tree_util.keystr(path)} of shape {value.shape}: axis "
                          f"{name!r} does not divide over {' x '.join(RULES[name])} = "
                          f"{_parts(name, mesh)} of config.mesh")
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, partition_spec(names))
 
   return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=is_box)
 
@@ -199,8 +200,8 @@ def put_batch(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
   """
   rows, parts = batch.tokens.shape[0], _parts("rows", mesh)
   if rows % parts:
-    raise ValueError(f"a batch of {rows} rows does not divide over mesh data x fsdp = {parts}: pack "
-                     f"it with rows_multiple={parts}")
+    raise ValueError(f"a batch of {rows} rows does not divide over mesh data x fsdp = {parts}: "
+                     f"pack it with rows_multiple={parts}")
   shardings = batch_sharding(mesh)(batch)
   if jax.process_count() == 1:
     return jax.device_put(batch, shardings)
@@ -218,9 +219,9 @@ def start_distributed(environment: Mapping[str, str] = os.environ) -> bool:
   """Joins the other processes of a run when the environment says that there are others.
 
   That is the case with `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
-  `JAX_PROCESS_ID`; in a SLURM step, an Open MPI job or a TPU slice of several hosts (there JAX finds
-  the rest itself). Elsewhere, and when called again, it does nothing. Call it before anything that
-  touches a device.
+  `JAX_PROCESS_ID`; in a SLURM step, an Open MPI job or a TPU slice of several hosts (there JAX
+  finds the rest itself). Elsewhere, and when called again, it does nothing. Call it before anything
+  that touches a device.
 
   Returns:
     Whether this process is one of several.
@@ -245,6 +246,7 @@ def start_distributed(environment: Mapping[str, str] = os.environ) -> bool:
     jax.distributed.initialize()
     return jax.process_count() > 1
   if len(missing) < len(names):
-    raise ValueError(f"{', '.join(sorted(set(names) - set(missing)))} without {', '.join(missing)}: "
-                     f"a run of several processes needs all of {', '.join(names)}; unset them for one")
+    present = ", ".join(name for name in names if name not in missing)
+    raise ValueError(f"{present} without {', '.join(missing)}: several processes need all of "
+                     f"{', '.join(names)}; unset them to run one")
   return False

@@ -199,7 +199,8 @@ class Attention(nn.Module):
     k = heads(outputs=("kv_heads", "head_dim"), shape=(c.kv_heads, c.width), name="key")(x)
     v = heads(outputs=("kv_heads", "head_dim"), shape=(c.kv_heads, c.width), name="value")(x)
     if c.qk_norm:
-      q, k = RMSNorm(c, "head_dim", name="query_norm")(q), RMSNorm(c, "head_dim", name="key_norm")(k)
+      q = RMSNorm(c, "head_dim", name="query_norm")(q)
+      k = RMSNorm(c, "head_dim", name="key_norm")(k)
     q, k = rope.rotate(q, k, positions, _frequencies(c, sliding))
     q = q * (c.query_scale or c.width ** -0.5)
     q = q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.width)
@@ -328,8 +329,8 @@ class Decoder(nn.Module):
       self.blocks = [block(c) for _ in range(c.layers)]
     self.final_norm = RMSNorm(c)
     exact = dataclasses.replace(c, dtype="float32")  # a value in bfloat16 has three digits
-    self.tops = {name: Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True, scale=1e-4,
-                                  name=f"{name}_head")
+    self.tops = {name: Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True,
+                                  scale=1e-4, name=f"{name}_head")
                  for name, outputs in c.heads_on_top}
 
   def __call__(self, tokens: Int[Array, "rows length"], positions: Int[Array, "rows length"],

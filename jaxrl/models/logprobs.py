@@ -1,7 +1,7 @@
 """Log-probabilities and entropy over a large vocabulary, without an array of [tokens, vocab].
 
 The vocabulary is visited in chunks: forward with a running maximum and sum (online softmax,
-arXiv:1805.02867), backward by computing the logits of each chunk again. Memory is that of one chunk.
+arXiv:1805.02867), backward by computing the logits of each chunk again. One chunk is in memory.
 """
 
 import functools
@@ -20,9 +20,9 @@ from jaxrl.models.decoder import NEGATIVE, soft_cap as cap_softly
 def token_logits(hidden: Float[Array, "... width"], vocabulary: Float[Array, "vocab width"], *,
                  temperature: float | Array = 1.0, soft_cap: float = 0.0
                  ) -> Float[Array, "... vocab"]:
-  """`cap * tanh(hidden . vocabulary / cap) / temperature` in float32; the product in hidden's dtype.
+  """`cap * tanh(hidden . vocabulary / cap) / temperature` in float32.
 
-  Sampling and training both get their logits here.
+  The product is made in the dtype of `hidden`. Sampling and training both get their logits here.
   """
   logits = jnp.einsum("...d,vd->...v", hidden, vocabulary.astype(hidden.dtype),
                       preferred_element_type=jnp.float32)
@@ -58,14 +58,15 @@ def token_logprobs(hidden: Float[Array, "... width"], vocabulary: Float[Array, "
     raise ValueError(f"temperature={temperature} must be positive: greedy sampling has no "
                      "log-probabilities to train on, use those at temperature 1")
   chunks = _chunk_count(vocabulary.shape[0], chunk, sharding.axis_size("vocab"))
-  return _logprobs(hidden, vocabulary, targets, jnp.float32(temperature), chunks, soft_cap, entropy)
+  return _logprobs(hidden, vocabulary, targets, jnp.float32(temperature), chunks, soft_cap,
+                   entropy)
 
 
 def _chunk_count(vocab, chunk, parts):
   """Number of chunks, more than needed (up to twice) where that saves padding the vocabulary.
 
-  A chunk is every n-th token, so that a vocabulary which is split into `parts` contiguous pieces has
-  the same share of every chunk on each device. That takes a chunk size that `parts` divides.
+  A chunk is every n-th token, so that a vocabulary which is split into `parts` contiguous pieces
+  has the same share of every chunk on each device, if `parts` divides the size of a chunk.
   """
   least = math.ceil(vocab / chunk)
   return next((n for n in range(least, 2 * least) if vocab % (n * parts) == 0), least)
@@ -109,7 +110,8 @@ def _forward(hidden, vocabulary, targets, temperature, chunks, cap, entropy):
   table = _as_chunks(vocabulary, chunks)
 
   def step(carry, index):
-    top, total, moment, chosen = carry  # max z, sum e^(z - top), sum e^(z - top) (z - top), z[target]
+    # max z, sum e^(z - top), sum e^(z - top) (z - top), z[target]
+    top, total, moment, chosen = carry
     logits, _, ids = _chunk_logits(hidden, table, index, vocabulary.shape[0], temperature, cap)
     higher = jnp.maximum(top, logits.max(axis=-1))
     shifted = logits - higher[..., None]

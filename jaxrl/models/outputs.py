@@ -1,4 +1,4 @@
-"""From a packed batch to what losses read: log-probabilities, entropy, values, scores, hidden states.
+"""From a packed batch to what losses read: log-probabilities, entropy, values, scores, states.
 
 Here, and nowhere else, what a state says about the next token moves to the token it is about.
 """
@@ -20,7 +20,7 @@ VALUE_HEAD = "value"  # of `heads_on_top`; the others are scores
 
 
 def init_parameters(config: DecoderConfig, key: Array) -> PyTree:
-  """Random parameters, `{"params": ...}`, boxed with their logical axes (`unbox` takes them off)."""
+  """Random parameters, `{"params": ...}`, boxed with their logical axes until `unbox`."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   return Decoder(config).init(key, tokens, tokens, jnp.ones_like(tokens))
 
@@ -49,8 +49,8 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     vocabulary_chunk: as `chunk` of `token_logprobs`.
 
   Returns:
-    `logprobs`, `entropy` and `values` are 0 on padding and at the first token of every segment, which
-    nothing predicts. What was not asked for is None.
+    `logprobs`, `entropy` and `values` are 0 on padding and at the first token of every segment,
+    which nothing predicts. What was not asked for is None.
 
   Raises:
     ValueError: unknown signal, or a head that the config lacks.
@@ -78,8 +78,7 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
 
 def about_own_token(batch: TokenBatch, about_next: Float[Array, "rows length"]
                     ) -> Float[Array, "rows length"]:
-  """Moves what position t says about tokens[t + 1] to t + 1; 0 where no token of the segment precedes.
-  """
+  """Moves what position t says about tokens[t + 1] to t + 1; 0 where a segment starts."""
   segments = batch.segment_ids
   predicted = (segments == jnp.roll(segments, 1, axis=1)) & (segments != 0)
   predicted &= jnp.arange(segments.shape[1]) > 0
@@ -92,8 +91,8 @@ def _check_signals(config, signals):
       raise ValueError(f"a model has no signal {name!r}{nearest(name, MODEL_SIGNALS)}")
   heads = [name for name, _ in config.heads_on_top]
   if "values" in signals and VALUE_HEAD not in heads:
-    raise ValueError(f"signal 'values' needs a value head, but config.model.heads_on_top={heads}: add "
-                     f"({VALUE_HEAD!r}, 1) to config.model.heads_on_top")
+    raise ValueError(f"signal 'values' needs a value head, but config.model.heads_on_top={heads}: "
+                     f"add ({VALUE_HEAD!r}, 1) to config.model.heads_on_top")
   if "scores" in signals and not set(heads) - {VALUE_HEAD}:
     raise ValueError(f"signal 'scores' needs a scalar head, but config.model.heads_on_top={heads}: "
                      "add ('score', 1) to config.model.heads_on_top")

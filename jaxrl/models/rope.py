@@ -41,7 +41,8 @@ def frequencies(width: int, theta: float, scaling: Mapping[str, object]) -> np.n
   raise ValueError(f"config.model.rope_scaling: rope_type={kind!r} is none of linear, llama3")
 
 
-def rotate(q: Float[Array, "rows length heads width"], k: Float[Array, "rows length kv_heads width"],
+def rotate(q: Float[Array, "rows length heads width"],
+           k: Float[Array, "rows length kv_heads width"],
            positions: Int[Array, "rows length"], frequency: Float[Array, "half"]
            ) -> tuple[Array, Array]:
   """Turns queries and keys by their positions; pairs are (i, i + width / 2), as in Llama."""

@@ -51,7 +51,8 @@ def ours(hidden, vocabulary, targets, weights, **kwargs):
 def test_values_and_gradients_equal_float64(chunk, temperature, soft_cap):
   arrays = inputs()
   weights = np.random.default_rng(1).normal(size=(2, ROWS, LENGTH))
-  got = ours(*arrays, weights, chunk=chunk, temperature=temperature, soft_cap=soft_cap, entropy=True)
+  got = ours(*arrays, weights, chunk=chunk, temperature=temperature, soft_cap=soft_cap,
+             entropy=True)
   for value, expected in zip(got, oracle(*arrays, temperature, soft_cap, weights)):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
 
