@@ -1,0 +1,21 @@
+"""From files to tasks: sources, tokenizers, row-to-task templates and a checkpointable pipeline.
+
+    source = open_source("train.jsonl")
+    builder = TaskBuilder(tokenizer, fields=Fields(question="problem"))
+    tasks = tasks_pipeline(source, builder.read, seed=0)
+"""
+
+from jaxrl.data.examples import Fields
+from jaxrl.data.examples import RowCounts
+from jaxrl.data.examples import supervised
+from jaxrl.data.examples import TaskBuilder
+from jaxrl.data.pipeline import TaskIterator
+from jaxrl.data.pipeline import tasks_pipeline
+from jaxrl.data.sources import BadRow
+from jaxrl.data.sources import open_source
+from jaxrl.data.sources import Source
+from jaxrl.data.tokenizers import CharacterTokenizer
+from jaxrl.data.tokenizers import load_tokenizer
+from jaxrl.data.tokenizers import PretrainedTokenizer
+from jaxrl.data.tokenizers import Tokenizer
+from jaxrl.data.tokenizers import train_bpe
