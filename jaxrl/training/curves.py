@@ -138,7 +138,7 @@ def _plot_smoothed(axes, rows, key: str, spans, colour: str, label: str) -> None
     if not points:
       continue
     steps, values = (np.array(column) for column in zip(*points))
-    window = max(1, len(values) // 15)
+    window = len(values) // 30 * 2 + 1  # odd, so that the mean is centred
     if window > 1:
       axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
     few = np.isfinite(values).sum() < 3

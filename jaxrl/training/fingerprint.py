@@ -22,7 +22,7 @@ def fingerprint(array: jax.Array) -> UInt[Array, ""]:
   the order of reduction do not matter.
 
   Args:
-    array: any shape and any dtype of whole bytes; it may be sharded over devices of several processes.
+    array: any shape, any dtype of whole bytes; may be sharded over devices of several processes.
 
   Returns:
     A replicated uint32 scalar on the devices of `array`, not waited for.
