@@ -318,8 +318,7 @@ def _present(row, field, role, where):
   value = row.get(field)
   if value is None:
     problem = "is null" if field in row else f"is missing{compose.nearest(field, row)}"
-    raise BadRow("missing_field", where, f"field {field!r} {problem}. data.{role} names the field "
-                 "to read")
+    raise BadRow("missing_field", where, f"field {field!r}, which data.{role} names, {problem}")
   return value
 
 

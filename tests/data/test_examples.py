@@ -92,7 +92,7 @@ def test_a_missing_solution_only_matters_where_it_is_used():
   assert builder().to_task(row, "a:1").solution == ""
   assert builder(solution_template="{answer}").to_task(row, "a:1", solved=True).solution == "a"
   for kwargs, solved in (({}, True), (dict(prompt_template="{question}{solution}"), False)):
-    with pytest.raises(data.BadRow, match="'solution' is missing"):
+    with pytest.raises(data.BadRow, match="'solution', which data.solution names, is missing"):
       builder(**kwargs).to_task(row, "a:1", solved=solved)
 
 
@@ -142,14 +142,14 @@ def test_a_final_assistant_message_is_the_solution(chatty):
 
 
 @pytest.mark.parametrize("said,reason,text", [
-    (None, "missing_field", "'chat' is null"),
+    (None, "missing_field", "'chat', which data.messages names, is null"),
     ("hello", "wrong_type", "holds a value of type str"),
     (["hello"], "wrong_type", "list of objects with role and content"),
     ([], "empty", "no message to answer"),
     ([dict(role="assistant", content="x")], "empty", "no message to answer"),
     ([dict(role="user", content="")], "empty", r"chat\[0\]: field 'content' is empty"),
     ([dict(role="user", content="x"), dict(role="user")], "missing_field",
-     r"chat\[1\]: field 'content' is missing"),
+     r"chat\[1\]: field 'content', which data.messages names, is missing"),
     ([dict(role="user", content=["x"])], "wrong_type", r"chat\[0\]: field 'content'"),
     ([dict(role=3, content="x")], "wrong_type", r"chat\[0\]: field 'role'"),
 ])
@@ -164,9 +164,9 @@ def test_bad_messages_are_named(chatty, said, reason, text):
 
 
 BAD_ROWS = [
-    ({"questoin": "q", "answer": "a"}, "missing_field", "'question' is missing; did you mean"),
-    ({}, "missing_field", "'question' is missing; valid are none"),
-    ({"question": None, "answer": "a"}, "missing_field", "'question' is null"),
+    ({"questoin": "q", "answer": "a"}, "missing_field", "is missing; did you mean 'questoin'"),
+    ({}, "missing_field", "is missing; valid are none"),
+    ({"question": None, "answer": "a"}, "missing_field", "names, is null"),
     ({"question": 3, "answer": "a"}, "wrong_type", "'question' holds a value of type int"),
     ({"question": ["q"], "answer": "a"}, "wrong_type", "type list, but data.question needs text"),
     ({"question": {"q": 1}, "answer": "a"}, "wrong_type", "type dict"),
