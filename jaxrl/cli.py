@@ -80,7 +80,8 @@ def _mistakes():
   from jaxrl.rollouts import EpisodeFailure
   from jaxrl.training.checkpoints import CheckpointError
   from jaxrl.training.loop import TrainingFailure
-  return (ConfigError, BadRow, RewardFailure, EpisodeFailure, CheckpointError, TrainingFailure)
+  return (ConfigError, BadRow, RewardFailure, EpisodeFailure, CheckpointError, TrainingFailure,
+          OSError)
 
 
 def _fail(message, code=1) -> NoReturn:

@@ -115,6 +115,11 @@ class Scorer:
     return cls(**spec, where=where)
 
   @property
+  def labels(self) -> list[str]:
+    """Keys of the evidence, in the order of the criteria."""
+    return list(self._labels)
+
+  @property
   def counts(self) -> dict[str, int]:
     """Totals so far: samples, scored, failed, unscorable, and the last two as `label/failed`.
 

@@ -113,7 +113,7 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
       batch = _prepare(phase, state, supplied, progress)
       progress.supply, progress.updates_left = phase.supply.get_state(), phase.updates_per_batch
       if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:
-        _log_samples(phase, batch, supplied, progress.updates, reporter)
+        _log_samples(phase, batch, supplied, progress.updates + 1, reporter)
     with jax.set_mesh(phase.mesh):
       state, metrics = phase.learner.update(state, batch)
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -195,7 +195,7 @@ def _speed(batch_metrics, start):
 
 def _check(phase, metrics, step, fresh, checkpoints):
   last = checkpoints.latest_step()
-  left = f"the last good checkpoint is that of update {last}" if last else "no checkpoint yet"
+  left = f"the last good checkpoint is that of update {last}" if last is not None else "no checkpoint yet"
   if metrics["bad_steps"] >= phase.max_bad_steps:
     raise TrainingFailure(
         f"{phase.name}: loss or gradient was not finite {phase.max_bad_steps} updates in a row, up "

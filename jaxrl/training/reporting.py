@@ -126,7 +126,8 @@ class Reporter:
     shown = "  ".join(f"{name} {jsonl.number(value):.4g}" for name, value in metrics.items())
     self.terminal.note(f"evaluation, {moment}: {shown}")
 
-  def samples(self, phase: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+  def samples(self, phase: str, step: int, rows: Sequence[Mapping[str, Any]], *,
+              replace: bool = False) -> None:
     """Records sampled completions, and shows some of them now and then.
 
     Args:
@@ -134,9 +135,12 @@ class Reporter:
       step: as in `step`.
       rows: `prompt`, `completion`, `criteria`, `reward`, `advantage`, and whatever else is worth
         keeping; see `jsonl.jsonable`.
+      replace: forget what the file held before.
     """
     if not self._writes or not rows:
       return
+    if replace:
+      self._sample_file(file_name(phase)).keep(lambda row: False)
     self._sample_file(file_name(phase)).extend({"step": step, "phase": phase, **row}
                                                for row in rows)
     now = self._clock()
@@ -193,11 +197,15 @@ class Reporter:
     """As `summary`, then draws the curves a last time and shows the table at the end."""
     content = self.summary(summary)
     self.draw(content)
+    self.show_result(content)
+    return content
+
+  def show_result(self, summary: Mapping[str, Any]) -> None:
+    """Shows the table of a finished run."""
     if self._writes:
-      self.terminal.show_result(content.get("phases", ()), {
+      self.terminal.show_result(summary.get("phases", ()), {
           "curves": self.workdir / "curves.png", "samples": self.workdir / "samples",
           "metrics": self._metrics.path, "summary": self.workdir / "summary.json"})
-    return content
 
   def close(self) -> None:
     """Closes all files and leaves the terminal as it was found."""

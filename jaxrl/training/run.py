@@ -4,16 +4,15 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import time
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from jaxrl import config as configs
 from jaxrl import sharding
+from jaxrl.evaluation import policy
 from jaxrl.training import builders
 from jaxrl.training import loop
 from jaxrl.training import state as states
@@ -71,6 +70,12 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
     reporter.rewind(progress.updates)
     reporter.note(f"continuing phase {parts.phases[progress.phase].name} after update "
                   f"{progress.updates}")
+    done = checkpoints.directory.parent / "summary.json"
+    if parts.phases[-1].name in progress.evaluations and done.exists():
+      reporter.note(f"{done.parent} holds a finished run; nothing is left to do")
+      result = json.loads(done.read_text())
+      reporter.show_result(result)
+      return result
   else:
     reporter.rewind(0)
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
@@ -80,7 +85,7 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
     began = time.perf_counter()
     if index == 0 and START not in progress.evaluations:
       params = params if state is None else state.params
-      progress.evaluations[START] = _evaluate(parts, phase, params, (0,), reporter, START)
+      progress.evaluations[START] = _evaluate(parts, phase, params, progress.updates, reporter, START)
       progress.seconds[phase.name] = time.perf_counter() - began
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, state, buffer = state.params, None, None
@@ -92,7 +97,7 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
       state = builders.start_state(parts, phase, params, rng)
     if phase.name not in progress.evaluations:
       began = time.perf_counter()
-      progress.evaluations[phase.name] = _evaluate(parts, phase, state.params, (index + 1,),
+      progress.evaluations[phase.name] = _evaluate(parts, phase, state.params, progress.updates,
                                                    reporter, phase.name)
       progress.seconds[phase.name] = (progress.seconds.get(phase.name, 0.0)
                                       + time.perf_counter() - began)
@@ -117,11 +122,13 @@ def _train(parts, phase, params, state, progress, buffer, reporter, checkpoints)
   return state
 
 
-def _evaluate(parts, phase, params, key, reporter, moment) -> dict[str, float]:
+def _evaluate(parts, phase, params, updates, reporter, moment) -> dict[str, float]:
   if not parts.test:
     return {}
-  evaluation = builders.evaluate(parts, phase, params, parts.test, key)
+  evaluation = builders.evaluate(parts, phase, params, parts.test, (phase.index, updates))
   reporter.evaluation(moment, evaluation.metrics)
+  rows = policy.sample_rows(evaluation.answers, {t.id: t for t in parts.test})
+  reporter.samples(f"evaluation_{moment}", updates, rows, replace=True)
   return evaluation.metrics
 
 
