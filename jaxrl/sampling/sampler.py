@@ -1,7 +1,11 @@
 """The host side of sampling: requests in, samples out."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import math
+import os
+import threading
 import time
 
 import jax
@@ -17,6 +21,7 @@ from jaxrl.sampling.stopping import StopStrings, cut, lengths
 
 CHUNK = 32  # tokens between two looks of the host
 MIN_CAPACITY = 16
+MIN_STREAM_ROWS = 32  # fewer rows at a time use a core badly
 
 
 @dataclasses.dataclass
@@ -25,7 +30,7 @@ class Statistics:
 
   Attributes:
     seconds: from call to return.
-    device_seconds: thereof waiting for the device, compilation included.
+    device_seconds: waiting for the device, summed over calls that ran at the same time.
     calls: device batches.
     prompt_tokens: read, without padding.
     tokens: returned.
@@ -41,6 +46,11 @@ class Statistics:
   slots: int = 0
   compilations: int = 0
 
+  def add(self, other: "Statistics") -> None:
+    """Adds the figures of another call."""
+    for field in dataclasses.fields(self):
+      setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
   @property
   def waste(self) -> float:
     """Share of the computed tokens that nobody asked for."""
@@ -54,13 +64,16 @@ class Sampler:
   """
 
   def __init__(self, config: DecoderConfig, *, mesh: Mesh | None = None, max_rows: int = 1024,
-               decode: Callable[[list[int]], str] | None = None):
+               streams: int | None = None, decode: Callable[[list[int]], str] | None = None):
     """
     Args:
       config: of the model.
       mesh: None, or a mesh with axes `data`, `fsdp` and `tensor`; prompts are distributed over
         the first two.
-      max_rows: samples computed together; more are done one call after the other.
+      max_rows: samples computed at the same time; more are done one device call after the other.
+      streams: device calls under way at the same time, which share `max_rows`. None means one per
+        core on a CPU, where the matrix products of a small model keep one core busy each, and one
+        elsewhere and on a mesh, whose processes must agree on the order of calls.
       decode: token ids to text, for stop strings. Text must only grow with more tokens (an
         incomplete last character aside).
     """
@@ -69,6 +82,12 @@ class Sampler:
     self._config = config
     self._mesh = mesh
     self._max_rows = max_rows
+    if streams is None:
+      streams = _cores() if mesh is None and jax.default_backend() == "cpu" else 1
+    if streams < 1 or (mesh is not None and streams > 1):
+      raise ValueError(f"sampling.streams={streams}: use 1 on a mesh, at least 1 elsewhere")
+    self._streams = streams
+    self._dispatch = threading.Lock()  # so that two threads do not compile the same program
     self._decode = decode
     self._shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     self.statistics = Statistics()
@@ -86,15 +105,25 @@ class Sampler:
       ValueError: a request that cannot be served.
       FloatingPointError: the model returned NaN or infinite log-probabilities.
     """
-    began, compiled = time.perf_counter(), sum(generate.compilations.values())
+    began, compiled = time.perf_counter(), generate.compilations.total()
     self._check(requests, base_key)
     self.statistics = Statistics()
     results = [[None] * request.n for request in requests]
-    for slots, width in layout(requests, self._max_rows):
-      for slot, samples in zip(slots, self._run(params, requests, slots, width, base_key)):
-        results[slot.request][slot.first:slot.first + slot.count] = samples
+    rows = sum(request.n for request in requests)
+    streams = max(1, min(self._streams, self._max_rows, rows // MIN_STREAM_ROWS))
+    calls = list(layout(requests, min(self._max_rows // streams, math.ceil(rows / streams))))
+
+    def run(call):
+      return self._run(params, requests, *call, base_key)
+
+    with ThreadPoolExecutor(streams) as pool:
+      outcomes = list(map(run, calls) if streams == 1 else pool.map(run, calls))
+    for (slots, _), (samples, statistics) in zip(calls, outcomes):
+      self.statistics.add(statistics)
+      for slot, row in zip(slots, samples):
+        results[slot.request][slot.first:slot.first + slot.count] = row
     self.statistics.seconds = time.perf_counter() - began
-    self.statistics.compilations = sum(generate.compilations.values()) - compiled
+    self.statistics.compilations = generate.compilations.total() - compiled
     return results
 
   def _check(self, requests, base_key):
@@ -113,16 +142,17 @@ class Sampler:
         raise ValueError(f"request {request.key}: stop_strings={request.params.stop_strings} need "
                          "a sampler that can decode: Sampler(..., decode=tokenizer.decode)")
 
-  def _run(self, params, requests, slots, width, base_key) -> list[list[Sample]]:
-    """Samples of one device call, per slot."""
+  def _run(self, params, requests, slots, width, base_key):
+    """Samples of one device call, per slot, and what it cost."""
     config, mesh = self._config, self._mesh
     inputs = pack(requests, slots, self._shards)
     stop_ids, max_tokens = inputs.settings.stop_ids, inputs.settings.max_tokens
     length = capacity = power_of_two(int(min(max_tokens.max(), CHUNK)), MIN_CAPACITY)
     inputs = self._put(inputs)
-    prefix, state, output = generate.prefill(params, inputs, base_key, config=config, samples=width,
-                                             capacity=capacity, mesh=mesh)
-    tokens, logprobs, done, step = self._fetch(output)
+    with self._dispatch:
+      prefix, state, output = generate.prefill(
+          params, inputs, base_key, config=config, samples=width, capacity=capacity, mesh=mesh)
+    tokens, logprobs, done, step, waited = _fetch(output)
     strings = StopStrings(self._decode, requests, slots)
     checked = 0
     while True:
@@ -135,18 +165,23 @@ class Sampler:
           state = state.replace(done=self._put(done))
       if done.all():
         break
-      if step + length > capacity:
-        capacity = power_of_two(int(step) + length, MIN_CAPACITY)
-        state = generate.grow(state, capacity=capacity, config=config, mesh=mesh)
-      state, output = generate.decode(params, prefix, state, inputs.settings, config=config,
-                                      length=length, mesh=mesh)
-      more_tokens, more_logprobs, done, step = self._fetch(output)
+      with self._dispatch:
+        if step + length > capacity:
+          capacity = power_of_two(int(step) + length, MIN_CAPACITY)
+          state = generate.grow(state, capacity=capacity, config=config, mesh=mesh)
+        state, output = generate.decode(params, prefix, state, inputs.settings, config=config,
+                                        length=length, mesh=mesh)
+      more_tokens, more_logprobs, done, step, seconds = _fetch(output)
       tokens = np.concatenate([tokens, more_tokens])
       logprobs = np.concatenate([logprobs, more_logprobs])
+      waited += seconds
     samples = cut(tokens, logprobs, lengths(tokens, stop_ids, max_tokens), stop_ids, slots,
                   strings.found)
-    self._count(requests, slots, samples, (int(step) + 1) * done.size)
-    return samples
+    _check_finite(requests, slots, samples)
+    return samples, Statistics(
+        device_seconds=waited, calls=1, slots=(int(step) + 1) * done.size,
+        prompt_tokens=sum(len(requests[slot.request].prompt) for slot in slots),
+        tokens=sum(len(sample.tokens) for row in samples for sample in row))
 
   def _put(self, tree):
     """Distributes arrays over the mesh by their first axis, the prompts."""
@@ -156,21 +191,22 @@ class Sampler:
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
-  def _fetch(self, output):
-    began = time.perf_counter()
-    output = jax.device_get(output)
-    self.statistics.device_seconds += time.perf_counter() - began
-    return output
 
-  def _count(self, requests, slots, samples, slots_computed):
-    stats = self.statistics
-    stats.calls += 1
-    stats.prompt_tokens += sum(len(requests[slot.request].prompt) for slot in slots)
-    stats.tokens += sum(len(sample.tokens) for row in samples for sample in row)
-    stats.slots += slots_computed
-    for slot, row in zip(slots, samples):
-      if not all(np.isfinite(sample.logprobs).all() for sample in row):
-        raise FloatingPointError(
-            f"request {requests[slot.request].key}: the model returned log-probabilities that are "
-            "not finite, so its parameters probably hold NaN or infinite values; go back to an "
-            "earlier checkpoint or lower the learning rate")
+def _fetch(output):
+  """Results on the host, and the seconds spent waiting for them."""
+  began = time.perf_counter()
+  return *jax.device_get(output), time.perf_counter() - began
+
+
+def _check_finite(requests, slots, samples):
+  for slot, row in zip(slots, samples):
+    if not all(np.isfinite(sample.logprobs).all() for sample in row):
+      raise FloatingPointError(
+          f"request {requests[slot.request].key}: the model returned log-probabilities that are "
+          "not finite, so its parameters probably hold NaN or infinite values; go back to an "
+          "earlier checkpoint or lower the learning rate")
+
+
+def _cores():
+  """Cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
