@@ -12,8 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl import sharding
 from jaxrl.models import decoder as decoder_lib
 from jaxrl.sampling import draw as draw_lib
 
@@ -78,9 +78,9 @@ class State:
   step: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "samples", "capacity", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "samples", "capacity"))
 def prefill(params, inputs: Inputs, base_key: Array, *, config: decoder_lib.DecoderConfig,
-            samples: int, capacity: int, mesh: Mesh | None):
+            samples: int, capacity: int):
   """Reads the prompts and draws the first token of every sample.
 
   Args:
@@ -89,7 +89,6 @@ def prefill(params, inputs: Inputs, base_key: Array, *, config: decoder_lib.Deco
     base_key: folded with the key of the request, then with the index of the sample.
     samples: columns of samples; those beyond `inputs.counts` are padding.
     capacity: initial length of the suffix cache.
-    mesh: None, or the mesh over whose `data` and `fsdp` axes prompts are distributed.
 
   Returns:
     The prompts' cache, the state, and for the host the first tokens and log-probabilities
@@ -102,25 +101,25 @@ def prefill(params, inputs: Inputs, base_key: Array, *, config: decoder_lib.Deco
   valid = index < settings.lengths[:, None]
   hidden, prefix = model.apply(
       {"params": params}, inputs.tokens, jnp.broadcast_to(index, shape), valid.astype(jnp.int32))
-  prefix = _distribute(prefix, mesh, config)
+  prefix = _distribute(prefix)
   last = jnp.take_along_axis(hidden, settings.lengths[:, None, None] - 1, axis=1)
   logits = _logits(config, params, last)  # [prompts, 1, vocab]
   keys = _sample_keys(base_key, inputs, samples)
   def empty(*shape):
     return _distribute(jax.tree.map(
-        lambda x: jnp.zeros(x.shape[:-2] + shape + x.shape[-1:], x.dtype), prefix), mesh, config)
+        lambda x: jnp.zeros(x.shape[:-2] + shape + x.shape[-1:], x.dtype), prefix))
   state = State(suffix=empty(samples, capacity), pending=empty(samples), keys=keys,
                 last=jnp.zeros(keys.shape, jnp.int32),
                 done=jnp.arange(samples) >= inputs.counts[:, None], step=jnp.int32(0))
   uniform = _uniforms(keys, jnp.arange(1))[0]
   state, tokens, logprobs = _extend(
       state, jnp.broadcast_to(logits, keys.shape + logits.shape[-1:]), uniform, settings, 0)
-  return prefix, state, _replicate((tokens[None], logprobs[None], state.done, state.step), mesh)
+  return prefix, state, _replicate((tokens[None], logprobs[None], state.done, state.step))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length", "mesh"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "length"), donate_argnames=("state",))
 def decode(params, prefix, state: State, settings: Settings, *, config: decoder_lib.DecoderConfig,
-           length: int, mesh: Mesh | None):
+           length: int):
   """Draws up to `length` more tokens of every sample, fewer when all samples end.
 
   Args:
@@ -145,7 +144,7 @@ def decode(params, prefix, state: State, settings: Settings, *, config: decoder_
 
   def step(carry):
     state, tokens, logprobs = carry
-    suffix = _distribute(_store(state), mesh, config)
+    suffix = _distribute(_store(state))
     hidden, pending = model.apply({"params": params}, state.last, settings.lengths, state.step,
                                   _layer_caches(prefix, suffix), method="decode")
     i = state.step - start
@@ -157,17 +156,16 @@ def decode(params, prefix, state: State, settings: Settings, *, config: decoder_
   shape = (length,) + state.last.shape
   state, tokens, logprobs = jax.lax.while_loop(
       unfinished, step, (state, jnp.zeros(shape, jnp.int32), jnp.zeros(shape)))
-  return state, _replicate((tokens, logprobs, state.done, state.step), mesh)
+  return state, _replicate((tokens, logprobs, state.done, state.step))
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "config", "mesh"))
-def grow(state: State, *, capacity: int, config: decoder_lib.DecoderConfig, mesh: Mesh | None
-         ) -> State:
+@functools.partial(jax.jit, static_argnames="capacity")
+def grow(state: State, *, capacity: int) -> State:
   """Makes the suffix cache longer."""
   compilations["grow"] += 1
   def pad(x):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, capacity - x.shape[-2]), (0, 0)])
-  return state.replace(suffix=_distribute(jax.tree.map(pad, state.suffix), mesh, config))
+  return state.replace(suffix=_distribute(jax.tree.map(pad, state.suffix)))
 
 
 def _extend(state, logits, uniform, settings, index):
@@ -186,8 +184,9 @@ def _extend(state, logits, uniform, settings, index):
 def _logits(config, params, hidden):
   """Soft-capped logits in float32."""
   vocabulary = decoder_lib.Decoder(config).apply({"params": params}, method="vocabulary")
-  logits = jnp.einsum("psd,vd->psv", hidden, vocabulary.astype(hidden.dtype),
-                      preferred_element_type=jnp.float32)
+  vocabulary = sharding.constrain(vocabulary.astype(hidden.dtype), "vocab", None)
+  logits = jnp.einsum("psd,vd->psv", hidden, vocabulary, preferred_element_type=jnp.float32)
+  logits = sharding.constrain(logits, "rows", None, None)
   return decoder_lib.soft_cap(logits, config.logit_soft_cap)
 
 
@@ -231,20 +230,14 @@ def _uniforms(keys, indices):
   return values.reshape(indices.shape + keys.shape)
 
 
-def _distribute(key_values, mesh, config):
-  """Spreads caches over the mesh: prompts over data and fsdp, heads over tensor if they divide."""
-  if mesh is None:
-    return key_values
-  heads = "tensor" if config.kv_heads % mesh.shape["tensor"] == 0 else None
-  def constrain(x):
-    layers = (None,) if config.scan_layers else ()
-    spec = PartitionSpec(*layers, ("data", "fsdp"), heads)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-  return jax.tree.map(constrain, key_values)
+def _distribute(key_values):
+  """Spreads caches over the mesh in context, prompts and heads as in training."""
+  layers = ("layers",) if isinstance(key_values, decoder_lib.KeyValues) else ()
+  names = (*layers, "rows", "kv_heads")
+  return jax.tree.map(
+      lambda x: sharding.constrain(x, *names, *[None] * (x.ndim - len(names))), key_values)
 
 
-def _replicate(tree, mesh):
+def _replicate(tree):
   """Results that every process reads."""
-  if mesh is None:
-    return tree
-  return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+  return jax.tree.map(lambda x: sharding.constrain(x, *[None] * x.ndim), tree)

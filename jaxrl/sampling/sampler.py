@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import dataclasses
 import math
 import os
@@ -10,9 +11,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from jaxrl import sharding
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate
 from jaxrl.sampling.batching import layout, pack, power_of_two
@@ -68,12 +70,11 @@ class Sampler:
     """
     Args:
       config: of the model.
-      mesh: None, or a mesh with axes `data`, `fsdp` and `tensor`; prompts are distributed over
-        the first two.
+      mesh: None, or one of `sharding.make_mesh`; prompts are distributed over `data` and `fsdp`.
       max_rows: samples computed at the same time; more are done one device call after the other.
       streams: device calls under way at the same time, which share `max_rows`. None means one per
         core on a CPU, where the matrix products of a small model keep one core busy each, and one
-        elsewhere and on a mesh, whose processes must agree on the order of calls.
+        elsewhere and on several devices, whose processes must agree on the order of calls.
       decode: token ids to text, for stop strings. Text must only grow with more tokens (an
         incomplete last character aside).
     """
@@ -82,10 +83,12 @@ class Sampler:
     self._config = config
     self._mesh = mesh
     self._max_rows = max_rows
+    alone = mesh is None or mesh.size == 1
     if streams is None:
-      streams = _cores() if mesh is None and jax.default_backend() == "cpu" else 1
-    if streams < 1 or (mesh is not None and streams > 1):
-      raise ValueError(f"sampling.streams={streams}: use 1 on a mesh, at least 1 elsewhere")
+      streams = _cores() if alone and jax.default_backend() == "cpu" else 1
+    if streams < 1 or (streams > 1 and not alone):
+      raise ValueError(f"sampling.streams={streams}: use 1 on a mesh of several devices, at least "
+                       "1 elsewhere")
     self._streams = streams
     self._dispatch = threading.Lock()  # so that two threads do not compile the same program
     self._decode = decode
@@ -114,7 +117,8 @@ class Sampler:
     calls = list(layout(requests, min(self._max_rows // streams, math.ceil(rows / streams))))
 
     def run(call):
-      return self._run(params, requests, *call, base_key)
+      with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+        return self._run(params, requests, *call, base_key)
 
     with ThreadPoolExecutor(streams) as pool:
       outcomes = list(map(run, calls) if streams == 1 else pool.map(run, calls))
@@ -144,14 +148,14 @@ class Sampler:
 
   def _run(self, params, requests, slots, width, base_key):
     """Samples of one device call, per slot, and what it cost."""
-    config, mesh = self._config, self._mesh
+    config = self._config
     inputs = pack(requests, slots, self._shards)
     stop_ids, max_tokens = inputs.settings.stop_ids, inputs.settings.max_tokens
     length = capacity = power_of_two(int(min(max_tokens.max(), CHUNK)), MIN_CAPACITY)
     inputs = self._put(inputs)
     with self._dispatch:
       prefix, state, output = generate.prefill(
-          params, inputs, base_key, config=config, samples=width, capacity=capacity, mesh=mesh)
+          params, inputs, base_key, config=config, samples=width, capacity=capacity)
     tokens, logprobs, done, step, waited = _fetch(output)
     strings = StopStrings(self._decode, requests, slots)
     checked = 0
@@ -168,9 +172,9 @@ class Sampler:
       with self._dispatch:
         if step + length > capacity:
           capacity = power_of_two(int(step) + length, MIN_CAPACITY)
-          state = generate.grow(state, capacity=capacity, config=config, mesh=mesh)
+          state = generate.grow(state, capacity=capacity)
         state, output = generate.decode(params, prefix, state, inputs.settings, config=config,
-                                        length=length, mesh=mesh)
+                                        length=length)
       more_tokens, more_logprobs, done, step, seconds = _fetch(output)
       tokens = np.concatenate([tokens, more_tokens])
       logprobs = np.concatenate([logprobs, more_logprobs])
@@ -187,9 +191,9 @@ class Sampler:
     """Distributes arrays over the mesh by their first axis, the prompts."""
     if self._mesh is None:
       return tree
-    sharding = NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
+    by_prompt = NamedSharding(self._mesh, sharding.partition_spec(("rows",)))
     return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+        lambda x: jax.make_array_from_callback(x.shape, by_prompt, lambda index: x[index]), tree)
 
 
 def _fetch(output):
