@@ -11,6 +11,7 @@ from jaxrl.sampling.requests import Request
 MERGE = 16  # padding rows that are cheaper than one more device call
 MIN_PROMPT = 16  # tokens
 MIN_STOP_IDS = 4
+MIN_DEPTH = 4  # integers in a key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def layout(requests: Sequence[Request], max_rows: int) -> Iterator[tuple[list[Sl
 
 
 def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
-         ) -> generate.Inputs:
+         ) -> tuple[generate.Prompts, generate.Identity]:
   """Pads the prompts and settings of a call to its bucketed shape, in host arrays.
 
   Args:
@@ -72,13 +73,13 @@ def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
     shards: the number of prompts becomes a multiple of this.
   """
   served = [requests[slot.request] for slot in slots]
-  prompts = -(-bucket(len(slots)) // shards) * shards
+  count = -(-bucket(len(slots)) // shards) * shards
 
   def column(values, padding, dtype):
-    return np.array([*values, *[padding] * (prompts - len(slots))], dtype)
+    return np.array([*values, *[padding] * (count - len(slots))], dtype)
 
   def table(rows, padding, width, dtype):
-    out = np.full((prompts, width), padding, dtype)
+    out = np.full((count, width), padding, dtype)
     for row, values in zip(out, rows):
       row[:len(values)] = values
     return out
@@ -91,13 +92,16 @@ def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
       min_p=column((p.min_p for p in params), 0.0, np.float32))
   longest = max(len(r.prompt) for r in served)
   stops = power_of_two(max(len(p.stop_ids) for p in params), MIN_STOP_IDS)
-  return generate.Inputs(
+  prompts = generate.Prompts(
       tokens=table((r.prompt for r in served), 0, power_of_two(longest, MIN_PROMPT), np.int32),
       counts=column((slot.count for slot in slots), 0, np.int32),
       settings=generate.Settings(
           how=how, max_tokens=column((p.max_tokens for p in params), 1, np.int32),
           stop_ids=table((p.stop_ids for p in params), -1, stops, np.int32),
-          lengths=column((len(r.prompt) for r in served), 1, np.int32)),
-      folds=table((r.key for r in served), 0, max(len(r.key) for r in served), np.uint32),
+          lengths=column((len(r.prompt) for r in served), 1, np.int32)))
+  depth = power_of_two(max(len(r.key) for r in served), MIN_DEPTH)
+  identity = generate.Identity(
+      folds=table((r.key for r in served), 0, depth, np.uint32),
       depth=column((len(r.key) for r in served), 0, np.int32),
       first=column((slot.first for slot in slots), 0, np.int32))
+  return prompts, identity

@@ -37,20 +37,28 @@ class Settings:
   lengths: Int[Array, "prompts"]
 
 
-class Inputs(NamedTuple):
+class Prompts(NamedTuple):
   """What `prefill` reads.
 
   Attributes:
-    tokens: prompts, padded at the end.
+    tokens: padded at the end.
     counts: samples wanted of each prompt; 0 for padding.
     settings: of each prompt.
-    folds, depth: `folds[p, :depth[p]]` is the key of the request.
-    first: index of the first sample of each prompt within its request.
   """
 
   tokens: Int[Array, "prompts length"]
   counts: Int[Array, "prompts"]
   settings: Settings
+
+
+class Identity(NamedTuple):
+  """What makes the randomness of each prompt's samples.
+
+  Attributes:
+    folds, depth: `folds[p, :depth[p]]` is the key of the request.
+    first: index of the first sample of each prompt within its request.
+  """
+
   folds: Int[Array, "prompts depth"]
   depth: Int[Array, "prompts"]
   first: Int[Array, "prompts"]
@@ -64,7 +72,6 @@ class State:
     suffix: per layer (or stacked), keys and values of the tokens read so far, but for the latest.
       [prompts, kv_heads, samples, capacity, width]
     pending: of the latest token read. [prompts, kv_heads, samples, width]
-    keys: PRNG key of each sample.
     last: newest token, not read yet.
     done: ended, or padding.
     step: tokens read of every sample.
@@ -72,22 +79,46 @@ class State:
 
   suffix: list[decoder_lib.KeyValues] | decoder_lib.KeyValues
   pending: list[decoder_lib.KeyValues] | decoder_lib.KeyValues
-  keys: Array
   last: Int[Array, "prompts samples"]
   done: Bool[Array, "prompts samples"]
   step: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "samples", "capacity"))
-def prefill(params, inputs: Inputs, base_key: Array, *, config: decoder_lib.DecoderConfig,
-            samples: int, capacity: int):
+@functools.partial(jax.jit, static_argnames=("samples", "length"))
+def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samples: int,
+             length: int) -> Float[Array, "length prompts samples"]:
+  """Numbers in [0, 1) for the tokens `start .. start + length` of every sample.
+
+  Each is a function of the base key, the key of the request, the index of the sample in it and the
+  index of the token, folded in that order. A program of its own, which all lengths of prompts and
+  caches share.
+  """
+  compilations["uniforms"] += 1
+
+  def request_key(fold, depth):
+    def step(i, key):
+      return jnp.where(i < depth, jax.random.fold_in(key, fold[i]), key)
+    return jax.lax.fori_loop(0, fold.shape[0], step, base_key)
+
+  def number(key, index):
+    return jax.random.uniform(jax.random.fold_in(key, index), dtype=jnp.float32)
+
+  keys = jax.vmap(request_key)(identity.folds, identity.depth)
+  indices = identity.first[:, None] + jnp.arange(samples)
+  keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, indices).reshape(-1)
+  numbers = jax.vmap(jax.vmap(number, (0, None)), (None, 0))(keys, start + jnp.arange(length))
+  return numbers.reshape(length, -1, samples)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def prefill(params, prompts: Prompts, uniform: Float[Array, "prompts samples"], *,
+            config: decoder_lib.DecoderConfig, capacity: int):
   """Reads the prompts and draws the first token of every sample.
 
   Args:
     params: of `Decoder(config)`.
-    inputs: prompts and their settings.
-    base_key: folded with the key of the request, then with the index of the sample.
-    samples: columns of samples; those beyond `inputs.counts` are padding.
+    prompts: and their settings.
+    uniform: number that draws the first token. Samples beyond `prompts.counts` are padding.
     capacity: initial length of the suffix cache.
 
   Returns:
@@ -96,30 +127,28 @@ def prefill(params, inputs: Inputs, base_key: Array, *, config: decoder_lib.Deco
   """
   compilations["prefill"] += 1
   model = decoder_lib.Decoder(config)
-  settings, shape = inputs.settings, inputs.tokens.shape
+  settings, shape, samples = prompts.settings, prompts.tokens.shape, uniform.shape[1]
   index = jnp.arange(shape[1])
   valid = index < settings.lengths[:, None]
   hidden, prefix = model.apply(
-      {"params": params}, inputs.tokens, jnp.broadcast_to(index, shape), valid.astype(jnp.int32))
+      {"params": params}, prompts.tokens, jnp.broadcast_to(index, shape), valid.astype(jnp.int32))
   prefix = _distribute(prefix)
   last = jnp.take_along_axis(hidden, settings.lengths[:, None, None] - 1, axis=1)
   logits = _logits(config, params, last)  # [prompts, 1, vocab]
-  keys = _sample_keys(base_key, inputs, samples)
   def empty(*shape):
     return _distribute(jax.tree.map(
         lambda x: jnp.zeros(x.shape[:-2] + shape + x.shape[-1:], x.dtype), prefix))
-  state = State(suffix=empty(samples, capacity), pending=empty(samples), keys=keys,
-                last=jnp.zeros(keys.shape, jnp.int32),
-                done=jnp.arange(samples) >= inputs.counts[:, None], step=jnp.int32(0))
-  uniform = _uniforms(keys, jnp.arange(1))[0]
+  state = State(suffix=empty(samples, capacity), pending=empty(samples),
+                last=jnp.zeros(uniform.shape, jnp.int32),
+                done=jnp.arange(samples) >= prompts.counts[:, None], step=jnp.int32(0))
   state, tokens, logprobs = _extend(
-      state, jnp.broadcast_to(logits, keys.shape + logits.shape[-1:]), uniform, settings, 0)
+      state, jnp.broadcast_to(logits, uniform.shape + logits.shape[-1:]), uniform, settings)
   return prefix, state, _replicate((tokens[None], logprobs[None], state.done, state.step))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length"), donate_argnames=("state",))
-def decode(params, prefix, state: State, settings: Settings, *, config: decoder_lib.DecoderConfig,
-           length: int):
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("state",))
+def decode(params, prefix, state: State, settings: Settings,
+           uniform: Float[Array, "length prompts samples"], *, config: decoder_lib.DecoderConfig):
   """Draws up to `length` more tokens of every sample, fewer when all samples end.
 
   Args:
@@ -128,6 +157,7 @@ def decode(params, prefix, state: State, settings: Settings, *, config: decoder_
     state: as returned by `prefill` or `decode`; its buffers are reused. The suffix cache must have
       room for `length` more tokens.
     settings: of each prompt.
+    uniform: numbers that draw the tokens.
 
   Returns:
     The state, and for the host the tokens and log-probabilities [length, prompts, samples], which
@@ -136,11 +166,10 @@ def decode(params, prefix, state: State, settings: Settings, *, config: decoder_
   compilations["decode"] += 1
   model = decoder_lib.Decoder(config)
   start = state.step
-  uniforms = _uniforms(state.keys, start + 1 + jnp.arange(length))
 
   def unfinished(carry):
     state, _, _ = carry
-    return (state.step < start + length) & ~jnp.all(state.done)
+    return (state.step < start + len(uniform)) & ~jnp.all(state.done)
 
   def step(carry):
     state, tokens, logprobs = carry
@@ -149,13 +178,11 @@ def decode(params, prefix, state: State, settings: Settings, *, config: decoder_
                                   _layer_caches(prefix, suffix), method="decode")
     i = state.step - start
     state = state.replace(suffix=suffix, pending=pending, step=state.step + 1)
-    state, token, logprob = _extend(state, _logits(config, params, hidden), uniforms[i], settings,
-                                    state.step)
+    state, token, logprob = _extend(state, _logits(config, params, hidden), uniform[i], settings)
     return state, tokens.at[i].set(token), logprobs.at[i].set(logprob)
 
-  shape = (length,) + state.last.shape
-  state, tokens, logprobs = jax.lax.while_loop(
-      unfinished, step, (state, jnp.zeros(shape, jnp.int32), jnp.zeros(shape)))
+  nothing = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros(uniform.shape)
+  state, tokens, logprobs = jax.lax.while_loop(unfinished, step, (state, *nothing))
   return state, _replicate((tokens, logprobs, state.done, state.step))
 
 
@@ -168,8 +195,8 @@ def grow(state: State, *, capacity: int) -> State:
   return state.replace(suffix=_distribute(jax.tree.map(pad, state.suffix)))
 
 
-def _extend(state, logits, uniform, settings, index):
-  """Draws token number `index` of every sample. Returns the state, tokens and log-probabilities."""
+def _extend(state, logits, uniform, settings):
+  """Draws the next token of every sample. Returns the state, tokens and log-probabilities."""
   prompts, samples = state.last.shape
   def rows(x):
     return jnp.repeat(x, samples, axis=0, total_repeat_length=prompts * samples)
@@ -177,7 +204,7 @@ def _extend(state, logits, uniform, settings, index):
                                    jax.tree.map(rows, settings.how))
   tokens, logprobs = tokens.reshape(prompts, samples), logprobs.reshape(prompts, samples)
   stopped = jnp.any(tokens[..., None] == settings.stop_ids[:, None], axis=-1)
-  done = state.done | stopped | (index + 1 >= settings.max_tokens[:, None])
+  done = state.done | stopped | (state.step + 1 >= settings.max_tokens[:, None])
   return state.replace(last=tokens, done=done), tokens, logprobs
 
 
@@ -208,26 +235,6 @@ def _layer_caches(prefix, suffix):
   if isinstance(prefix, decoder_lib.KeyValues):
     return join(prefix, suffix)
   return [join(p, s) for p, s in zip(prefix, suffix, strict=True)]
-
-
-def _sample_keys(base_key, inputs, samples):
-  """One PRNG key per sample. [prompts, samples]"""
-  def request_key(fold, depth):
-    def step(i, key):
-      return jnp.where(i < depth, jax.random.fold_in(key, fold[i]), key)
-    return jax.lax.fori_loop(0, fold.shape[0], step, base_key)
-  keys = jax.vmap(request_key)(inputs.folds, inputs.depth)
-  indices = inputs.first[:, None] + jnp.arange(samples)
-  return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, indices)
-
-
-def _uniforms(keys, indices):
-  """A number in [0, 1) for each token index and sample. [indices, prompts, samples]"""
-  def one(index, key):
-    return jax.random.uniform(jax.random.fold_in(key, index), dtype=jnp.float32)
-  flat = keys.reshape(-1)
-  values = jax.vmap(jax.vmap(one, (None, 0)), (0, None))(indices, flat)
-  return values.reshape(indices.shape + keys.shape)
 
 
 def _distribute(key_values):

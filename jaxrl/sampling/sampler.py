@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import threading
@@ -113,8 +114,10 @@ class Sampler:
     self.statistics = Statistics()
     results = [[None] * request.n for request in requests]
     rows = sum(request.n for request in requests)
-    streams = max(1, min(self._streams, self._max_rows, rows // MIN_STREAM_ROWS))
-    calls = list(layout(requests, min(self._max_rows // streams, math.ceil(rows / streams))))
+    streams = max(1, min(self._streams, min(rows, self._max_rows) // MIN_STREAM_ROWS))
+    share = min(self._max_rows // streams, math.ceil(rows / streams))
+    widest = min(self._max_rows, max((request.n for request in requests), default=1))
+    calls = list(layout(requests, max(share, widest)))
 
     def run(call):
       with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
@@ -148,14 +151,15 @@ class Sampler:
 
   def _run(self, params, requests, slots, width, base_key):
     """Samples of one device call, per slot, and what it cost."""
-    config = self._config
-    inputs = pack(requests, slots, self._shards)
-    stop_ids, max_tokens = inputs.settings.stop_ids, inputs.settings.max_tokens
+    prompts, identity = pack(requests, slots, self._shards)
+    stop_ids, max_tokens = prompts.settings.stop_ids, prompts.settings.max_tokens
     length = capacity = power_of_two(int(min(max_tokens.max(), CHUNK)), MIN_CAPACITY)
-    inputs = self._put(inputs)
+    uniforms = functools.partial(generate.uniforms, base_key, self._put(identity), samples=width,
+                                 length=length)
+    prompts = self._put(prompts)
     with self._dispatch:
       prefix, state, output = generate.prefill(
-          params, inputs, base_key, config=config, samples=width, capacity=capacity)
+          params, prompts, uniforms(np.int32(0))[0], config=self._config, capacity=capacity)
     tokens, logprobs, done, step, waited = _fetch(output)
     strings = StopStrings(self._decode, requests, slots)
     checked = 0
@@ -173,8 +177,8 @@ class Sampler:
         if step + length > capacity:
           capacity = power_of_two(int(step) + length, MIN_CAPACITY)
           state = generate.grow(state, capacity=capacity)
-        state, output = generate.decode(params, prefix, state, inputs.settings, config=config,
-                                        length=length)
+        state, output = generate.decode(params, prefix, state, prompts.settings,
+                                        uniforms(step + 1), config=self._config)
       more_tokens, more_logprobs, done, step, seconds = _fetch(output)
       tokens = np.concatenate([tokens, more_tokens])
       logprobs = np.concatenate([logprobs, more_logprobs])
