@@ -15,6 +15,7 @@ from jaxrl.rollouts import Rollouts
 from jaxrl.rollouts import group
 
 GREEDY, SAMPLED = 0, 1  # last integer of the PRNG key of either kind
+GREEDY_METRICS = ("greedy_accuracy", "greedy_tokens", "unscored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
 
   Returns:
     `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, the mean number of greedy tokens
-    `greedy_tokens` and the share `unscored` that no criterion could judge (left out of the rest).
+    `greedy_tokens` and the share `unscored` of greedy answers that the criterion could not judge.
+    Those are left out of the accuracies, as are tasks with fewer than k judged samples of pass@k.
   """
   def run(n, temperature, kind):
     session = Rollouts(functools.partial(group, samples=n), rollouts.sampler, rollouts.tokenizer,
@@ -49,21 +51,26 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
     return session.run(params, tasks, base_key=base_key, key=(*key, kind))
 
   answers = run(1, 0.0, GREEDY)
-  scored = [t for t in answers if t.scored]
+  judged = [t for t in answers if is_judged(t, correct)]
   metrics = {
-      "greedy_accuracy": _mean([is_correct(t, correct) for t in scored]),
+      "greedy_accuracy": _mean([is_correct(t, correct) for t in judged]),
       "greedy_tokens": _mean([len(t.tokens) - t.prompt_length for t in answers]),
-      "unscored": _mean([not t.scored for t in answers]),
+      "unscored": 1.0 - len(judged) / len(answers) if answers else float("nan"),
   }
   if samples:
     groups: dict[int, list[bool]] = {}
     for t in run(samples, temperature, SAMPLED):
-      if t.scored:
+      if is_judged(t, correct):
         groups.setdefault(t.group, []).append(is_correct(t, correct))
     metrics["sampled_accuracy"] = _mean([np.mean(g) for g in groups.values()])
     metrics[f"pass_at_{k}"] = _mean([pass_at_k(len(g), sum(g), k) for g in groups.values()
                                      if len(g) >= k])
   return Evaluation(metrics, answers)
+
+
+def is_judged(trajectory: Trajectory, criterion: str) -> bool:
+  """Whether a criterion has anything to say; what it cannot judge is not wrong."""
+  return trajectory.evidence[criterion].status == "ok"
 
 
 def is_correct(trajectory: Trajectory, criterion: str) -> bool:

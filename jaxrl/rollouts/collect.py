@@ -8,6 +8,8 @@ import jax
 
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.rollouts.engine import EpisodeFailure
+from jaxrl.rollouts.engine import GROUPS_PER_EPISODE
 from jaxrl.rollouts.engine import Rollouts
 
 
@@ -27,26 +29,43 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
   """Collects the groups of `prompts` tasks.
 
   Args:
-    next_tasks: draws that many tasks from the data.
-    filter_zero_variance: drop groups whose scored rewards are all equal, and draw new tasks for
-      them, at most `max_resample` times (dynamic sampling of DAPO, arXiv:2503.14476, eq. 11, with
-      a bound). If no group differs at all the last round is kept: its advantages are 0.
+    next_tasks: draws that many tasks from the data; the same task may come again.
+    prompts: tasks wanted.
+    base_key, key, step: as in `Rollouts.run`.
+    filter_zero_variance: drop groups whose scored rewards are all equal, and draw a new task for
+      every one that is left without a group, at most `max_resample` times (dynamic sampling of
+      DAPO, arXiv:2503.14476, eq. 11, with a bound). If no group differs at all the last round is
+      kept: its advantages are 0.
+
+  Raises:
+    EpisodeFailure: no episode returned anything, or as in `Rollouts.run`.
   """
-  kept, tasks, sampled, effective, episodes = [], {}, 0, 0, 0
+  kept, latest, tasks, sampled, effective, episodes = [], [], {}, 0, 0, 0
   for _ in range(1 + (max_resample if filter_zero_variance else 0)):
-    drawn = next_tasks(prompts - len(kept))
+    drawn = next_tasks(prompts - len({_episode(g) for g in kept}))
     tasks |= {t.id: t for t in drawn}
-    groups = {}
-    for t in rollouts.run(params, drawn, base_key=base_key, key=key, step=step,
-                          first_episode=episodes):
-      groups.setdefault(t.group, []).append(t)
+    groups = _by_group(rollouts.run(params, drawn, base_key=base_key, key=key, step=step,
+                                    first_episode=episodes))
+    latest = groups or latest
     episodes += len(drawn)
     sampled += len(groups)
-    differing = [g for g in groups.values() if len({t.reward for t in g if t.scored}) > 1]
+    differing = [g for g in groups if len({t.reward for t in g if t.scored}) > 1]
     effective += len(differing)
-    kept += differing if filter_zero_variance else list(groups.values())
-    if len(kept) >= prompts:
+    kept += differing if filter_zero_variance else groups
+    if len({_episode(g) for g in kept}) >= prompts:
       break
-  if not kept:
-    kept = list(groups.values())
-  return Collected([t for g in kept for t in g], tasks, sampled, effective)
+  if not latest:
+    raise EpisodeFailure(f"step {step}: none of {episodes} episodes returned a trajectory; the "
+                         "function in config.rollout.episode must return what is to be trained on")
+  return Collected([t for g in kept or latest for t in g], tasks, sampled, effective)
+
+
+def _by_group(trajectories):
+  groups = {}
+  for t in trajectories:
+    groups.setdefault(t.group, []).append(t)
+  return list(groups.values())
+
+
+def _episode(group):
+  return group[0].group // GROUPS_PER_EPISODE

@@ -2,12 +2,16 @@
 
 An episode asks for samples and scores with `await`. When every live episode waits, all requests are
 served in one batched call. What an episode gets never depends on which others run beside it: each
-sampled row has its own PRNG key made of (phase, step, episode, request, row).
+sampled row has its own PRNG key made of (phase, step, episode, branch, request, row). Branches are
+the asyncio tasks that an episode starts (`asyncio.gather`, `asyncio.create_task`), numbered in the
+order in which it starts them, so it does not matter either which of them is the first to ask.
 """
 
 import asyncio
+import collections
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 import concurrent.futures
+import contextvars
 import dataclasses
 import traceback
 from typing import Any
@@ -22,10 +26,25 @@ from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
 
 GROUPS_PER_EPISODE = 1 << 20  # an episode numbers its own groups below this
+WINDOW = 512  # past episodes that the failure rate looks back on
+FEWEST = 16  # episodes that the rate is computed over at least: 1 failure in 2 says little
+QUIET_TICKS = 8  # turns of the event loop without a new request after which all are taken to wait
 
 
 class EpisodeFailure(RuntimeError):
   """Too many episodes raised; the message holds the first of their tracebacks."""
+
+
+@dataclasses.dataclass
+class _Branch:
+  """An asyncio task of an episode: its path from the episode's own, and what it has counted."""
+
+  path: tuple[int, ...] = ()
+  started: int = 0
+  requests: int = 0
+
+
+_BRANCH: contextvars.ContextVar[_Branch] = contextvars.ContextVar("branch")
 
 
 @dataclasses.dataclass
@@ -43,7 +62,6 @@ class EpisodeContext:
 
   def __init__(self, rollouts: "Rollouts", session: "_Session", episode: int):
     self._rollouts, self._session, self._episode = rollouts, session, episode
-    self._requests = 0
     self.step = session.step
 
   async def sample(self, prompt: Sequence[int], n: int = 1, *, train: bool = False,
@@ -58,12 +76,21 @@ class EpisodeContext:
 
     Returns:
       Trajectories of prompt and completion, `text` being the completion's.
+
+    Raises:
+      ValueError: a request that cannot be served, or samples for training at a temperature other
+        than the run's, at which the trainer computes their log-probabilities.
     """
     changes = dict(max_tokens=max_tokens, temperature=temperature)
     params = dataclasses.replace(self._rollouts.sampling,
                                  **{k: v for k, v in changes.items() if v is not None})
-    key = (*self._session.key, self._episode, self._requests)
-    self._requests += 1
+    if train and params.temperature != self._rollouts.sampling.temperature:
+      raise ValueError(f"ctx.sample(train=True, temperature={temperature}) differs from config."
+                       f"rollout.temperature={self._rollouts.sampling.temperature}, at which the "
+                       "trainer works; change that one, or sample with train=False")
+    branch = _BRANCH.get()
+    key = (*self._session.key, self._episode, *branch.path, branch.requests)
+    branch.requests += 1
     request = Request(prompt=list(prompt), n=n, key=key, params=params)
     samples = await self._session.post(self._episode, request=request)
     return [self._trajectory(request, sample, train) for sample in samples]
@@ -121,12 +148,14 @@ class Rollouts:
       sampler, tokenizer, scorer: serve the episodes' requests.
       sampling: the run's sampling parameters.
       templates: texts with `{placeholders}` for `ctx.render`.
-      max_failure_rate: share of failing episodes in one call above which the run stops.
+      max_failure_rate: share of failing episodes, among those of a call and the last 512 before
+        it (taken as 16 if there are fewer), above which the run stops.
       report: takes a line about every failing episode.
     """
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
     self.max_failure_rate, self.report = max_failure_rate, report
+    self._failed = collections.deque(maxlen=WINDOW)
 
   def run(self, params: Any, tasks: Sequence[Task], *, base_key: jax.Array,
           key: tuple[int, ...] = (), step: int = 0, first_episode: int = 0) -> list[Trajectory]:
@@ -142,7 +171,7 @@ class Rollouts:
       Scored trajectories in the order of their tasks; `group` tells episodes apart.
 
     Raises:
-      EpisodeFailure: when more than `max_failure_rate` of the episodes raised, or all did.
+      EpisodeFailure: when more than `max_failure_rate` of the episodes raised.
     """
     session = _Session(self, params, base_key, key, step)
     outcomes = _complete(session.serve(tasks, first_episode))
@@ -154,13 +183,7 @@ class Rollouts:
         failures.append((task, outcome))
         self.report(f"episode of task {task.id!r} failed and was dropped: "
                     f"{type(outcome).__name__}: {outcome}")
-    if failures and (len(failures) > self.max_failure_rate * len(tasks)
-                     or len(failures) == len(tasks)):
-      task, error = failures[0]
-      raise EpisodeFailure(
-          f"{len(failures)} of {len(tasks)} episodes failed, more than "
-          f"config.rollout.max_failure_rate={self.max_failure_rate} allows. The first, of task "
-          f"{task.id!r}:\n{''.join(traceback.format_exception(error))}") from error
+    self._check_failures(tasks, failures)
     return trajectories
 
   def text_of(self, sample, params: SamplingParams) -> str:
@@ -171,6 +194,18 @@ class Rollouts:
     return self.tokenizer.decode(tokens)[:sample.text_end]
 
 
+  def _check_failures(self, tasks, failures):
+    count = len(failures) + sum(self._failed)
+    total = max(len(tasks) + len(self._failed), FEWEST)
+    self._failed.extend(i < len(failures) for i in range(len(tasks)))
+    if failures and count > self.max_failure_rate * total:
+      task, error = failures[0]
+      raise EpisodeFailure(
+          f"{count} of {total} episodes failed, more than config.rollout.max_failure_rate="
+          f"{self.max_failure_rate:g} allows. One of them, of task {task.id!r}:\n"
+          f"{''.join(traceback.format_exception(error))}") from error
+
+
 class _Session:
   """One call of `Rollouts.run`: the requests in flight and who waits for them."""
 
@@ -178,25 +213,29 @@ class _Session:
     self.rollouts, self.params, self.base_key = rollouts, params, base_key
     self.key, self.step = key, step
     self.pending: list[_Pending] = []
-    self.waiting: dict[int, int] = {}
+    self.over = False
 
   def post(self, episode: int, **request) -> asyncio.Future:
     """Queues a request; the future resolves when the batch it joins has been served."""
+    if self.over:  # nobody would serve it; the episode is being cancelled and must not go on
+      raise asyncio.CancelledError
     future = asyncio.get_running_loop().create_future()
     self.pending.append(_Pending(episode, future, **request))
-    self.waiting[episode] += 1
     self.changed.set()
     return future
 
   async def serve(self, tasks, first_episode) -> list[list[Trajectory] | BaseException]:
     """Runs all episodes to their end; a failing one yields its exception."""
     self.changed = asyncio.Event()
-    self.waiting = {first_episode + i: 0 for i in range(len(tasks))}
-    episodes = {e: asyncio.ensure_future(self._run(e, task))
-                for e, task in zip(self.waiting, tasks)}
+    asyncio.get_running_loop().set_task_factory(_start_branch)
+    episodes = {first_episode + i: asyncio.ensure_future(self._run(first_episode + i, task))
+                for i, task in enumerate(tasks)}
     try:
       while await self._settle(episodes):
-        batch, self.pending = self.pending, []
+        # An episode may have given up on a request (asyncio.wait_for), or ended without waiting.
+        batch = [p for p in self.pending
+                 if not p.future.done() and not episodes[p.episode].done()]
+        self.pending = []
         self._serve_scores([p for p in batch if p.request is None])
         self._serve_samples([p for p in batch if p.request is not None])
       outcomes = await asyncio.gather(*episodes.values(), return_exceptions=True)
@@ -205,27 +244,28 @@ class _Session:
       self._score(kept)
       return outcomes
     finally:
+      self.over = True
       for episode in episodes.values():
         episode.cancel()
 
   async def _settle(self, episodes) -> bool:
     """Waits until every live episode waits for us; False once none is alive."""
     while True:
-      await asyncio.sleep(0)
-      live = [e for e, future in episodes.items() if not future.done()]
-      if all(self.waiting[e] for e in live):
+      quiet = 0
+      while quiet < QUIET_TICKS:  # a result takes some turns to pass through nested gathers
+        self.changed.clear()
+        await asyncio.sleep(0)
+        quiet = 0 if self.changed.is_set() else quiet + 1
+      live = {e for e, future in episodes.items() if not future.done()}
+      if live <= {p.episode for p in self.pending if not p.future.done()}:
         return bool(live)
-      self.changed.clear()
       await self.changed.wait()
 
   async def _run(self, episode, task):
+    _BRANCH.set(_Branch())
     try:
-      trajectories = await self.rollouts.episode(
-          EpisodeContext(self.rollouts, self, episode), task)
-      if not (isinstance(trajectories, list)
-              and all(isinstance(t, Trajectory) for t in trajectories)):
-        raise TypeError("an episode returns a list of Trajectory, but this one returned "
-                        f"{type(trajectories).__name__}")
+      trajectories = _checked(await self.rollouts.episode(
+          EpisodeContext(self.rollouts, self, episode), task))
       for t in trajectories:
         t.task_id = task.id
         t.group += episode * GROUPS_PER_EPISODE
@@ -239,27 +279,51 @@ class _Session:
     results = self.rollouts.sampler.sample(self.params["params"], [p.request for p in pending],
                                            self.base_key)
     for p, result in zip(pending, results):
-      self._resolve(p, result)
+      p.future.set_result(result)
 
   def _serve_scores(self, pending):
     self._score([pair for p in pending for pair in p.pairs])
     for p in pending:
-      self._resolve(p, None)
+      p.future.set_result(None)
 
   def _score(self, pairs):
     for (_, trajectory), scored in zip(pairs, self.rollouts.scorer.score(pairs) if pairs else ()):
       trajectory.reward, trajectory.scored = scored.reward, scored.scored
       trajectory.evidence = dict(scored.evidence)
 
-  def _resolve(self, pending, result):
-    self.waiting[pending.episode] -= 1
-    if not pending.future.done():  # an episode may have given up on it (asyncio.wait_for)
-      pending.future.set_result(result)
+
+def _start_branch(loop, coroutine, *, context=None, **options):
+  """Task factory: a task that an episode starts is a branch of the one that starts it."""
+  parent = _BRANCH.get(None)
+  context = contextvars.copy_context() if context is None else context
+  if parent is not None:
+    context.run(_BRANCH.set, _Branch((*parent.path, parent.started)))
+    parent.started += 1
+  return asyncio.Task(coroutine, loop=loop, context=context, **options)
+
+
+def _checked(trajectories):
+  """What an episode returned, if it is what an episode returns."""
+  if not isinstance(trajectories, list):
+    raise TypeError("an episode returns a list of Trajectory, but this one returned a "
+                    f"{type(trajectories).__name__}")
+  for t in trajectories:
+    if not isinstance(t, Trajectory):
+      raise TypeError("an episode returns a list of Trajectory, but this one has a "
+                      f"{type(t).__name__} in it")
+    if not 0 <= t.group < GROUPS_PER_EPISODE:
+      raise ValueError(f"an episode numbers its groups from 0 to {GROUPS_PER_EPISODE - 1}, but "
+                       f"this one has group={t.group}")
+  if len({id(t) for t in trajectories}) < len(trajectories):
+    raise ValueError("an episode returned the same Trajectory twice; copy.copy makes another")
+  return trajectories
 
 
 def _complete(coroutine):
   """Runs a coroutine to its end, also where an event loop already runs (notebooks)."""
-  if asyncio._get_running_loop() is None:
+  try:
+    asyncio.get_running_loop()
+  except RuntimeError:
     return asyncio.run(coroutine)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     return pool.submit(asyncio.run, coroutine).result()

@@ -93,7 +93,7 @@ class GroupsOfRollouts:
 
 
 def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
-  """Means over scored trajectories: reward, its criteria, length, and how they ended."""
+  """Reward and criteria where there are any; length and ending of all trajectories."""
   scored = [t for t in trajectories if t.scored]
   lengths = [int(t.loss_mask.sum()) for t in trajectories]
   metrics = {
@@ -105,7 +105,8 @@ def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
       "unscored": _mean([not t.scored for t in trajectories]),
   }
   for name in scored[0].evidence if scored else ():
-    values = [t.evidence[name].score for t in scored if name in t.evidence]
+    values = [t.evidence[name].score for t in scored
+              if name in t.evidence and t.evidence[name].status == "ok"]
     metrics[f"criteria/{name}"] = _mean(values)
   return metrics
 
