@@ -9,6 +9,7 @@ from jaxrl.sampling import draw, generate
 from jaxrl.sampling.requests import Request
 
 MERGE = 16  # padding rows that are cheaper than one more device call
+MIN_STREAM_ROWS = 32  # fewer rows at a time use a core badly
 MIN_PROMPT = 16  # tokens
 MIN_STOP_IDS = 4
 MIN_DEPTH = 4  # integers in a key
@@ -36,12 +37,14 @@ def power_of_two(size: int, minimum: int) -> int:
   return max(minimum, 1 << (size - 1).bit_length())
 
 
-def layout(requests: Sequence[Request], max_rows: int) -> Iterator[tuple[list[Slot], int]]:
+def layout(requests: Sequence[Request], max_rows: int, streams: int = 1
+           ) -> Iterator[tuple[list[Slot], int]]:
   """Distributes requests over device calls.
 
   Args:
     requests: in any order.
     max_rows: samples in one device call.
+    streams: calls that run at the same time; requests are split into as many if they fill them.
 
   Yields:
     The slots of a call and the samples per slot (some of which may be padding).
@@ -58,7 +61,8 @@ def layout(requests: Sequence[Request], max_rows: int) -> Iterator[tuple[list[Sl
   for width, slots in sorted(by_width.items()):
     # Neighbours in prompt length share a call, so that few prompts are padded much.
     slots = sorted(slots, key=lambda s: len(requests[s.request].prompt))
-    prompts = max_rows // width
+    parts = max(1, min(streams, len(slots) * width // MIN_STREAM_ROWS))
+    prompts = min(max_rows // width, -(-len(slots) // parts))
     for start in range(0, len(slots), prompts):
       yield slots[start:start + prompts], width
 

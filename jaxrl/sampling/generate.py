@@ -111,14 +111,14 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def prefill(params, prompts: Prompts, uniform: Float[Array, "prompts samples"], *,
+def prefill(params, prompts: Prompts, uniform: Float[Array, "length prompts samples"], *,
             config: decoder_lib.DecoderConfig, capacity: int):
   """Reads the prompts and draws the first token of every sample.
 
   Args:
     params: of `Decoder(config)`.
     prompts: and their settings.
-    uniform: number that draws the first token. Samples beyond `prompts.counts` are padding.
+    uniform: the first draws the first token. Samples beyond `prompts.counts` are padding.
     capacity: initial length of the suffix cache.
 
   Returns:
@@ -127,7 +127,7 @@ def prefill(params, prompts: Prompts, uniform: Float[Array, "prompts samples"], 
   """
   compilations["prefill"] += 1
   model = decoder_lib.Decoder(config)
-  settings, shape, samples = prompts.settings, prompts.tokens.shape, uniform.shape[1]
+  settings, shape, uniform = prompts.settings, prompts.tokens.shape, uniform[0]
   index = jnp.arange(shape[1])
   valid = index < settings.lengths[:, None]
   hidden, prefix = model.apply(
@@ -138,9 +138,9 @@ def prefill(params, prompts: Prompts, uniform: Float[Array, "prompts samples"], 
   def empty(*shape):
     return _distribute(jax.tree.map(
         lambda x: jnp.zeros(x.shape[:-2] + shape + x.shape[-1:], x.dtype), prefix))
-  state = State(suffix=empty(samples, capacity), pending=empty(samples),
+  state = State(suffix=empty(uniform.shape[1], capacity), pending=empty(uniform.shape[1]),
                 last=jnp.zeros(uniform.shape, jnp.int32),
-                done=jnp.arange(samples) >= prompts.counts[:, None], step=jnp.int32(0))
+                done=jnp.arange(uniform.shape[1]) >= prompts.counts[:, None], step=jnp.int32(0))
   state, tokens, logprobs = _extend(
       state, jnp.broadcast_to(logits, uniform.shape + logits.shape[-1:]), uniform, settings)
   return prefix, state, _replicate((tokens[None], logprobs[None], state.done, state.step))

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import threading
 import time
@@ -18,13 +17,12 @@ import numpy as np
 from jaxrl import sharding
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate
-from jaxrl.sampling.batching import layout, pack, power_of_two
+from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout, pack, power_of_two
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
 
 CHUNK = 32  # tokens between two looks of the host
 MIN_CAPACITY = 16
-MIN_STREAM_ROWS = 32  # fewer rows at a time use a core badly
 
 
 @dataclasses.dataclass
@@ -113,11 +111,10 @@ class Sampler:
     self._check(requests, base_key)
     self.statistics = Statistics()
     results = [[None] * request.n for request in requests]
-    rows = sum(request.n for request in requests)
-    streams = max(1, min(self._streams, min(rows, self._max_rows) // MIN_STREAM_ROWS))
-    share = min(self._max_rows // streams, math.ceil(rows / streams))
-    widest = min(self._max_rows, max((request.n for request in requests), default=1))
-    calls = list(layout(requests, max(share, widest)))
+    widest = max((request.n for request in requests), default=1)
+    # A request with many samples may take the rows of several streams, so as not to be read twice.
+    streams = max(1, min(self._streams, self._max_rows // max(widest, MIN_STREAM_ROWS)))
+    calls = list(layout(requests, self._max_rows // streams, streams))
 
     def run(call):
       with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
@@ -159,7 +156,7 @@ class Sampler:
     prompts = self._put(prompts)
     with self._dispatch:
       prefix, state, output = generate.prefill(
-          params, prompts, uniforms(np.int32(0))[0], config=self._config, capacity=capacity)
+          params, prompts, uniforms(np.int32(0)), config=self._config, capacity=capacity)
     tokens, logprobs, done, step, waited = _fetch(output)
     strings = StopStrings(self._decode, requests, slots)
     checked = 0

@@ -26,10 +26,17 @@ KEY = jax.random.key(5)
 
 
 @functools.cache
+def boxed(config):
+  ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+  return jax.eval_shape(Decoder(config).init, jax.random.key(1), ids, ids, ids)["params"]
+
+
+@functools.cache
 def parameters(config):
-  ids = jnp.zeros((1, 4), jnp.int32)
-  params = meta.unbox(jax.jit(Decoder(config).init)(jax.random.key(1), ids, ids, ids + 1)["params"])
-  return jax.tree.map(lambda x: np.asarray(x) * (3 if x.ndim > 1 else 1), params)  # not uniform
+  """Random, and far from a uniform distribution over the vocabulary."""
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.8).astype(np.float32),
+                      meta.unbox(boxed(config)))
 
 
 @functools.cache
@@ -197,9 +204,8 @@ def test_other_settings_lengths_and_counts_in_the_same_buckets_compile_nothing()
 @pytest.mark.parametrize("config, shape", [(PLAIN, (8, 1, 1)), (DIALECT, (2, 2, 2))])
 def test_samples_do_not_depend_on_the_mesh(config, shape):
   mesh = sharding.make_mesh(*shape)
-  ids = jnp.zeros((1, 4), jnp.int32)
-  boxed = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(1), ids, ids, ids + 1))
-  sharded = jax.device_put(parameters(config), sharding.shardings_of(boxed, mesh)["params"])
+  shardings = sharding.shardings_of(boxed(config), mesh)
+  sharded = jax.device_put(parameters(config), shardings)
   alone = sampler(config).sample(parameters(config), MIXED, KEY)
   spread = Sampler(config, mesh=mesh).sample(sharded, MIXED, KEY)
   for left, right in zip(alone, spread):
@@ -245,11 +251,12 @@ def test_lengths_end_at_a_stop_token_or_at_the_limit():
   np.testing.assert_array_equal(stopping.lengths(tokens[:1], stop_ids, max_tokens), np.ones((2, 2)))
 
 
-@given(counts=st.lists(st.integers(1, 70), min_size=1, max_size=30), max_rows=st.integers(1, 64))
-def test_every_sample_is_in_one_slot_of_a_call_that_is_not_too_large(counts, max_rows):
+@given(counts=st.lists(st.integers(1, 70), min_size=1, max_size=30), max_rows=st.integers(1, 64),
+       streams=st.integers(1, 4))
+def test_every_sample_is_in_one_slot_of_a_call_that_is_not_too_large(counts, max_rows, streams):
   requests = [ask([0] * (1 + n % 3), n=n, max_tokens=1) for n in counts]
   seen = []
-  for slots, width in batching.layout(requests, max_rows):
+  for slots, width in batching.layout(requests, max_rows, streams):
     assert len(slots) * width <= max_rows
     for slot in slots:
       assert 1 <= slot.count <= width
