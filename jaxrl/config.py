@@ -2,13 +2,14 @@
 
 A config file is Python with `get_config()` or `get_config(variant)`. Sections at its top level hold
 for all phases; a phase is a section of its own, named in `config.phases`, that states its `kind`,
-its `steps` and whatever differs from the top level.
+its `steps` and whatever differs from the top level. `configs/base.py` lists every field there is.
 """
 
 import ast
 from collections.abc import Mapping, Sequence
 import contextlib
 import copy
+import importlib
 import importlib.util
 import inspect
 import json
@@ -21,7 +22,14 @@ import ml_collections
 
 from jaxrl.compose import nearest
 
+SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 PHASE_FIELDS = ("kind", "steps", "until")
+# What all phases share: the same in each, so a phase cannot set it for itself.
+SHARED = ("seed", "phases", "data", "tokenizer", "model", "mesh", "reward", "evaluate.problems",
+          "rollout.max_rows", "checkpoint.keep")
+# Where any field may be added: knobs, texts and arguments, which whoever reads them checks.
+OPEN = re.compile(r"config(\.\w+)?\.(data\.task|rollout\.templates|rollout\.episode|"
+                  r"reward\.aggregate(\.weights)?)|.*\[\d+\]")
 
 
 class ConfigError(ValueError):
@@ -40,68 +48,122 @@ def as_config_errors():
 def load(spec: str) -> ml_collections.ConfigDict:
   """Loads `path/to/file.py` or `path/to/file.py:variant`.
 
+  A config may import others as `from configs import grpo`: those that ship with jaxrl, and those in
+  its own directory when that is named `configs`.
+
   Raises:
-    ValueError: no such file, no `get_config`, or a variant that it does not know.
+    ValueError: no such file, no `get_config`, a variant that it does not know, or a field that
+      `configs/base.py` has and this config lacks, or the reverse.
   """
   name, _, variant = spec.partition(":")
   path = pathlib.Path(name)
-  if not path.is_file():
-    raise ValueError(f"--config={name}: no such file in {pathlib.Path.cwd()}")
-  root = next((p.parent for p in path.resolve().parents if p.name == "configs"),
-              path.resolve().parent)
-  if str(root) not in sys.path:
-    sys.path.insert(0, str(root))  # a config may import its parents: `from configs import grpo`
-  loader = importlib.util.spec_from_file_location(f"jaxrl_config_{path.stem}", path)
-  module = importlib.util.module_from_spec(loader)
-  loader.loader.exec_module(module)
+  if path.suffix != ".py" or not path.is_file():
+    beside = [str(p) for p in path.parent.glob("*.py") if p.name != "__init__.py"]
+    raise ValueError(f"--config={name}: no such Python file in {pathlib.Path.cwd()}"
+                     f"{nearest(name, beside)}")
+  module = _import(path.resolve())
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={name}: the file has no get_config()")
-  takes_variant = bool(inspect.signature(module.get_config).parameters)
-  if variant and not takes_variant:
+  parameters = list(inspect.signature(module.get_config).parameters.values())
+  if variant and not parameters:
     raise ValueError(f"--config={spec}: {name} has no variants; drop ':{variant}'")
-  return module.get_config(*([variant] if takes_variant else []))
+  if not variant and parameters and parameters[0].default is inspect.Parameter.empty:
+    raise ValueError(f"--config={name}: it needs a variant, --config={name}:VARIANT")
+  config = module.get_config(*[variant] if variant else [])
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(f"--config={spec}: get_config() returned a {type(config).__name__}; start "
+                     "from `config = base.get_config()` and return config")
+  check_fields(config)
+  return config
+
+
+def check_fields(config: ml_collections.ConfigDict) -> None:
+  """Refuses fields that nothing would read, and missing ones.
+
+  Raises:
+    ValueError: the field, with the nearest one that there is.
+  """
+  base = _import(SHIPPED / "base.py").get_config()
+  phases = [key for key in config if key in config.get("phases", ())
+            or (_is_section(config[key]) and "kind" in config[key])]
+  _check_section(config, base, "config", extra=phases)
 
 
 def override(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
   """Sets fields in place: `{"optimizer.learning_rate": "3e-4", "objective[0].low": "0.1"}`.
+
+  A field of a phase, `{"rl.optimizer.b2": "0.99"}`, need not stand in its section yet.
 
   Raises:
     ValueError: a field that does not exist (with the nearest that does), a value of another type,
       or a field that every phase sets for itself, so that the override would do nothing.
   """
   for path, text in overrides.items():
-    _check_not_shadowed(config, path)
+    parts = _parts(path)
+    if parts[0] in config.get("phases", ()) and _is_section(config.get(parts[0])):
+      _inherit(config, parts, path)
     container, key, where = config, None, "config"
-    for part in re.findall(r"[^.\[\]]+", path):
+    for part in parts:
       if key is not None:
         container, where = container[key], _join(where, key)
       key = _key(container, part, where, path)
-    container[key] = _convert(container[key], text, f"config.{path}")
+    new = _is_section(container) and key not in container
+    container[key] = _convert(None if new else container[key], text, f"config.{path}")
+  for path in overrides:
+    _check_not_shadowed(config, path)
+
+
+def phase_names(config: ml_collections.ConfigDict) -> list[str]:
+  """The names of the phases in order.
+
+  Raises:
+    ValueError: there is none, or one that cannot be told from another.
+  """
+  names = list(config.phases)
+  if not names:
+    raise ValueError("config.phases is empty; name at least one, such as ('sft', 'rl')")
+  for name in names:
+    if not isinstance(name, str) or name == "start":  # the name of the evaluation before the first
+      raise ValueError(f"config.phases names {name!r}, which cannot be the name of a phase; take "
+                       "another word")
+    if names.count(name) > 1:
+      raise ValueError(f"config.phases names {name!r} {names.count(name)} times; a phase is run "
+                       f"once, so give the next a name and a section of its own")
+  return names
 
 
 def phase_config(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
   """The settings of one phase: the top level with the phase's own section laid over it.
 
   Raises:
-    ValueError: no such section, or a field in it that neither phases nor the top level have.
+    ValueError: no such section, or a field in it that neither phases nor the top level have, that
+      all phases share, or that has another type.
   """
   if name not in config:
     raise ValueError(f"config.phases names {name!r}, but there is no section config.{name}"
                      f"{nearest(name, config)}")
   merged = copy.deepcopy(config)
   own = config[name]
-  for field in ("kind", "steps"):
-    if field not in own:
-      raise ValueError(f"config.{name} is a phase, so it needs {field!r}")
+  if not _is_section(own) or "kind" not in own:
+    raise ValueError(f"config.{name} is a phase, so it needs 'kind': config.{name} = "
+                     "dict(kind=..., steps=...)")
+  if "steps" not in own and own.kind != "evaluate":
+    raise ValueError(f"config.{name} is a phase of kind {own.kind!r}, so it needs 'steps'")
+  for path in SHARED:
+    if _has(own, _parts(path)):
+      raise ValueError(f"config.{name}.{path} would change nothing, because all phases share it: "
+                       f"set config.{path}")
   _lay_over(merged, own, f"config.{name}", extra=PHASE_FIELDS)
   return merged
 
 
 def to_dict(config: Any) -> Any:
-  """Plain dicts and lists, as JSON would give them back."""
-  if isinstance(config, ml_collections.ConfigDict):
-    config = config.to_dict()
-  return json.loads(json.dumps(config))
+  """Plain dicts and lists, as JSON would give them back.
+
+  Raises:
+    ValueError: something in it is no plain data.
+  """
+  return json.loads(json.dumps(_plain(config), default=_no_plain_data))
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
@@ -109,54 +171,122 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
   if isinstance(old, dict) and isinstance(new, dict):
     return [line for key in sorted(old.keys() | new.keys())
             for line in differences(old.get(key), new.get(key), f"{path}.{key}")]
+  if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    return [line for i, pair in enumerate(zip(old, new))
+            for line in differences(*pair, f"{path}[{i}]")]
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def _import(path):
+  """A config file as a module, with `configs` as one package of its directory and what ships."""
+  directory = next((p for p in path.parents if p.name == "configs"), None)
+  root = directory.parent if directory else path.parent
+  if str(root) not in sys.path:
+    sys.path.insert(0, str(root))
+  package = importlib.import_module("configs")
+  own = [str(directory)] if directory else []
+  package.__path__ = list(dict.fromkeys([*own, *package.__path__, str(SHIPPED)]))
+  name = ".".join(("configs", *path.relative_to(directory).with_suffix("").parts)
+                  if directory else ("jaxrl_config", path.stem))
+  loader = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(loader)
+  loader.loader.exec_module(module)
+  return module
+
+
+def _plain(value):
+  return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+
+
+def _is_section(value):
+  return isinstance(value, Mapping | ml_collections.ConfigDict)
+
+
+def _parts(path):
+  return re.findall(r"[^.\[\]]+", path)
 
 
 def _join(where, key):
   return f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}"
 
 
+def _no_plain_data(value):
+  raise ConfigError(f"the config holds {value!r}; use text, numbers, lists and dicts only, so that "
+                   "it can be written down, and name functions as 'module:function'")
+
+
+def _check_section(section, base, where, extra=()):
+  for key in section:
+    if key not in base and key not in extra:
+      raise ValueError(f"{where} has an unknown field {key!r}{nearest(key, base)}")
+  for key in base:
+    if key not in section:
+      raise ValueError(f"{where} lacks {key!r}; start from configs.base.get_config()")
+    if not _is_section(base[key]):
+      continue
+    if not _is_section(section[key]):
+      raise ValueError(f"{where}.{key}={section[key]!r}, but it is a section; write dict(...)")
+    if not OPEN.fullmatch(f"{where}.{key}"):
+      _check_section(section[key], base[key], f"{where}.{key}")
+
+
+def _inherit(config, parts, path):
+  """Writes a field that a phase inherits into its own section, so that it can be set there."""
+  own, base, where = config[parts[0]], config, f"config.{parts[0]}"
+  for number, part in enumerate(parts[1:], start=2):
+    if not _is_section(own) or not _is_section(base) or OPEN.fullmatch(where):
+      return
+    if part not in own and part in base:
+      section = _is_section(base[part]) and number < len(parts)
+      own[part] = ml_collections.ConfigDict() if section else copy.deepcopy(base[part])
+    if part not in own:
+      raise ValueError(f"--config.{path}: {where} has no field {part!r}"
+                       f"{nearest(part, [*own, *base])}")
+    own, base, where = own[part], base.get(part), f"{where}.{part}"
+
+
 def _key(container, part, where, path):
-  if isinstance(container, Mapping | ml_collections.ConfigDict):
-    if part in container:
+  if _is_section(container):
+    if part in container or OPEN.fullmatch(where):
       return part
     raise ValueError(f"--config.{path}: {where} has no field {part!r}{nearest(part, container)}")
   if isinstance(container, list):
     if part.isdecimal() and int(part) < len(container):
       return int(part)
-    raise ValueError(f"--config.{path}: {where} is a list of {len(container)}; [{part}] is not in it")
+    raise ValueError(f"--config.{path}: {where} is a list of {len(container)}; [{part}] is not in "
+                     "it")
   raise ValueError(f"--config.{path}: {where} is {container!r} and has no fields")
 
 
 def _convert(old, text, path):
+  if isinstance(old, str):
+    return text
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = {"true": True, "false": False}.get(text.lower(), text)
-  if isinstance(old, str):
-    return text
-  if isinstance(old, bool) or old is None:
-    ok = old is None or isinstance(value, bool)
-  elif isinstance(old, int | float):
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-      value = float(value)
-    ok = type(value) is type(old)
-  elif isinstance(old, list | tuple):
-    ok = isinstance(value, list | tuple)
-    value = type(old)(value) if ok else value
-  else:
+  if old is None:
+    return value
+  if _is_section(old):
     raise ValueError(f"--{path}={text}: this is a section; set its fields, such as "
                      f"--{path}.{next(iter(old), 'field')}=...")
-  if not ok:
-    raise ValueError(f"--{path}={text}: {path} is {old!r}, so it takes a {type(old).__name__}")
-  return value
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if isinstance(old, list | tuple) and isinstance(value, list | tuple):
+    return type(old)(value)
+  if isinstance(old, bool) and isinstance(value, bool):
+    return value
+  if isinstance(old, float) and number:
+    return float(value)
+  if isinstance(old, int) and not isinstance(old, bool) and number and float(value).is_integer():
+    return int(value)
+  takes = ("a list such as \"['a', 'b']\"" if isinstance(old, list | tuple) else "True or False"
+           if isinstance(old, bool) else "a number" if isinstance(old, float) else "a whole number")
+  raise ValueError(f"--{path}={text}: {path} is {old!r}, so it takes {takes}")
 
 
 def _check_not_shadowed(config, path):
-  phases = [p for p in config.get("phases", ()) if isinstance(config.get(p), Mapping
-                                                              | ml_collections.ConfigDict)]
-  parts = re.findall(r"[^.\[\]]+", path)
-  if phases and all(_has(config[p], parts) for p in phases):
+  phases = [p for p in config.get("phases", ()) if _is_section(config.get(p))]
+  if phases and all(_has(config[p], _parts(path)) for p in phases):
     raise ValueError(f"--config.{path} would change nothing, because every phase sets it: use "
                      + " or ".join(f"--config.{p}.{path}=..." for p in phases))
 
@@ -165,7 +295,7 @@ def _has(section, parts):
   for part in parts:
     if isinstance(section, list):
       return True
-    if not isinstance(section, Mapping | ml_collections.ConfigDict) or part not in section:
+    if not _is_section(section) or part not in section:
       return False
     section = section[part]
   return True
@@ -173,10 +303,18 @@ def _has(section, parts):
 
 def _lay_over(base, own, where, extra: Sequence[str] = ()):
   for key in own:
-    if key not in base and key not in extra:
+    here = f"{where}.{key}"
+    if key not in base and key not in extra and not OPEN.fullmatch(where):
       raise ValueError(f"{where} has an unknown field {key!r}{nearest(key, [*base, *extra])}")
-    section = isinstance(own[key], Mapping | ml_collections.ConfigDict)
-    if section and key in base and key not in extra and "name" not in own[key]:
-      _lay_over(base[key], own[key], f"{where}.{key}")
-    else:
+    if key in base and key not in extra and _is_section(base[key]) != _is_section(own[key]):
+      kind = "a section, dict(...)" if _is_section(base[key]) else "no section"
+      raise ValueError(f"{here}={_plain(own[key])!r}, but this is {kind}")
+    another = OPEN.fullmatch(here) and "name" in own[key]  # another function, with its arguments
+    if _is_section(own[key]) and key in base and not another:
+      _lay_over(base[key], own[key], here)
+      continue
+    try:
       base[key] = copy.deepcopy(own[key])
+    except TypeError as error:
+      raise ValueError(f"{here}={own[key]!r} has another type than {base[key]!r} at the top level"
+                       ) from error
