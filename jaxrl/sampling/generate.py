@@ -198,10 +198,9 @@ def grow(state: State, *, capacity: int) -> State:
 def _extend(state, logits, uniform, settings):
   """Draws the next token of every sample. Returns the state, tokens and log-probabilities."""
   prompts, samples = state.last.shape
-  def rows(x):
-    return jnp.repeat(x, samples, axis=0, total_repeat_length=prompts * samples)
-  tokens, logprobs = draw_lib.draw_tokens(logits.reshape(prompts * samples, -1), uniform.reshape(-1),
-                                   jax.tree.map(rows, settings.how))
+  rows = prompts * samples
+  how = jax.tree.map(lambda x: jnp.repeat(x, samples, total_repeat_length=rows), settings.how)
+  tokens, logprobs = draw_lib.draw_tokens(logits.reshape(rows, -1), uniform.reshape(rows), how)
   tokens, logprobs = tokens.reshape(prompts, samples), logprobs.reshape(prompts, samples)
   stopped = jnp.any(tokens[..., None] == settings.stop_ids[:, None], axis=-1)
   done = state.done | stopped | (state.step + 1 >= settings.max_tokens[:, None])

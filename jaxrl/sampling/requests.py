@@ -34,7 +34,7 @@ class SamplingParams:
       if not ok:
         raise ValueError(f"sampling.{name}={getattr(self, name)!r}: {remedy}")
     check(self.max_tokens >= 1, "max_tokens", "a sample needs at least 1 token")
-    check(0 <= self.temperature < float("inf"), "temperature", "use 0 (greedy) or a positive number")
+    check(0 <= self.temperature < float("inf"), "temperature", "use 0 (greedy) or more")
     check(self.top_k >= 0, "top_k", "use a positive number of tokens, or 0 to switch it off")
     check(0 < self.top_p <= 1, "top_p", "use a share in (0, 1]; 1 switches it off")
     check(0 <= self.min_p <= 1, "min_p", "use a share in [0, 1]; 0 switches it off")

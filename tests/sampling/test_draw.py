@@ -36,8 +36,10 @@ def kept_by_transformers(logits, temperature, top_k, top_p, min_p):
   return torch.isfinite(scores).numpy()
 
 
-kept_by_us = jax.jit(lambda logits, how: logits / how.temperature[:, None] >= draw.truncation(
-    logits / how.temperature[:, None], jnp.max(logits / how.temperature[:, None], -1), how)[:, None])
+@jax.jit
+def kept_by_us(logits, how):
+  scaled = logits / how.temperature[:, None]
+  return scaled >= draw.truncation(scaled, jnp.max(scaled, axis=-1), how)[:, None]
 
 
 @settings(max_examples=25, deadline=None)

@@ -53,7 +53,7 @@ def _logits(config, params, tokens):
 
 
 def uncached_logits(config, tokens):
-  """Logits that follow each token of one sequence, without any cache, in float64. [length, vocab]"""
+  """Logits that follow each token of one sequence, without a cache. [length, vocab]"""
   padded = np.zeros((1, 128), np.int32)
   padded[0, :len(tokens)] = tokens
   logits = np.asarray(_logits(config, parameters(config), padded), np.float64)[:len(tokens)]
@@ -98,7 +98,8 @@ def test_greedy_equals_the_uncached_argmax_and_logprobs_those_of_a_full_pass(con
   for request, samples in zip(MIXED, sampler(config).sample(parameters(config), MIXED, KEY)):
     assert len(samples) == request.n
     for sample in samples:
-      logits = uncached_logits(config, [*request.prompt, *sample.tokens])[len(request.prompt) - 1:-1]
+      logits = uncached_logits(config, [*request.prompt, *sample.tokens])
+      logits = logits[len(request.prompt) - 1:-1]
       temperature = request.params.temperature
       logprobs = special.log_softmax(logits / (temperature or 1.0), axis=-1)
       expected = np.take_along_axis(logprobs, sample.tokens[:, None], axis=-1)[:, 0]
@@ -245,7 +246,8 @@ def test_stop_strings_end_the_decoding_of_rows_that_contain_them():
 
 
 def test_lengths_end_at_a_stop_token_or_at_the_limit():
-  tokens = np.array([[[1, 2], [3, 3]], [[4, 1], [3, 0]], [[1, 1], [3, 3]]])  # [time, prompt, sample]
+  # [time, prompts, samples]
+  tokens = np.array([[[1, 2], [3, 3]], [[4, 1], [3, 0]], [[1, 1], [3, 3]]])
   stop_ids, max_tokens = np.array([[4, -1], [0, -1]]), np.array([3, 2])
   np.testing.assert_array_equal(stopping.lengths(tokens, stop_ids, max_tokens), [[2, 3], [2, 2]])
   np.testing.assert_array_equal(stopping.lengths(tokens[:1], stop_ids, max_tokens), np.ones((2, 2)))
