@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxrl import compose
@@ -87,11 +86,23 @@ class Learner:
 
 
 def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
-  """Jits `prepare` and `update`; `state_shardings` keeps the state where it is."""
+  """Jits `prepare` and `update`; `state_shardings` keeps the state where it is.
+
+  A prepared batch keeps the shardings of `sharding.put_batch`, so that one read back from a
+  checkpoint is updated on by the same program, to the same bits.
+  """
+  mesh = jax.tree.leaves(state_shardings)[0].mesh
   return Learner(
-      jax.jit(functools.partial(_prepare, learning)),
+      jax.jit(functools.partial(_prepare, learning), out_shardings=_batch_shardings(mesh)),
       jax.jit(functools.partial(_update, learning), donate_argnums=0,
               out_shardings=(state_shardings, None)))
+
+
+def _batch_shardings(mesh: jax.sharding.Mesh) -> TokenBatch:
+  """Those of `sharding.put_batch`, one for each field, whatever signals and columns there are."""
+  by_rows = jax.NamedSharding(mesh, sharding.partition_spec(("rows",)))
+  return TokenBatch(**{field.name: by_rows if field.name in PER_TOKEN else sharding.replicated(mesh)
+                       for field in dataclasses.fields(TokenBatch)})
 
 
 def to_micro_batches(batch: TokenBatch, rows: int) -> TokenBatch:
@@ -158,7 +169,7 @@ def _update(learning: Learning, state: TrainState, batch: TokenBatch
   zeros = (jnp.zeros(()), jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics),
            jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params))
   loss, metrics, gap, gradient = jax.lax.fori_loop(0, _used(batch, rows), body, zeros)
-  rate = learning.learning_rate(state.step)
+  rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
   state, grad_norm = _apply(learning, state, loss, gradient)
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
               "bad_steps": state.bad_steps, "learning_rate": jnp.asarray(rate)}
@@ -186,7 +197,7 @@ def _loss(learning, params, rows):
 
 def _apply(learning, state, loss, gradient):
   """One optimiser update, skipped and counted when a gradient is not finite."""
-  grad_norm = optax.global_norm(gradient)
+  grad_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
   def take(params, opt_state):
