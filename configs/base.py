@@ -19,8 +19,9 @@ def get_config() -> ml_collections.ConfigDict:
       task=dict(), task_size=1_000_000,  # knobs, and problems in the train split of a toy task
       question="question", answer="answer", solution="solution", id="",  # field names
       messages="",  # field with chat messages, instead of question; or
-      chat=False,  # wrap the question in a user message of the tokenizer's chat template
-      prompt_template="{question}", solution_template="{solution}",
+      chat=False,  # wrap the prompt in a user message of the tokenizer's chat template
+      more=(),  # other fields, which templates use under their own names
+      prompt_template="{question}", solution_template="{solution}",  # of {question}, {answer}, ...
       answer_pattern="",  # regex with one group that picks the answer out of its field
       remove_pattern="",  # regex of what is cut out of solutions
       max_prompt_tokens=256, max_completion_tokens=256,

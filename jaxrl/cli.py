@@ -21,12 +21,14 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser.parse_args(rest)
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())  # so that a config can name `my_module:my_reward`
+  config = _config(options, overrides)
   try:
-    _run(options, overrides)
-  except _mistakes() as error:
-    _fail(str(error))
+    from jaxrl.training import run  # only now, for it takes seconds to load
+    run.run(config, options.workdir, quiet=options.quiet)
   except KeyboardInterrupt:
     _fail(f"interrupted; the same command continues {options.workdir}", code=130)
+  except _mistakes() as error:
+    _fail(str(error))
 
 
 def _parser():
@@ -56,20 +58,21 @@ def _overrides(arguments, parser):
       continue
     path, value = match.groups()
     if value is None:
-      if not arguments:
+      if not arguments or arguments[0].startswith("--"):
         parser.error(f"--config.{path} needs a value: --config.{path}=...")
       value = arguments.pop(0)
     found[path] = value
   return found, rest
 
 
-def _run(options, overrides):
+def _config(options, overrides):
   from jaxrl import config as configs
-  from jaxrl.training import run
-  with configs.as_config_errors():
+  try:
     config = configs.load(options.config)
     configs.override(config, overrides)
-  run.run(config, options.workdir, quiet=options.quiet)
+  except ValueError as error:
+    _fail(str(error))
+  return config
 
 
 def _mistakes():

@@ -267,6 +267,8 @@ def _convert(old, text, path):
     value = {"true": True, "false": False}.get(text.lower(), text)
   if old is None:
     return value
+  if _is_section(old) and isinstance(value, dict) and OPEN.fullmatch(path):
+    return value
   if _is_section(old):
     raise ValueError(f"--{path}={text}: this is a section; set its fields, such as "
                      f"--{path}.{next(iter(old), 'field')}=...")

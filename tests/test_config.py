@@ -57,6 +57,8 @@ def at(config, path):
     ("objective[0].low", "0.1", 0.1), ("objective[0].low", "1", 1.0),
     ("objective[0].name", "reinforce", "reinforce"),
     ("reward.criteria[0].ignore_case", "True", True),  # an argument that the config leaves out
+    ("rollout.episode", "{'name': 'm:f', 'width': 3}", {"name": "m:f", "width": 3}),
+    ("rl.objective[0]", "{'name': 'reinforce'}", {"name": "reinforce"}),
     ("rollout.episode.samples", "4", 4), ("rollout.episode.name", "m:f", "m:f"),
     ("rollout.templates.refine", "Better: {draft}", "Better: {draft}"),
     ("reward.aggregate.weights", "{'exact_match': 2}", {"exact_match": 2}),
@@ -69,7 +71,7 @@ def at(config, path):
 def test_a_field_takes_a_value_of_its_type(config, path, text, value):
   configs.override(config, {path: text})
   found = at(config, path)
-  found = found.to_dict() if isinstance(value, dict) else found
+  found = found.to_dict() if isinstance(found, ml_collections.ConfigDict) else found
   assert found == value and type(found) is type(value)
 
 
@@ -108,6 +110,7 @@ def test_an_override_of_one_phase_leaves_the_others(config):
     ("data.chat", "yes", "True or False"),
     ("phases", "rl", r"--config.phases=rl: .* takes a list such as \"\['a', 'b'\]\""),
     ("objective", "[dict(name='x')]", "takes a list"),
+    ("optimizer", "{'name': 'sgd'}", "this is a section"),
     ("optimizer", "adam", r"this is a section; set its fields, such as --config.optimizer.\w+="),
     ("objective[0]", "x", r"this is a section; .*--config.objective\[0\].name="),
 ])

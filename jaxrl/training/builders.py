@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import inspect
 import pathlib
 from typing import Any
 
@@ -33,18 +34,25 @@ from jaxrl.training.supply import GroupsOfRollouts
 
 KINDS = ("sft", "rl", "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
+AT_LEAST = {  # smallest values of settings that nothing else checks
+    "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.vocabulary_chunk": 1,
+    "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
+    "rollout.prompts": 1, "rollout.updates": 1, "rollout.max_rows": 1, "rollout.max_resample": 0,
+    "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0, "evaluate.problems": 0,
+    "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0, "checkpoint.every": 0,
+    "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """One phase: its settings, and what it learns with (None for `evaluate`)."""
+  """One phase: its settings, and what it learns with."""
 
   index: int
   name: str
   kind: str
   steps: int
   settings: ml_collections.ConfigDict
-  learning: learner.Learning | None
+  learning: learner.Learning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +84,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   Raises:
     ValueError: whatever is wrong with the config, its data, tokenizer, mesh or pieces.
   """
-  if not config.phases:
-    raise ValueError("config.phases is empty; name at least one, such as ('sft', 'rl')")
+  names = configs.phase_names(config)
   mesh = sharding.make_mesh(**config.mesh)
   splits = {split: inputs.open_split(config, split) for split in inputs.SPLITS}
   if splits["train"] is None:
@@ -88,14 +95,16 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   builder = inputs.builder(config, tokenizer)
   held_out = {split: inputs.read_tasks(builder, splits[split], config.evaluate.problems)
               for split in ("validation", "test")}
-  phases = [_phase(config, index, name, decoder) for index, name in enumerate(config.phases)]
+  phases = [_phase(config, index, name, decoder) for index, name in enumerate(names)]
   for phase in phases:
     _check_phase(phase, mesh, held_out)
+    if phase.kind != "evaluate":
+      inputs.check_rows(builder, splits["train"], solved=phase.kind == "sft")
+  for phase in phases:
     _dry_run(phase, mesh)
   sampler = Sampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
   return Parts(config, mesh, tokenizer, decoder, builder, splits["train"], **held_out,
-               scorer=Scorer.from_config(_plain(config.reward)), sampler=sampler, phases=phases,
-               report=report)
+               scorer=_scorer(config, phases), sampler=sampler, phases=phases, report=report)
 
 
 def abstract_state(parts: Parts, phase: Phase) -> states.TrainState:
@@ -173,17 +182,39 @@ def _supply(parts, phase):
 
 def _rollouts(parts, phase):
   r = phase.settings.rollout
-  sampling = SamplingParams(
-      max_tokens=r.max_tokens, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
-      min_p=r.min_p, stop_ids=(parts.tokenizer.eos_id,), stop_strings=tuple(r.stop_strings))
   return rollout_lib.Rollouts(
-      _episode(phase.settings), parts.sampler, parts.tokenizer, parts.scorer, sampling=sampling,
-      templates=r.templates, max_failure_rate=r.max_failure_rate, report=parts.report)
+      _episode(phase.settings), parts.sampler, parts.tokenizer, parts.scorer,
+      sampling=_sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
+      max_failure_rate=r.max_failure_rate, report=parts.report)
+
+
+def _sampling(r, stop_ids):
+  try:
+    return SamplingParams(
+        max_tokens=r.max_tokens, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
+        min_p=r.min_p, stop_ids=stop_ids, stop_strings=tuple(r.stop_strings))
+  except ValueError as error:
+    raise ValueError(str(error).replace("sampling.", "config.rollout.", 1)) from error
 
 
 def _episode(settings):
-  return compose.build(_plain(settings.rollout.episode), rollout_lib,
-                       where="config.rollout.episode")
+  where = "config.rollout.episode"
+  episode = compose.build(_plain(settings.rollout.episode), rollout_lib, where=where)
+  if not inspect.iscoroutinefunction(episode.func):
+    raise ValueError(f"{where}: {settings.rollout.episode.name!r} is no episode; an episode is an "
+                     "`async def my_episode(ctx, task, *, ...)`")
+  return episode
+
+
+def _scorer(config, phases):
+  scorer = Scorer.from_config(_plain(config.reward))
+  for phase in phases:
+    label = phase.settings.evaluate.correct
+    if label and label not in scorer.labels:
+      scorer.close()
+      raise ValueError(f"config.evaluate.correct={label!r} is none of the criteria in config.reward"
+                       f"{compose.nearest(label, scorer.labels)}")
+  return scorer
 
 
 def _correct(parts, phase):
@@ -203,8 +234,11 @@ def _phase(config, index, name, decoder):
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:
     raise ValueError(f"config.{name}.kind={kind!r}{compose.nearest(kind, KINDS)}")
+  if kind != "evaluate" and steps < 1:
+    raise ValueError(f"config.{name}.steps={steps}; a phase of kind {kind} needs at least 1")
   sampled = kind == "rl"
-  optimizer_steps = max(steps, 1)
+  # An evaluation makes no updates; its optimiser is only part of the state's shape.
+  optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
   learning = learner.Learning(
       decoder=decoder,
       terms=[compose.build(_plain(t), objectives, where=f"config.objective[{i}]")
@@ -222,28 +256,42 @@ def _phase(config, index, name, decoder):
 
 def _check_phase(phase, mesh, held_out):
   s, where = phase.settings, f"config.{phase.name}"
-  if phase.kind != "evaluate" and phase.steps < 1:
-    raise ValueError(f"{where}.steps={phase.steps}; a phase of kind {phase.kind} needs at least 1")
+  for path, least in AT_LEAST.items():
+    value = functools.reduce(lambda section, name: section[name], path.split("."), s)
+    if not value >= least:
+      raise ValueError(f"config.{path}={value} in phase {phase.name}; it must be at least {least}")
   rows, parts = s.batch.micro_batch_rows, mesh.shape["data"] * mesh.shape["fsdp"]
   if rows < 1 or rows % parts:
+    fitting = sorted({parts * max(rows // parts, 1), parts * (max(rows, 0) // parts + 1)})
     raise ValueError(f"config.batch.micro_batch_rows={rows} does not divide over data x fsdp = "
-                     f"{parts} devices: use {parts * max(rows // parts, 1)} or "
-                     f"{parts * (rows // parts + 1)}")
-  if phase.kind == "rl":
-    _episode(s)
-    if s.rollout.temperature <= 0:
-      raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "
-                       "policy gradient; use a positive temperature")
-    if min(s.rollout.prompts, s.rollout.updates) < 1:
-      raise ValueError("config.rollout.prompts and config.rollout.updates must be at least 1")
+                     f"{parts} devices: use {' or '.join(map(str, fitting))}")
+  _sampling(s.rollout, ())
+  _episode(s)
+  if phase.kind == "rl" and s.rollout.temperature <= 0:
+    raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "
+                     "policy gradient; use a positive temperature")
   if s.evaluate.samples and not 0 < s.evaluate.k <= s.evaluate.samples:
     raise ValueError(f"config.evaluate.k={s.evaluate.k} must be between 1 and config.evaluate."
                      f"samples={s.evaluate.samples}")
   until = s.get("until")
-  if until is not None and set(until) != {"metric", "at_least", "every"}:
-    raise ValueError(f"{where}.until needs metric, at_least and every; it has {sorted(until)}")
-  if (until or s.evaluate.every) and not held_out["validation"]:
-    raise ValueError(f"{where} evaluates on the way, so it needs config.data.validation")
+  if until is not None:
+    _check_until(until, f"{where}.until")
+  if (until is not None or s.evaluate.every) and not held_out["validation"]:
+    what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
+    raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
+                     "set config.data.validation, and config.evaluate.problems to at least 1")
+
+
+def _check_until(until, where):
+  wanted = ("metric", "at_least", "every")
+  if not isinstance(until, ml_collections.ConfigDict) or set(until) != set(wanted):
+    raise ValueError(f"{where} needs {', '.join(wanted)}, as in dict(metric='greedy_accuracy', "
+                     f"at_least=0.4, every=50); it is {_plain(until)}")
+  if until.metric not in policy.GREEDY_METRICS:
+    raise ValueError(f"{where}.metric={until.metric!r} is not measured on the way"
+                     f"{compose.nearest(until.metric, policy.GREEDY_METRICS)}")
+  if not until.every >= 1:
+    raise ValueError(f"{where}.every={until.every} must be a number of updates, at least 1")
 
 
 def _dry_run(phase: Phase, mesh: jax.sharding.Mesh) -> None:

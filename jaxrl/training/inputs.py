@@ -1,9 +1,12 @@
 """The data and the tokenizer of a config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+import dataclasses
 import pathlib
 import re
+import shutil
 
+import jax
 import ml_collections
 
 from jaxrl import compose
@@ -13,6 +16,7 @@ from jaxrl.batch import Task
 
 TOKENIZERS = ("character", "bpe", "pretrained")
 SPLITS = ("train", "validation", "test")
+FIRST_ROWS = 64  # of the training data, which are tried before anything is computed
 
 
 class Part:
@@ -39,7 +43,13 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> data.Source | N
   Raises:
     ValueError: there is no such data, or none is left of it.
   """
-  spec = config.data[split]
+  try:
+    return _open(config, split, config.data[split])
+  except ValueError as error:
+    raise ValueError(f"config.data.{split}={config.data[split]!r}: {error}") from error
+
+
+def _open(config, split, spec):
   if not spec:
     return None
   if spec.startswith("task:"):
@@ -51,7 +61,7 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> data.Source | N
     return data.open_source(spec)
   part = Part(data.open_source(match[1]), *(int(x) if x else None for x in match.groups()[1:]))
   if not len(part):
-    raise ValueError(f"config.data.{split}={spec!r} leaves no rows")
+    raise ValueError(f"[{match[2]}:{match[3]}] leaves none of the rows")
   return part
 
 
@@ -59,40 +69,61 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
                    directory: pathlib.Path) -> data.Tokenizer:
   """The tokenizer of a run: the one saved in `directory`, else made as the config says and saved.
 
+  One that lies there without the `config.json` of a run beside it is of an attempt that never
+  began, perhaps with other settings, and is made again.
+
   Raises:
-    ValueError: unknown kind, or nothing at `config.tokenizer.path`.
+    ValueError: unknown kind, impossible settings, or nothing at `config.tokenizer.path`.
   """
   spec = config.tokenizer
   if spec.kind not in TOKENIZERS:
     raise ValueError(f"config.tokenizer.kind={spec.kind!r}{compose.nearest(spec.kind, TOKENIZERS)}")
-  if directory.exists():
+  if directory.exists() and (directory.parent / "config.json").exists():
     return data.load_tokenizer(directory)
-  if spec.kind == "character":
-    tokenizer = data.CharacterTokenizer(*[spec.alphabet] if spec.alphabet else [])
-  elif spec.kind == "bpe":
-    tokenizer = data.train_bpe(_texts(train, config), spec.vocab_size)
-  else:
-    if not spec.path:
-      raise ValueError("config.tokenizer.kind='pretrained' needs config.tokenizer.path")
-    tokenizer = data.load_tokenizer(spec.path)
-  tokenizer.save(directory)
+  try:
+    if spec.kind == "character":
+      tokenizer = data.CharacterTokenizer(*[spec.alphabet] if spec.alphabet else [])
+    elif spec.kind == "bpe":
+      tokenizer = data.train_bpe(_texts(train, config), spec.vocab_size)
+    elif not spec.path:
+      raise ValueError("kind='pretrained' needs a path: the directory of a model or tokenizer")
+    else:
+      tokenizer = data.load_tokenizer(spec.path)
+  except data.BadRow:
+    raise
+  except ValueError as error:
+    raise ValueError(f"config.tokenizer: {error}") from error
+  if jax.process_index() == 0:
+    shutil.rmtree(directory, ignore_errors=True)
+    tokenizer.save(directory)
   return tokenizer
 
 
 def builder(config: ml_collections.ConfigDict, tokenizer: data.Tokenizer) -> data.TaskBuilder:
-  """What turns rows into tasks and examples."""
+  """What turns rows into tasks and examples.
+
+  Raises:
+    ValueError: settings that no row could satisfy.
+  """
   d = config.data
   fields = data.Fields(question=d.question, answer=d.answer, solution=d.solution, id=d.id,
-                       messages=d.messages)
-  return data.TaskBuilder(
-      tokenizer, fields, prompt_template=d.prompt_template, solution_template=d.solution_template,
-      answer_pattern=d.answer_pattern, remove_pattern=d.remove_pattern, chat=d.chat,
-      max_prompt_tokens=d.max_prompt_tokens, max_completion_tokens=d.max_completion_tokens,
-      on_bad_row=d.on_bad_row)
+                       messages=d.messages, more=tuple(d.more))
+  try:
+    return data.TaskBuilder(
+        tokenizer, fields, prompt_template=d.prompt_template,
+        solution_template=d.solution_template, answer_pattern=d.answer_pattern,
+        remove_pattern=d.remove_pattern, chat=d.chat, max_prompt_tokens=d.max_prompt_tokens,
+        max_completion_tokens=d.max_completion_tokens, on_bad_row=d.on_bad_row)
+  except ValueError as error:
+    raise ValueError(f"config.data: {error}") from error
 
 
 def read_tasks(builder: data.TaskBuilder, source: data.Source | None, count: int) -> list[Task]:
-  """The first `count` usable tasks of a source."""
+  """The first `count` usable tasks of a source.
+
+  Raises:
+    ValueError: there are rows, but none is usable.
+  """
   found: list[Task] = []
   for index in range(len(source) if source is not None and count else 0):
     task = builder.read(source, index)
@@ -100,16 +131,52 @@ def read_tasks(builder: data.TaskBuilder, source: data.Source | None, count: int
       found.append(task)
       if len(found) == count:
         break
+  if source is not None and count and not found:
+    _refuse(builder, source, solved=False)
   return found
 
 
-def _texts(source, config) -> Sequence[str]:
-  """The text that a BPE tokenizer learns from: questions and solutions as training will see them."""
+def check_rows(builder: data.TaskBuilder, source: data.Source, *, solved: bool) -> None:
+  """Tries the first rows of the training data, which are read only once training begins.
+
+  Args:
+    solved: rows must hold a solution to imitate.
+
+  Raises:
+    BadRow: one of them is bad, and `on_bad_row` does not let it pass.
+    ValueError: no row of the source is usable.
+  """
+  trial = dataclasses.replace(builder, counts=data.RowCounts())
+  read = trial.read_solved if solved else trial.read
+  first = [read(source, index) for index in range(min(len(source), FIRST_ROWS))]
+  if all(task is None for task in first) and all(
+      read(source, index) is None for index in range(len(first), len(source))):
+    _refuse(builder, source, solved)
+
+
+def _refuse(builder, source, solved):
+  strict = dataclasses.replace(builder, on_bad_row="fail", counts=data.RowCounts())
+  try:
+    (strict.read_solved if solved else strict.read)(source, 0)
+  except data.BadRow as error:
+    raise ValueError(f"not one of {len(source)} rows is usable. The first, {error}") from error
+
+
+def _texts(source, config) -> Iterator[str]:
+  """The text that BPE learns from: questions and solutions as training will see them."""
   d = config.data
   remove = re.compile(d.remove_pattern) if d.remove_pattern else None
   for index in range(len(source)):
-    row = source[index]
-    for field in (d.question, d.solution or d.answer):
-      text = row.get(field) if field else None
+    try:
+      row = source[index]
+    except data.BadRow:
+      if d.on_bad_row == "skip":
+        continue
+      raise
+    texts = [row.get(field) for field in (d.question, d.solution or d.answer, *d.more) if field]
+    messages = row.get(d.messages) if d.messages else None
+    for message in messages if isinstance(messages, list) else ():
+      texts.append(message.get("content") if isinstance(message, dict) else None)
+    for text in texts:
       if isinstance(text, str):
         yield remove.sub("", text) if remove else text

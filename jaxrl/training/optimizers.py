@@ -15,6 +15,7 @@ OPTIMIZERS = {
     "adafactor": lambda lr, c: optax.adafactor(lr, multiply_by_parameter_scale=False),
     "sgd": lambda lr, c: optax.sgd(lr, momentum=c["b1"] or None),
 }
+DECAYING = ("adamw", "lion")  # those that know weight decay
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -24,13 +25,16 @@ def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
   Args:
     config: `config.optimizer`: learning_rate, schedule, warmup_steps, final_fraction.
     steps: updates of the phase, warm-up included.
+
+  Raises:
+    ValueError: an unknown schedule, or a warm-up that does not end within the phase.
   """
   peak, kind, warmup = config["learning_rate"], config["schedule"], config["warmup_steps"]
   if kind not in SCHEDULES:
     raise ValueError(f"config.optimizer.schedule={kind!r}{nearest(kind, SCHEDULES)}")
   if not 0 <= warmup < max(steps, 1):
-    raise ValueError(f"config.optimizer.warmup_steps={warmup} must be less than the phase's {steps} "
-                     "steps")
+    raise ValueError(f"config.optimizer.warmup_steps={warmup} must be 0 or more and less than "
+                     f"the phase's steps={steps}: shorten it or train longer")
   rest = max(steps - warmup, 1)
   after = {"constant": optax.constant_schedule(peak),
            "linear": optax.linear_schedule(peak, peak * config["final_fraction"], rest),
@@ -42,10 +46,21 @@ def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
 
 
 def build(config: Mapping, steps: int) -> optax.GradientTransformation:
-  """Clipping by global norm (`clip_norm`, 0 is off), then the named optimiser."""
+  """Clipping by global norm (`clip_norm`, 0 is off), then the named optimiser.
+
+  Args:
+    config: `config.optimizer`.
+    steps: updates of the phase.
+
+  Raises:
+    ValueError: an unknown name, a setting that the optimiser lacks, or a bad schedule.
+  """
   name = config["name"]
   if name not in OPTIMIZERS:
     raise ValueError(f"config.optimizer.name={name!r}{nearest(name, OPTIMIZERS)}")
+  if config["weight_decay"] and name not in DECAYING:
+    raise ValueError(f"config.optimizer.weight_decay={config['weight_decay']}, but {name} has "
+                     f"none: set it to 0, or use {' or '.join(DECAYING)}")
   optimizer = OPTIMIZERS[name](learning_rate(config, steps), config)
   if not config["clip_norm"]:
     return optimizer
