@@ -111,11 +111,16 @@ def encode(row: Any) -> bytes:
     return (json.dumps(row, allow_nan=False) + "\n").encode()
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a file of one indented JSON object, atomically."""
+def write_json(path: pathlib.Path, value: Any, *, exact: bool = False) -> None:
+  """Writes a file of one indented JSON object, atomically.
+
+  Args:
+    exact: `value` is plain JSON already; its floats keep all digits, so that Python's `json.load`
+      gives back an equal value.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(path.name + ".tmp")
-  text = json.dumps(jsonable(value), indent=2, allow_nan=False)
+  text = json.dumps(value if exact else jsonable(value), indent=2, allow_nan=exact)
   temporary.write_text(text + "\n", encoding="utf-8")
   os.replace(temporary, path)
 

@@ -63,9 +63,9 @@ class Reporter:
     self.close()
 
   def config(self, config: Mapping[str, Any]) -> None:
-    """Writes `config.json`."""
+    """Writes `config.json`: plain JSON values, which read back equal."""
     if self._writes:
-      jsonl.write_json(self.workdir / "config.json", config)
+      jsonl.write_json(self.workdir / "config.json", config, exact=True)
 
   def rewind(self, step: int) -> None:
     """Forgets what is recorded of later steps: they are going to be made again.

@@ -67,15 +67,13 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
   progress, state, buffer = Progress(), None, None
   if restored is not None:
     progress, state, buffer = Progress(**restored.host), restored.state, restored.buffer
+    if result := _finished(parts, progress, checkpoints.directory.parent):
+      reporter.note(f"{checkpoints.directory.parent} holds a finished run; nothing is left to do")
+      reporter.show_result(result)
+      return result
     reporter.rewind(progress.updates)
     reporter.note(f"continuing phase {parts.phases[progress.phase].name} after update "
                   f"{progress.updates}")
-    done = checkpoints.directory.parent / "summary.json"
-    if parts.phases[-1].name in progress.evaluations and done.exists():
-      reporter.note(f"{done.parent} holds a finished run; nothing is left to do")
-      result = json.loads(done.read_text())
-      reporter.show_result(result)
-      return result
   else:
     reporter.rewind(0)
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
@@ -108,6 +106,16 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
   result = summary(parts, progress, checkpoints.directory.parent)
   reporter.finish(result)
   return result
+
+
+def _finished(parts, progress, workdir) -> dict[str, Any] | None:
+  """The summary of a run of which nothing is left to do, None otherwise."""
+  path = workdir / "summary.json"
+  if parts.phases[-1].name not in progress.evaluations or not path.exists():
+    return None
+  written = json.loads(path.read_text())
+  # A kill just before the last summary leaves that of an earlier phase.
+  return written if len(written["phases"]) == len(parts.phases) else None
 
 
 def _train(parts, phase, params, state, progress, buffer, reporter, checkpoints):
