@@ -10,7 +10,7 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.data.train = config.data.validation = config.data.test = "task:addition"
-  config.data.task = dict(digits=3)
+  config.data.task = dict(digits=3, answer_format="reversed")
   config.data.max_prompt_tokens = config.data.max_completion_tokens = 16
   config.tokenizer.alphabet = "0123456789+="
 
@@ -23,7 +23,7 @@ def get_config():
 
   config.phases = ("sft", "rl")
   config.sft = dict(
-      kind="sft", steps=2000, until=dict(metric="greedy_accuracy", at_least=0.4, every=50),
+      kind="sft", steps=2000, until=dict(metric="greedy_accuracy", at_least=0.4, every=15),
       batch=dict(examples=256), objective=[dict(name="cross_entropy")])
-  config.rl = dict(kind="rl", steps=300, optimizer=dict(learning_rate=5e-4))
+  config.rl = dict(kind="rl", steps=300, optimizer=dict(learning_rate=1e-4, b2=0.99))
   return config

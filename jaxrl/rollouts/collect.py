@@ -32,17 +32,18 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
     next_tasks: draws that many tasks from the data; the same task may come again.
     prompts: tasks wanted.
     base_key, key, step: as in `Rollouts.run`.
-    filter_zero_variance: drop groups whose scored rewards are all equal, and draw a new task for
-      every one that is left without a group, at most `max_resample` times (dynamic sampling of
-      DAPO, arXiv:2503.14476, eq. 11, with a bound). If no group differs at all the last round is
-      kept: its advantages are 0.
+    filter_zero_variance: drop groups whose scored rewards are all equal, and draw as many tasks
+      again until `prompts` of them are left, at most `max_resample` times (dynamic sampling of
+      DAPO, arXiv:2503.14476, eq. 11, with a bound). Rounds are of one size, so that none compiles
+      anything new; what the last brings too many is dropped. If no group differs at all the last
+      round is kept: its advantages are 0.
 
   Raises:
     EpisodeFailure: no episode returned anything, or as in `Rollouts.run`.
   """
   kept, latest, tasks, sampled, effective, episodes = [], [], {}, 0, 0, 0
   for _ in range(1 + (max_resample if filter_zero_variance else 0)):
-    drawn = next_tasks(prompts - len({_episode(g) for g in kept}))
+    drawn = next_tasks(prompts)
     tasks |= {t.id: t for t in drawn}
     groups = _by_group(rollouts.run(params, drawn, base_key=base_key, key=key, step=step,
                                     first_episode=episodes))
@@ -57,6 +58,8 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
   if not latest:
     raise EpisodeFailure(f"step {step}: none of {episodes} episodes returned a trajectory; the "
                          "function in config.rollout.episode must return what is to be trained on")
+  wanted = sorted({_episode(g) for g in kept})[:prompts]
+  kept = [g for g in kept if _episode(g) in wanted]
   return Collected([t for g in kept or latest for t in g], tasks, sampled, effective)
 
 

@@ -10,18 +10,19 @@ from jaxrl.tasks import knobs
 
 def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "plain"
            ) -> dict[str, Any]:
-  """Two operands, each uniform over 0 .. 10**digits - 1.
+  """Two operands, each uniform over the numbers of exactly `digits` digits.
 
   Args:
     rng: source of randomness.
-    digits: digits of the largest operand, 1 to 18.
+    digits: digits of each operand, 1 (0 to 9) to 18.
     answer_format: how the sum is written, `plain` (579) or `reversed` (975: each digit then depends
       on operand digits and one carry only, which a small model learns sooner).
   """
   knobs.integer("digits", digits, 1, 18)
   if answer_format not in ("plain", "reversed"):
     raise ValueError(f"answer_format={answer_format!r}: use 'plain' or 'reversed'")
-  a, b = (int(x) for x in rng.integers(10 ** digits, size=2))
+  smallest = 10 ** (digits - 1) if digits > 1 else 0
+  a, b = (int(x) for x in rng.integers(smallest, 10 ** digits, size=2))
   answer = _written(a + b, answer_format)
   return dict(question=f"{a}+{b}=", answer=answer, solution=answer, a=a, b=b,
               answer_format=answer_format)

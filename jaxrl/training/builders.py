@@ -136,7 +136,7 @@ def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
       name=phase.name, steps=phase.steps, supply=_supply(parts, phase),
       learner=learner.make_learner(phase.learning, shardings),
       updates_per_batch=s.rollout.updates if sampled else 1,
-      packing=dict(row_length=s.batch.row_length, rows_multiple=rows), micro_batch_rows=rows,
+      row_length=s.batch.row_length, micro_batch_rows=rows,
       mesh=parts.mesh, max_bad_steps=s.optimizer.max_bad_steps,
       max_logprob_gap=s.rollout.max_logprob_gap,
       validate=_validator(parts, phase) if parts.validation else None,

@@ -33,6 +33,8 @@ class Progress:
     phase: index of the phase in `config.phases`.
     updates: updates of all phases so far; the number of a checkpoint.
     supply: position in the data.
+    shape: rows, row length and sequences of the largest batch of the phase; later ones are padded
+      to it, so that a phase soon compiles nothing more.
     updates_left: updates still to be made on the batch in the checkpoint's buffer.
     batch_metrics: what was logged about that batch.
     ended: the phase has reached its last update, or what it was waiting for.
@@ -43,6 +45,7 @@ class Progress:
   phase: int = 0
   updates: int = 0
   supply: dict | None = None
+  shape: tuple[int, int, int] = (1, 1, 1)
   updates_left: int = 0
   batch_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   ended: bool = False
@@ -59,7 +62,7 @@ class PhaseRun:
     supply: gives batches.
     learner: jitted functions.
     updates_per_batch: optimiser updates on each batch.
-    packing: keyword arguments of `batch.pack`.
+    row_length: tokens of a packed row; longer sequences raise it.
     micro_batch_rows: rows of one forward and backward pass.
     mesh: where batches go.
     max_bad_steps: updates in a row with a non-finite gradient before the run stops.
@@ -75,7 +78,7 @@ class PhaseRun:
   supply: Supply
   learner: Learner
   updates_per_batch: int
-  packing: dict[str, int]
+  row_length: int
   micro_batch_rows: int
   mesh: jax.sharding.Mesh
   max_bad_steps: int
@@ -176,7 +179,11 @@ def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
 
 
 def _prepare(phase, state, supplied: Supplied, progress):
-  host = batches.pack(supplied.trajectories, **phase.packing)
+  rows, length, sequences = progress.shape
+  host = batches.pack(supplied.trajectories, min_rows=rows, min_sequences=sequences,
+                      row_length=max(length, phase.row_length),
+                      rows_multiple=phase.micro_batch_rows)
+  progress.shape = (*host.tokens.shape, host.num_sequences)
   used = int((host.segment_ids != 0).sum())
   rows = int((host.segment_ids != 0).any(axis=1).sum())
   progress.batch_metrics = {
@@ -195,7 +202,8 @@ def _speed(batch_metrics, start):
 
 def _check(phase, metrics, step, fresh, checkpoints):
   last = checkpoints.latest_step()
-  left = f"the last good checkpoint is that of update {last}" if last is not None else "no checkpoint yet"
+  left = ("there is no checkpoint yet" if last is None else
+          f"the last good checkpoint is that of update {last}")
   if metrics["bad_steps"] >= phase.max_bad_steps:
     raise TrainingFailure(
         f"{phase.name}: loss or gradient was not finite {phase.max_bad_steps} updates in a row, up "

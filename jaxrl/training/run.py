@@ -87,8 +87,8 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
       progress.seconds[phase.name] = time.perf_counter() - began
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, state, buffer = state.params, None, None
-      progress = dataclasses.replace(progress, phase=index, supply=None, ended=False,
-                                     updates_left=0, batch_metrics={})
+      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1),
+                                     ended=False, updates_left=0, batch_metrics={})
     if phase.kind != "evaluate":
       state = _train(parts, phase, params, state, progress, buffer, reporter, checkpoints)
     elif state is None:
@@ -103,9 +103,7 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
     reporter.summary(summary(parts, progress, checkpoints.directory.parent))
     reporter.draw()
   checkpoints.wait()
-  result = summary(parts, progress, checkpoints.directory.parent)
-  reporter.finish(result)
-  return result
+  return reporter.finish(summary(parts, progress, checkpoints.directory.parent))
 
 
 def _finished(parts, progress, workdir) -> dict[str, Any] | None:
@@ -127,6 +125,10 @@ def _train(parts, phase, params, state, progress, buffer, reporter, checkpoints)
   state = loop.train(phase_run, state, progress, buffer, reporter=reporter,
                      checkpoints=checkpoints)
   reporter.end_phase()
+  refused = {k: n for k, n in parts.builder.counts.as_dict().items() if k != "ok"}
+  if refused:
+    reporter.note("rows that were not used as they are: "
+                  + ", ".join(f"{k} {n}" for k, n in sorted(refused.items())))
   return state
 
 
@@ -141,7 +143,8 @@ def _evaluate(parts, phase, params, updates, reporter, moment) -> dict[str, floa
 
 
 def summary(parts: Parts, progress: Progress, workdir: pathlib.Path) -> dict[str, Any]:
-  """`phases` with accuracies before and after each; the reporter adds cost and versions."""
+  """`phases` with accuracies before and after each, and what this process has done with `rows` of
+  data and samples that it `judged`; the reporter adds cost and versions."""
   rows, before = [], progress.evaluations.get(START, {})
   for phase in parts.phases:
     if phase.name not in progress.evaluations:
@@ -150,7 +153,8 @@ def summary(parts: Parts, progress: Progress, workdir: pathlib.Path) -> dict[str
     rows.append(dict(name=phase.name, kind=phase.kind,
                      seconds=progress.seconds.get(phase.name, 0.0), before=before, after=after))
     before = after
-  return dict(phases=rows, workdir=str(workdir), updates=progress.updates)
+  return dict(phases=rows, workdir=str(workdir), updates=progress.updates,
+              rows=parts.builder.counts.as_dict(), judged=parts.scorer.counts)
 
 
 def _check_same_config(workdir, plain):

@@ -29,7 +29,7 @@ def drawn(module, seed, **knobs):
 def test_addition_agrees_with_python(seed, digits):
   row = drawn(addition, seed, digits=digits)
   a, b = row["question"].removesuffix("=").split("+")
-  assert max(len(a), len(b)) <= digits
+  assert len(a) == len(b) == digits
   assert row["answer"] == str(int(a) + int(b))
   assert addition.check(row, f" {row['answer']}\n")
   assert not addition.check(row, str(int(a) + int(b) + 1)) and not addition.check(row, "0" + a)
