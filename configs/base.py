@@ -13,7 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.phases = ()
 
   # Where problems come from: "task:NAME" (a built-in toy task, its knobs in data.task), a path
-  # (JSONL, .jsonl.gz, Parquet; several by comma or glob) or "tfds:NAME:SPLIT".
+  # (JSONL, .jsonl.gz, Parquet; several by comma or glob; a part of it as "rows.jsonl[500:]") or
+  # "tfds:NAME:SPLIT". Validation problems are for evaluations on the way, test for those around
+  # phases; an empty name leaves them out.
   config.data = dict(
       train="", validation="", test="",
       task=dict(), task_size=1_000_000,  # knobs, and problems in the train split of a toy task
@@ -24,14 +26,16 @@ def get_config() -> ml_collections.ConfigDict:
       prompt_template="{question}", solution_template="{solution}",  # of {question}, {answer}, ...
       answer_pattern="",  # regex with one group that picks the answer out of its field
       remove_pattern="",  # regex of what is cut out of solutions
-      max_prompt_tokens=256, max_completion_tokens=256,
-      on_bad_row="fail",  # skip | truncate | fail
+      max_prompt_tokens=256, max_completion_tokens=256,  # of the data; 0 is no limit
+      on_bad_row="fail",  # fail | skip | truncate (what is too long)
   )
   config.tokenizer = dict(
       kind="character",  # character | bpe (trained on data.train) | pretrained (from path)
-      alphabet="", vocab_size=2048, path="")
+      alphabet="",  # of character; "" is printable ASCII
+      vocab_size=2048,  # of bpe
+      path="")
 
-  config.model = dict(
+  config.model = dict(  # see models.DecoderConfig
       layers=4, d_model=128, heads=4, kv_heads=2, head_dim=0, d_ff=384,
       layer_types=("full",), sliding_window=0,
       rope_theta=10_000.0, rope_scaling=(), rope_local_theta=0.0,
@@ -42,8 +46,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that are left
 
   config.optimizer = dict(
-      name="adamw", learning_rate=1e-3, schedule="constant", warmup_steps=0, final_fraction=0.1,
-      b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0,
+      name="adamw",  # adamw | lion | adafactor | sgd (whose momentum is b1)
+      learning_rate=1e-3, schedule="constant", warmup_steps=0,  # constant | linear | cosine
+      final_fraction=0.1,  # of the learning rate, at the end of a linear or cosine schedule
+      b1=0.9, b2=0.95, epsilon=1e-8,
+      weight_decay=0.0,  # of matrices, with adamw and lion
+      clip_norm=1.0,  # largest global norm of a gradient; 0 is off
       max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
   config.batch = dict(
       examples=64,  # sequences per update in supervised phases
@@ -52,25 +60,32 @@ def get_config() -> ml_collections.ConfigDict:
       vocabulary_chunk=4096)  # logits exist for this much of the vocabulary at a time
 
   config.rollout = dict(
-      prompts=16, episode=dict(name="group", samples=8),
-      temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, max_tokens=64, stop_strings=(),
+      prompts=16, episode=dict(name="group", samples=8),  # tasks per batch, what is done on each
+      temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,  # 0, 1 and 0 are off
+      max_tokens=64, stop_strings=(),  # where a sample ends, beside EOS; in evaluations too
       templates=dict(),  # texts with {placeholders} for ctx.render
       updates=1,  # optimiser updates on each batch of rollouts
-      filter_zero_variance=False, max_resample=2,
+      filter_zero_variance=False,  # replace groups of equal rewards, drawing at most
+      max_resample=2,  # times again
       max_rows=1024,  # sampled together on the device
-      max_failure_rate=0.1,  # of episodes
+      max_failure_rate=0.1,  # of episodes, before the run stops
       max_logprob_gap=0.05)  # between sampler and trainer at the first update of a phase
   config.reward = dict(
       criteria=[dict(name="exact_match")], aggregate=dict(name="weighted_sum"),
-      workers=0, timeout=5.0, max_failure_rate=0.1)
+      workers=0,  # processes that judge; with 0 nothing stops a criterion that hangs
+      timeout=5.0,  # seconds for a criterion on a sample
+      max_failure_rate=0.1)  # of samples that cannot be judged, before the run stops
   config.advantage = [dict(name="center_by_group"), dict(name="scale_by_group_std")]
   config.objective = [dict(name="clipped_surrogate", low=0.2, high=0.2)]
-  config.aggregation = dict(kind="token_mean", constant=0.0)
+  config.aggregation = dict(
+      kind="token_mean",  # token_mean | sequence_mean | sequence_sum | constant
+      constant=0.0)  # tokens that kind="constant" divides by
 
   config.evaluate = dict(
-      problems=256, samples=8, temperature=1.0, k=8,
+      problems=256,  # of validation, and of test
+      samples=8, temperature=1.0, k=8,  # per problem, for sampled accuracy and pass@k; 0 is none
       correct="",  # criterion that decides what is correct; "" is the first
       every=0)  # also evaluate greedily on validation problems every so many updates; 0 is never
   config.checkpoint = dict(every=100, keep=2)  # updates between checkpoints; 0 is only phase ends
-  config.log = dict(samples_every=50, curves_every=100)
+  config.log = dict(samples_every=50, curves_every=100)  # updates; 0 is never
   return config

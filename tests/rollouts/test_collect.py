@@ -68,7 +68,7 @@ def test_without_the_filter_every_group_is_kept_and_counted(run):
 
 def test_groups_that_teach_nothing_are_replaced(run):
   collected, asked = run(every_third, prompts=3, filter_zero_variance=True, max_resample=5)
-  assert asked == [3, 2, 1, 1]  # tasks 0 to 2, 3 and 4, 5, 6
+  assert asked == [3, 3, 3]
   assert ids(collected) == ["t0", "t3", "t6"]
   rewards = {}
   for t in collected.trajectories:
@@ -79,8 +79,15 @@ def test_groups_that_teach_nothing_are_replaced(run):
 def test_resampling_is_bounded_and_a_short_batch_is_accepted(run):
   collected, asked = run(lambda i: (0.0, 1.0) if i == 0 else (0.0, 0.0), prompts=4,
                          filter_zero_variance=True, max_resample=2)
-  assert asked == [4, 3, 3] and ids(collected) == ["t0"]
-  assert (collected.groups, collected.effective_groups) == (10, 1)
+  assert asked == [4, 4, 4] and ids(collected) == ["t0"]
+  assert (collected.groups, collected.effective_groups) == (12, 1)
+
+
+def test_what_the_last_round_brings_too_many_is_dropped(run):
+  collected, asked = run(lambda i: (0.0, 1.0) if i in (1, 3, 4, 5) else (0.0, 0.0), prompts=3,
+                         filter_zero_variance=True, max_resample=5)
+  assert asked == [3, 3] and ids(collected) == ["t1", "t3", "t4"]
+  assert (collected.groups, collected.effective_groups) == (6, 4)
 
 
 def test_if_no_group_differs_the_last_round_is_kept(run):
@@ -99,10 +106,10 @@ def test_unscored_samples_do_not_make_a_group_differ(run):
 
 
 def test_a_task_that_comes_again_is_a_group_of_its_own_with_other_samples(run):
-  again = [0, 0, 1, 0, 0]
+  again = [0, 0, 1, 0, 1, 0]
   collected, asked = run(lambda i: (0.0, 1.0) if i == 0 else (0.0, 0.0), prompts=3, ids=again,
                          filter_zero_variance=True, max_resample=1)
-  assert asked == [3, 1] and ids(collected) == ["t0"]
+  assert asked == [3, 3] and ids(collected) == ["t0"]
   groups = {}
   for t in collected.trajectories:
     groups.setdefault(t.group, []).append(t.text)
@@ -120,7 +127,7 @@ async def three_groups(ctx, task):
 def test_prompts_are_counted_in_tasks_where_an_episode_gives_several_groups(run):
   collected, asked = run(lambda i: (0.0, 1.0) if i % 2 else (0.0, 0.0), prompts=4,
                          episode=three_groups, filter_zero_variance=True, max_resample=5)
-  assert asked[:2] == [4, 2]  # t1 and t3 gave three groups each, and two tasks are wanted still
+  assert asked == [4, 4]  # t1 and t3 gave three groups each, and two tasks were wanted still
   assert len(ids(collected)) == 4 and len(collected.trajectories) == 24
   assert collected.effective_groups == 12
 

@@ -1,0 +1,238 @@
+"""A config becomes the parts of a run, and nothing in it goes unread."""
+
+import pathlib
+import sys
+
+import ml_collections
+import pytest
+
+from jaxrl import compose
+from jaxrl import config as configs
+from jaxrl import data
+from jaxrl.evaluation import policy
+from jaxrl.training import builders, run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config():
+  """The quickstart at a size that is traced in no time."""
+  config = configs.load(str(ROOT / "configs/quickstart.py"))
+  config.model.update(layers=1, d_model=16, heads=2, kv_heads=2, d_ff=16)
+  config.evaluate.problems = 5
+  return config
+
+
+@pytest.fixture
+def build(tmp_path):
+  made = []
+
+  def build(config):
+    made.append(builders.build_parts(config, tmp_path, print))
+    return made[-1]
+
+  yield build
+  for parts in made:
+    parts.scorer.close()
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+  """Leaves out the slow part where it has nothing to say."""
+  monkeypatch.setattr(builders, "_dry_run", lambda *_: None)
+
+
+def names(pieces):
+  return [compose.name_of(p) for p in pieces]
+
+
+def test_the_quickstart_becomes_two_phases(config, build):
+  parts = build(config)
+  sft, rl = parts.phases
+  assert (sft.index, sft.name, sft.kind, rl.index, rl.kind) == (0, "sft", "sft", 1, "rl")
+  assert names(sft.learning.terms) == ["cross_entropy"] and not sft.learning.advantage
+  assert names(rl.learning.terms) == ["clipped_surrogate"]
+  assert names(rl.learning.advantage) == ["center_by_group", "scale_by_group_std"]
+  assert (sft.learning.with_behaviour, rl.learning.with_behaviour) == (False, True)
+  assert float(rl.learning.learning_rate(10 ** 6)) == pytest.approx(
+      config.rl.optimizer.learning_rate)
+  assert len(parts.test) == len(parts.validation) == 5
+  assert {t.question for t in parts.test}.isdisjoint(t.question for t in parts.validation)
+  assert parts.decoder.vocab_size == parts.tokenizer.vocab_size and parts.decoder.d_model == 16
+
+
+def test_what_the_loop_gets_is_what_the_config_says(config, build, untraced):
+  config.rl.rollout = dict(updates=3, max_logprob_gap=0.5)
+  config.rl.evaluate = dict(every=7)
+  config.rl.checkpoint = dict(every=9)
+  config.log.update(samples_every=11, curves_every=13)
+  config.optimizer.max_bad_steps = 4
+  parts = build(config)
+  sft, rl = (builders.phase_run(parts, phase) for phase in parts.phases)
+  until = config.sft.until
+  assert sft.until == (until.metric, until.at_least) and sft.validate_every == until.every
+  assert (rl.until, rl.validate_every, sft.updates_per_batch, rl.updates_per_batch) == (
+      None, 7, 1, 3)
+  assert (rl.max_logprob_gap, rl.checkpoint_every, rl.samples_every, rl.curves_every,
+          rl.max_bad_steps) == (0.5, 9, 11, 13, 4)
+  assert (sft.checkpoint_every, rl.steps) == (config.checkpoint.every, config.rl.steps)
+  assert sft.row_length == 64
+  assert (sft.supply.sampled, rl.supply.sampled) == (False, True)
+
+
+def test_without_validation_problems_nothing_is_measured_on_the_way(config, build, untraced):
+  config.phases, config.data.validation = ("rl",), ""
+  parts = build(config)
+  assert parts.validation == [] and builders.phase_run(parts, parts.phases[0]).validate is None
+
+
+def test_a_reference_is_kept_only_where_a_term_needs_it(config, build, untraced):
+  config.rl.objective = [dict(name="clipped_surrogate"), dict(name="kl", beta=0.1)]
+  parts = build(config)
+  kept = [builders.abstract_state(parts, phase).reference is not None for phase in parts.phases]
+  assert kept == [False, True]
+
+
+def test_an_evaluation_needs_no_steps_and_no_warm_up(config, build):
+  config.phases, config.last = ("last",), dict(kind="evaluate")
+  assert config.optimizer.warmup_steps > 0
+  phase, = build(config).phases
+  assert (phase.kind, phase.steps) == ("evaluate", 0)
+
+
+@pytest.mark.parametrize("label", ["", "length"])
+def test_the_first_criterion_counts_as_correct_unless_one_is_named(
+    config, build, untraced, monkeypatch, label):
+  seen = []
+  monkeypatch.setattr(policy, "evaluate", lambda *_, **options: seen.append(options))
+  config.reward.criteria = [dict(name="exact_match"), dict(name="finished", label="length")]
+  config.evaluate.correct = label
+  parts = build(config)
+  builders.evaluate(parts, parts.phases[1], None, parts.test, (1, 20))
+  assert seen[0]["correct"] == (label or "exact_match")
+  assert seen[0]["key"] == (builders.TESTING, 1, 20) and seen[0]["samples"] == 8
+
+
+def test_a_reward_that_does_not_fit_leaves_no_worker_behind(config, build, untraced, monkeypatch):
+  closed = []
+  monkeypatch.setattr(builders.Scorer, "close", lambda self: closed.append(self))
+  config.rl.evaluate = dict(correct="exact")
+  with pytest.raises(ValueError, match="config.evaluate.correct='exact' is none of the criteria"):
+    build(config)
+  assert len(closed) == 1
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+  """A user's module with an episode and two functions that are none."""
+  (tmp_path / "my_pieces.py").write_text(
+      "async def wide(ctx, task, *, width: int):\n"
+      "  return await ctx.sample(task.prompt, n=width, train=True)\n"
+      "def narrow(ctx, task):\n  return []\n"
+      "def always(task, completion):\n  return 1.0\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  yield "my_pieces"
+  sys.modules.pop("my_pieces", None)
+
+
+def test_episodes_and_rewards_of_ones_own_are_found_by_module(config, build, untraced, module):
+  config.rollout.episode = dict(name=f"{module}:wide", width=3)
+  config.reward.criteria = [dict(name=f"{module}:always")]
+  parts = build(config)
+  episode = builders.phase_run(parts, parts.phases[1]).supply._rollouts.episode
+  assert episode.func.__name__ == "wide" and episode.keywords == dict(width=3)
+  assert parts.scorer.labels == ["always"]
+
+
+def test_a_function_that_is_no_coroutine_is_no_episode(config, build, module):
+  config.rollout.episode = dict(name=f"{module}:narrow")
+  with pytest.raises(ValueError, match="'my_pieces:narrow' is no episode; .*`async def my_ep"):
+    build(config)
+
+
+@pytest.mark.parametrize("until, message", [
+    (5, "config.sft.until needs metric, at_least, every"),
+    (dict(metric="greedy_accuracy", every=5), r"needs metric, at_least, every.*it is \{'every': 5"),
+    (dict(metric="loss", at_least=1.0, every=5), "metric='loss' is not measured on the way"),
+    (dict(metric="unscored", at_least=1.0, every=0), "every=0 must be a number of updates"),
+])
+def test_a_bad_condition_to_end_a_phase_is_refused(config, build, until, message):
+  config.sft = dict(kind="sft", steps=50, until=until, objective=[dict(name="cross_entropy")])
+  with pytest.raises(ValueError, match=message):
+    build(config)
+
+
+@pytest.mark.parametrize("path", sorted(builders.AT_LEAST))
+def test_every_setting_has_a_smallest_value(config, build, untraced, path):
+  *sections, field = path.split(".")
+  section = config
+  for name in sections:
+    section = section[name]
+  config.phases = ("rl",)
+  del config.rl.optimizer
+  section[field] = type(section[field])(builders.AT_LEAST[path] - 1)
+  with pytest.raises(ValueError, match=f"{field}=-?[0-9]"):
+    build(config)
+
+
+def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, untraced):
+  """Runs everything that reads settings; a dead field in each section shows that it would be seen.
+
+  The sections that are handed on as a whole (model, mesh, reward) are checked where they arrive.
+  """
+  reads, quiet = set(), [False]
+  getitem, to_dict, phase_config = (ml_collections.ConfigDict.__getitem__, configs.to_dict,
+                                    configs.phase_config)
+
+  def recorded(self, key):
+    if not quiet[0]:
+      reads.add((section_of(self), key))
+    return getitem(self, key)
+
+  def section_of(section):
+    keys = frozenset(section.keys())
+    return "" if "phases" in keys else keys
+
+  def silently(function):
+    def call(value, *rest):
+      quiet[0] = True
+      try:
+        return function(value, *rest)
+      finally:
+        quiet[0] = False
+    return call
+
+  def plain(value):  # whoever asks for a whole section checks the names in it
+    if isinstance(value, ml_collections.ConfigDict) and "phases" not in value:
+      reads.update((section_of(value), key) for key in value)
+    return silently(to_dict)(value)
+
+  def touch(parts, checkpoints, reporter):
+    for phase in parts.phases:
+      builders.phase_run(parts, phase)
+      builders.evaluate(parts, phase, None, parts.test, ())
+
+  sections = [name for name in config if isinstance(config[name], ml_collections.ConfigDict)
+              and name not in ("sft", "rl")]
+  dead = [name for name in sections if name not in ("model", "mesh", "reward")]
+  for name in dead:
+    config[name].dead = 1
+  kinds = [dict(kind="character"), dict(kind="bpe", vocab_size=260),
+           dict(kind="pretrained", path=str(tmp_path / "theirs"))]
+  data.CharacterTokenizer().save(tmp_path / "theirs")
+  config.data.task_size = 20
+  monkeypatch.setattr(ml_collections.ConfigDict, "__getitem__", recorded)
+  monkeypatch.setattr(configs, "to_dict", plain)
+  monkeypatch.setattr(configs, "phase_config", silently(phase_config))
+  monkeypatch.setattr(policy, "evaluate", lambda *_, **__: None)
+  monkeypatch.setattr(run, "_run", touch)
+  for number, kind in enumerate(kinds):
+    config.tokenizer.update(kind)
+    run.run(config, tmp_path / str(number), quiet=True)
+  quiet[0] = True
+
+  unread = [field for field in config if field not in ("sft", "rl") and ("", field) not in reads]
+  unread += [f"{name}.{field}" for name in sections for field in config[name]
+             if (section_of(config[name]), field) not in reads]
+  assert unread == [f"{name}.dead" for name in dead]
