@@ -5,8 +5,10 @@
 """
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -23,12 +25,26 @@ def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # so that a config can name `my_module:my_reward`
   config = _config(options, overrides)
   try:
-    from jaxrl.training import run  # only now, for it takes seconds to load
-    run.run(config, options.workdir, quiet=options.quiet)
-  except KeyboardInterrupt:
-    _fail(f"interrupted; the same command continues {options.workdir}", code=130)
+    with _stopping_on_sigterm():
+      from jaxrl.training import run  # only now, for it takes seconds to load
+      run.run(config, options.workdir, quiet=options.quiet)
+  except KeyboardInterrupt as stop:
+    _fail(f"interrupted; the same command continues {options.workdir}",
+          code=128 + (stop.args[0] if stop.args else signal.SIGINT))
   except _mistakes() as error:
     _fail(str(error))
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm():
+  """Makes SIGTERM, by which schedulers take a machine back, act as Ctrl-C does."""
+  def stop(number, _):
+    raise KeyboardInterrupt(number)
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _parser():
