@@ -16,14 +16,17 @@ def get_config():
 
   config.model.update(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=384)
   config.batch.update(row_length=64, micro_batch_rows=16)
-  config.optimizer.update(learning_rate=1e-3, schedule="constant", warmup_steps=20)
-  config.rollout.update(prompts=32, episode=dict(name="group", samples=8), max_tokens=8)
-  config.reward.criteria = [dict(name="exact_match")]
+  config.optimizer.update(learning_rate=1e-3, b2=0.99, warmup_steps=20)
+  config.rollout.update(prompts=32, episode=dict(name="group", samples=8), max_tokens=8,
+                        filter_zero_variance=True)
   config.evaluate.update(problems=500, samples=8, k=8)
 
+  # Both phases end when problems of the validation split, which neither trains on, go well enough.
   config.phases = ("sft", "rl")
   config.sft = dict(
-      kind="sft", steps=2000, until=dict(metric="greedy_accuracy", at_least=0.4, every=15),
-      batch=dict(examples=256), objective=[dict(name="cross_entropy")])
-  config.rl = dict(kind="rl", steps=300, optimizer=dict(learning_rate=1e-4, b2=0.99))
+      kind="sft", steps=1000, until=dict(metric="greedy_accuracy", at_least=0.4, every=15),
+      batch=dict(examples=128), objective=[dict(name="cross_entropy")])
+  config.rl = dict(
+      kind="rl", steps=400, until=dict(metric="greedy_accuracy", at_least=0.92, every=20),
+      optimizer=dict(learning_rate=2e-4))
   return config

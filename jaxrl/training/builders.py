@@ -169,14 +169,14 @@ def _supply(parts, phase):
   s = phase.settings
   sampled = phase.kind == "rl"
   read = parts.builder.read if sampled else parts.builder.read_solved
-  pipeline = data.tasks_pipeline(parts.train, read, seed=parts.config.seed + phase.index)
+  pipeline = data.tasks_pipeline(parts.train, read, seed=(1000 * parts.config.seed + phase.index) % 2 ** 32)
   if not sampled:
     to_example = functools.partial(data.supervised, tokenizer=parts.tokenizer,
                                    max_completion_tokens=s.data.max_completion_tokens)
     return Examples(pipeline, to_example, s.batch.examples)
   return GroupsOfRollouts(
       pipeline, _rollouts(parts, phase), prompts=s.rollout.prompts, base_key=parts.base_key,
-      phase=phase.index, filter_zero_variance=s.rollout.filter_zero_variance,
+      key=(TRAINING, phase.index), filter_zero_variance=s.rollout.filter_zero_variance,
       max_resample=s.rollout.max_resample)
 
 

@@ -69,16 +69,17 @@ class GroupsOfRollouts:
   sampled = True
 
   def __init__(self, tasks: data.TaskIterator, rollouts: Rollouts, *, prompts: int,
-               base_key: jax.Array, phase: int, filter_zero_variance: bool, max_resample: int):
+               base_key: jax.Array, key: tuple[int, ...],
+               filter_zero_variance: bool, max_resample: int):
     self._tasks, self._rollouts = tasks, rollouts
     self._collect = dict(prompts=prompts, base_key=base_key,
                          filter_zero_variance=filter_zero_variance, max_resample=max_resample)
-    self._phase = phase
+    self._key = key
 
   def next(self, params: Any, step: int) -> Supplied:
     start = time.perf_counter()
     collected = collect(self._rollouts, params, lambda n: [next(self._tasks) for _ in range(n)],
-                        key=(self._phase, step), step=step, **self._collect)
+                        key=(*self._key, step), step=step, **self._collect)
     metrics = rollout_metrics(collected.trajectories)
     metrics["groups"] = collected.groups
     metrics["effective_groups"] = collected.effective_groups / max(collected.groups, 1)

@@ -43,7 +43,7 @@ async def pair(ctx, task):
 
 
 def rollouts(**options):
-  options = dict(prompts=4, phase=1, filter_zero_variance=False, max_resample=0) | options
+  options = dict(prompts=4, key=(0, 1), filter_zero_variance=False, max_resample=0) | options
   world = World()
   return supply.GroupsOfRollouts(
       stream(), Rollouts(pair, world, TOKENIZER, world, sampling=SamplingParams(max_tokens=4)),
@@ -81,7 +81,7 @@ def test_a_supply_continues_from_any_batch(make):
 
 def test_samples_depend_on_the_phase_and_the_step():
   params = {"params": None}
-  same = [contents(rollouts(phase=phase).next(params, step)) for phase, step in
+  same = [contents(rollouts(key=(0, phase)).next(params, step)) for phase, step in
           [(1, 0), (1, 0), (1, 1), (2, 0)]]
   assert same[0] == same[1] and same[0] != same[2] and same[0] != same[3]
 

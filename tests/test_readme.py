@@ -1,0 +1,58 @@
+"""What README shows works as it stands there."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def block(containing):
+  """The first Python code block of the README that holds a text."""
+  return next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in b)
+
+
+def run(directory, config, *options):
+  small = ("--config.model.layers=1", "--config.model.d_model=32", "--config.model.d_ff=32",
+           "--config.evaluate.problems=4", "--config.rollout.prompts=2", "--config.batch.examples=4",
+           "--config.rollout.max_tokens=8", "--config.sft.steps=2", "--config.rl.steps=2")
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  return subprocess.run(
+      [sys.executable, "-m", "jaxrl", "run", f"--config={config}", "--workdir=out", *small, *options],
+      cwd=directory, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_own_data_and_reward_take_under_30_lines_and_work(tmp_path):
+  code = block("def right_and_short")
+  assert len(code.splitlines()) < 30
+  (tmp_path / "capitals.py").write_text(code)
+  rows = [{"ask": f"capital of country {i}?", "reply": f"Town{i}"} for i in range(60)]
+  (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  result = run(tmp_path, "capitals.py", "--config.tokenizer.vocab_size=300")
+  assert result.returncode == 0, result.stderr
+  phases = json.loads((tmp_path / "out" / "summary.json").read_text())["phases"]
+  assert [p["name"] for p in phases] == ["sft", "rl"]
+  evidence = (tmp_path / "out" / "samples" / "rl.jsonl").read_text().splitlines()
+  assert json.loads(evidence[0])["criteria"]["right_and_short"]["status"] == "ok"
+
+
+def test_own_episode_runs_from_the_config(tmp_path):
+  (tmp_path / "drafts.py").write_text(block("async def draft_then_refine") + """
+from configs import quickstart
+
+def get_config():
+  config = quickstart.get_config()
+  config.tokenizer.alphabet = ""
+  config.rollout.episode = dict(name="drafts:draft_then_refine", drafts=2, refinements=3)
+  config.rollout.filter_zero_variance = False
+  return config
+""")
+  result = run(tmp_path, "drafts.py", "--config.sft.until=None", "--config.rl.until=None",
+               "--config.optimizer.warmup_steps=0", "--config.log.samples_every=1")
+  assert result.returncode == 0, result.stderr
+  rows = [json.loads(line) for line in
+          (tmp_path / "out" / "samples" / "rl.jsonl").read_text().splitlines()]
+  assert len(rows) == 2 * 2 * 3  # updates x prompts x refinements; drafts are not trained on
