@@ -169,7 +169,8 @@ def _supply(parts, phase):
   s = phase.settings
   sampled = phase.kind == "rl"
   read = parts.builder.read if sampled else parts.builder.read_solved
-  pipeline = data.tasks_pipeline(parts.train, read, seed=(1000 * parts.config.seed + phase.index) % 2 ** 32)
+  pipeline = data.tasks_pipeline(parts.train, read,
+                                 seed=(1000 * parts.config.seed + phase.index) % 2 ** 32)
   if not sampled:
     to_example = functools.partial(data.supervised, tokenizer=parts.tokenizer,
                                    max_completion_tokens=s.data.max_completion_tokens)

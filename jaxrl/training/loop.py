@@ -1,4 +1,4 @@
-"""The training loop: one phase from its first update, or from wherever it was stopped, to its last."""
+"""The training loop: one phase from its first update, or wherever it was stopped, to its last."""
 
 from collections.abc import Callable
 import dataclasses

@@ -83,7 +83,8 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
     began = time.perf_counter()
     if index == 0 and START not in progress.evaluations:
       params = params if state is None else state.params
-      progress.evaluations[START] = _evaluate(parts, phase, params, progress.updates, reporter, START)
+      progress.evaluations[START] = _evaluate(parts, phase, params, progress.updates, reporter,
+                                              START)
       progress.seconds[phase.name] = time.perf_counter() - began
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, state, buffer = state.params, None, None
@@ -162,8 +163,8 @@ def _check_same_config(workdir, plain):
   if not path.exists():
     return
   old = json.loads(path.read_text())
-  drop = lambda c: {k: v for k, v in c.items() if k not in FREE_TO_CHANGE}
-  changed = configs.differences(drop(old), drop(plain))
+  changed = configs.differences(*({k: v for k, v in c.items() if k not in FREE_TO_CHANGE}
+                                  for c in (old, plain)))
   if changed:
     raise ValueError(f"{workdir} holds a run with another config:\n  " + "\n  ".join(changed[:20])
                      + "\ncontinue it with the config that it was started with, or pass another "

@@ -15,7 +15,7 @@ from jaxrl.models import decoder as decoders
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
 
-SPLITS = [(8, 64), (1, 16), (2, 32), (4, 0)]  # micro-batch rows, row length
+SPLITS = [(8, 64), (1, 16), (2, 0), (4, 32)]  # micro-batch rows, row length
 
 
 @pytest.fixture(scope="module")

@@ -79,9 +79,8 @@ def phase_of(toys):
   def make(edit=lambda number, trajectories: None, **changes):
     return loop.PhaseRun(**{**dict(
         name="rl", steps=STEPS, supply=Supply(toys, parts, edit), learner=learner,
-        updates_per_batch=2, packing=dict(row_length=32, rows_multiple=ROWS, min_rows=8,
-                                          min_sequences=16),
-        micro_batch_rows=ROWS, mesh=toys.one_device(), max_bad_steps=3, max_logprob_gap=0.01,
+        updates_per_batch=2, row_length=32, micro_batch_rows=ROWS, mesh=toys.one_device(),
+        max_bad_steps=3, max_logprob_gap=0.01,
         validate=None, validate_every=0, until=None, checkpoint_every=3, samples_every=0,
         curves_every=0), **changes})
   make.start = lambda: toys.start(parts)
