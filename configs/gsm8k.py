@@ -53,11 +53,12 @@ def _smoke(config):
   config.tokenizer.vocab_size = 1024
   config.model.update(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=384, dtype="float32",
                       scan_layers=False, remat="none")
-  config.batch.update(examples=32, row_length=256, micro_batch_rows=4)
+  config.batch.update(examples=32, row_length=288, micro_batch_rows=2)
   config.rollout.update(prompts=8, episode=dict(name="group", samples=8), max_tokens=160,
                         max_logprob_gap=0.05)
   config.evaluate.update(problems=32, samples=4, k=4)
-  config.sft.update(steps=100)
+  config.sft.update(steps=80)
   config.sft.optimizer.learning_rate = 3e-3
-  config.rl.update(steps=20)
+  config.optimizer.warmup_steps = 10
+  config.rl.update(steps=20, optimizer=dict(warmup_steps=2))
   config.checkpoint.every = 50

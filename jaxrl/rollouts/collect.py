@@ -18,6 +18,7 @@ class Collected:
   """Trajectories of one batch, and how they came about."""
 
   trajectories: list[Trajectory]
+  sampled: list[Trajectory]  # kept or not
   tasks: dict[str, Task]
   groups: int  # groups sampled, kept or not
   effective_groups: int  # groups among them whose rewards differ
@@ -41,7 +42,7 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
   Raises:
     EpisodeFailure: no episode returned anything, or as in `Rollouts.run`.
   """
-  kept, latest, tasks, sampled, effective, episodes = [], [], {}, 0, 0, 0
+  kept, latest, sampled, tasks, total, effective, episodes = [], [], [], {}, 0, 0, 0
   for _ in range(1 + (max_resample if filter_zero_variance else 0)):
     drawn = next_tasks(prompts)
     tasks |= {t.id: t for t in drawn}
@@ -49,7 +50,8 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
                                     first_episode=episodes))
     latest = groups or latest
     episodes += len(drawn)
-    sampled += len(groups)
+    sampled += [t for g in groups for t in g]
+    total += len(groups)
     differing = [g for g in groups if len({t.reward for t in g if t.scored}) > 1]
     effective += len(differing)
     kept += differing if filter_zero_variance else groups
@@ -60,7 +62,7 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
                          "function in config.rollout.episode must return what is to be trained on")
   wanted = sorted({_episode(g) for g in kept})[:prompts]
   kept = [g for g in kept if _episode(g) in wanted]
-  return Collected([t for g in kept or latest for t in g], tasks, sampled, effective)
+  return Collected([t for g in kept or latest for t in g], sampled, tasks, total, effective)
 
 
 def _by_group(trajectories):

@@ -80,7 +80,7 @@ class GroupsOfRollouts:
     start = time.perf_counter()
     collected = collect(self._rollouts, params, lambda n: [next(self._tasks) for _ in range(n)],
                         key=(*self._key, step), step=step, **self._collect)
-    metrics = rollout_metrics(collected.trajectories)
+    metrics = rollout_metrics(collected.sampled)
     metrics["groups"] = collected.groups
     metrics["effective_groups"] = collected.effective_groups / max(collected.groups, 1)
     metrics["rollout_seconds"] = time.perf_counter() - start
