@@ -16,6 +16,7 @@ OPTIMIZERS = {
     "sgd": lambda lr, c: optax.sgd(lr, momentum=c["b1"] or None),
 }
 DECAYING = ("adamw", "lion")  # those that know weight decay
+NO_MATRIX = ("bias", "scale")  # names of parameters that are not decayed
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -68,5 +69,10 @@ def build(config: Mapping, steps: int) -> optax.GradientTransformation:
 
 
 def _is_matrix(params):
-  """Weight decay pulls on matrices, not on biases and norm scales."""
-  return jax.tree.map(lambda p: p.ndim > 1, params)
+  """Weight decay pulls on matrices, not on biases and norm scales.
+
+  Names tell them apart, ranks do not: the bias of several heads has two axes, and `scan_layers`
+  stacks the scales of all layers into one array.
+  """
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: not any(getattr(key, "key", None) in NO_MATRIX for key in path), params)

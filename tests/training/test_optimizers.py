@@ -2,11 +2,15 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxrl.models import DecoderConfig
+from jaxrl.models import init_parameters
+from jaxrl.models import unbox
 from jaxrl.training import optimizers
 
 CONFIG = dict(name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0,
@@ -60,6 +64,22 @@ def test_adamw_takes_a_step_of_the_rate_and_decays_matrices_only():
   assert_moves(update(), moves)
   moves["matrix"] = moves["matrix"] - 1e-2 * 0.3 * PARAMS["matrix"]
   assert_moves(update(weight_decay=0.3), moves)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", optimizers.DECAYING)
+def test_biases_and_norms_of_a_model_do_not_decay_however_many_axes_they_have(name, scan_layers):
+  config = DecoderConfig(vocab_size=6, layers=2, d_model=8, heads=2, kv_heads=1, d_ff=8,
+                         qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True,
+                         tie_embeddings=False, scan_layers=scan_layers, heads_on_top=(("value", 1),))
+  shapes = unbox(jax.eval_shape(lambda: init_parameters(config, jax.random.key(0))))
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  optimizer = optimizers.build({**CONFIG, "name": name, "weight_decay": 0.3}, 10)
+  zero = jax.tree.map(np.zeros_like, params)
+  moves, _ = optimizer.update(zero, optimizer.init(params), params)
+  for path, move in jax.tree_util.tree_leaves_with_path(moves):
+    expected = 0.0 if path[-1].key in ("bias", "scale") else -1e-2 * 0.3
+    np.testing.assert_allclose(move, expected, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 def test_adamw_over_two_steps_with_its_own_constants():
