@@ -4,4 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
-exec jaxrl run --config=configs/quickstart.py --workdir=runs/quickstart "$@"
+use_venv
+exec python -m jaxrl run --config=configs/quickstart.py --workdir=runs/quickstart "$@"
