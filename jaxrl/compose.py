@@ -12,6 +12,8 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+LISTED = 40  # valid names in an error message at most
+
 
 def needs(*signals: str) -> Callable[[Callable], Callable]:
   """Declares the signals (`entropy`, `reference_logprobs`, ...) that a piece reads."""
@@ -39,7 +41,10 @@ def nearest(name: str, valid) -> str:
   """`; did you mean X?` or the list of what is valid, for the end of an error message."""
   valid = sorted(map(str, valid))
   close = difflib.get_close_matches(name, valid, n=1)
-  return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(valid) or 'none'}"
+  if close:
+    return f"; did you mean {close[0]!r}?"
+  more = f" and {len(valid) - LISTED} more" if len(valid) > LISTED else ""
+  return f"; valid are {', '.join(valid[:LISTED]) or 'none'}{more}"
 
 
 def pieces(module: ModuleType) -> dict[str, Callable]:
@@ -95,6 +100,6 @@ def _find(name, module, where):
     return function
   valid = pieces(module)
   if name not in valid:
-    raise ValueError(f"{where}: {module.__name__} has no {name!r}{nearest(name, valid)}; a function "
-                     "of your own is named 'module:function'")
+    raise ValueError(f"{where}: {module.__name__} has no {name!r}{nearest(name, valid)}; a "
+                     "function of your own is named 'module:function'")
   return valid[name]

@@ -74,6 +74,11 @@ def test_mistakes_are_named_with_their_remedy(package, spec, message):
     compose.build(spec, package, where="objective[0]")
 
 
+def test_long_lists_of_valid_names_are_cut():
+  message = compose.nearest("zzz", [f"name_{i:03}" for i in range(100)])
+  assert message.endswith("name_039 and 60 more") and "name_040" not in message
+
+
 def test_needs_and_name_survive_building(package):
   built = functools.partial(compose.build("curious", package))
   assert compose.signals_of(built) == ("entropy", "values")

@@ -232,7 +232,7 @@ def _open_tfds(spec):
                        r"(?:\?data_dir=(?P<data_dir>.+))?", spec)
   if not match:
     raise ValueError(f"{spec!r} is not of the form tfds:name[/config][:version]:split"
-                     "[?data_dir=directory], such as tfds:gsm8k:train or tfds:gsm8k:train[:10%]")
+                     "[?data_dir=directory], such as tfds:math_qa:train or tfds:math_qa:train[:10%]")
   import tensorflow_datasets as tfds
   data_dir = match["data_dir"] and os.path.expanduser(match["data_dir"])
   try:
