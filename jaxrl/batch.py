@@ -126,6 +126,7 @@ class TokenBatch:
     return self.rewards.shape[0]
 
   def with_signals(self, **signals) -> "TokenBatch":
+    """The batch with more arrays per token, or others of the same names."""
     return self.replace(signals={**self.signals, **signals})
 
 
@@ -339,12 +340,6 @@ def max_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[
 def min_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "sequences"]:
   """At each scored sequence, the minimum over the scored sequences of its group; 0 elsewhere."""
   return -max_by_group(batch, -values)
-
-
-def is_constant_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
-                         ) -> Bool[Array, "sequences"]:
-  """True at each scored sequence whose group holds one value only (singletons included)."""
-  return batch.sequence_mask & (max_by_group(batch, values) == min_by_group(batch, values))
 
 
 def std_by_group(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: int = 0

@@ -226,7 +226,6 @@ GROUP_HELPERS = {
     "std1": (lambda b, v: batch_lib.std_by_group(b, v, ddof=1),
              lambda v: np.std(v, ddof=1) if len(v) > 1 else 0.0),
     "count": (lambda b, v: batch_lib.count_by_group(b), len),
-    "constant": (batch_lib.is_constant_by_group, lambda v: len(set(v)) == 1),
 }
 
 

@@ -193,7 +193,6 @@ class Rollouts:
       tokens.pop()
     return self.tokenizer.decode(tokens)[:sample.text_end]
 
-
   def _check_failures(self, tasks, failures):
     count = len(failures) + sum(self._failed)
     total = max(len(tasks) + len(self._failed), FEWEST)

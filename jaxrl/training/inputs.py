@@ -32,6 +32,7 @@ class Part:
     return self._source[self._rows[index]]
 
   def where(self, index: int) -> str:
+    """Where that row stands in the whole source."""
     return self._source.where(self._rows[index])
 
 

@@ -9,7 +9,6 @@ every micro-batch and none has to be moved: row `j * micro_batches + i` is row j
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +58,7 @@ class Learning:
 
   @property
   def needs_reference(self) -> bool:
+    """Whether a piece reads log-probabilities of the reference."""
     return any(REFERENCE in compose.signals_of(p) for p in (*self.terms, *self.advantage))
 
   @property
