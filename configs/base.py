@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
       path="")
 
   config.model = dict(  # see models.DecoderConfig
+      vocab_size=0,  # 0 is the tokenizer's; more leaves unused ids at its end
       layers=4, d_model=128, heads=4, kv_heads=2, head_dim=0, d_ff=384,
       layer_types=("full",), sliding_window=0,
       rope_theta=10_000.0, rope_scaling=(), rope_local_theta=0.0,

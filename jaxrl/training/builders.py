@@ -74,6 +74,7 @@ class Parts:
 
   @property
   def base_key(self) -> jax.Array:
+    """The key that all sampling of the run derives from."""
     return jax.random.key(self.config.seed)
 
 
@@ -222,12 +223,16 @@ def _correct(parts, phase):
   return phase.settings.evaluate.correct or parts.scorer.labels[0]
 
 
-def _decoder_config(model: Mapping[str, Any], vocab_size: int) -> DecoderConfig:
+def _decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
   fields = dict(model)
+  fields["vocab_size"] = fields["vocab_size"] or tokens
+  if fields["vocab_size"] < tokens:
+    raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
+                     f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
   for name in ("rope_scaling", "heads_on_top"):
     fields[name] = tuple(map(tuple, fields[name]))
   fields["layer_types"] = tuple(fields["layer_types"])
-  return DecoderConfig(vocab_size=vocab_size, **fields)
+  return DecoderConfig(**fields)
 
 
 def _phase(config, index, name, decoder):

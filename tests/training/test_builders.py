@@ -62,8 +62,21 @@ def test_the_quickstart_becomes_two_phases(config, build):
   assert parts.decoder.vocab_size == parts.tokenizer.vocab_size and parts.decoder.d_model == 16
 
 
+def test_a_vocabulary_is_the_tokenizers_or_larger_so_that_a_mesh_can_split_it(config, build,
+                                                                              untraced):
+  tokens = build(config).tokenizer.vocab_size
+  assert tokens == 15  # which two devices cannot share; sharding.check_divisible says what to do
+  configs.override(config, {"model.vocab_size": "16"})
+  assert build(config).decoder.vocab_size == 16
+  config.model.vocab_size = 14
+  with pytest.raises(ValueError, match="model.vocab_size=14, but the tokenizer has 15 tokens"):
+    build(config)
+
+
 def test_what_the_loop_gets_is_what_the_config_says(config, build, untraced):
+  del config.rl.until
   config.rl.rollout = dict(updates=3, max_logprob_gap=0.5)
+  configs.override(config, {"rl.until": "None"})
   config.rl.evaluate = dict(every=7)
   config.rl.checkpoint = dict(every=9)
   config.log.update(samples_every=11, curves_every=13)
@@ -82,7 +95,7 @@ def test_what_the_loop_gets_is_what_the_config_says(config, build, untraced):
 
 
 def test_without_validation_problems_nothing_is_measured_on_the_way(config, build, untraced):
-  config.phases, config.data.validation = ("rl",), ""
+  config.phases, config.data.validation, config.rl.until = ("rl",), "", None
   parts = build(config)
   assert parts.validation == [] and builders.phase_run(parts, parts.phases[0]).validate is None
 
