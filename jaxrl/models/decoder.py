@@ -86,6 +86,8 @@ class DecoderConfig:
     def check(ok, message):
       if not ok:
         raise ValueError(f"config.model: {message}")
+    for name in ("vocab_size", "layers", "d_model", "heads", "kv_heads", "d_ff"):
+      check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
     check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} does not divide "
           f"heads={self.heads}")
     check(self.head_dim or self.d_model % self.heads == 0, f"heads={self.heads} does not divide "
@@ -98,7 +100,6 @@ class DecoderConfig:
           f"layer_types={self.layer_types} must be `full` or `sliding`")
     check("sliding" not in self.layer_types or self.sliding_window > 0,
           "layer_types has `sliding`, so sliding_window must be positive")
-    check(min(self.vocab_size, self.layers, self.d_model, self.d_ff) > 0, "sizes must be positive")
 
   @property
   def width(self) -> int:

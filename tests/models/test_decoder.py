@@ -204,7 +204,8 @@ def test_rope_scaling_that_is_unknown_or_incomplete_is_refused(scaling, message)
     (dict(activation="relu6"), "activation='relu6' is none of"),
     (dict(layer_types=("local",)), "must be `full` or `sliding`"),
     (dict(layer_types=("sliding",)), "sliding_window must be positive"),
-    (dict(layers=0), "sizes must be positive")])
+    (dict(layers=0), "layers=0 must be positive"),
+    (dict(kv_heads=0), "kv_heads=0 must be positive")])
 def test_impossible_shapes_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     with_(PLAIN, **changes)
