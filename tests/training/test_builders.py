@@ -74,7 +74,6 @@ def test_a_vocabulary_is_the_tokenizers_or_larger_so_that_a_mesh_can_split_it(co
 
 
 def test_what_the_loop_gets_is_what_the_config_says(config, build, untraced):
-  del config.rl.until
   config.rl.rollout = dict(updates=3, max_logprob_gap=0.5)
   configs.override(config, {"rl.until": "None"})
   config.rl.evaluate = dict(every=7)
