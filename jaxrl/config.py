@@ -269,6 +269,8 @@ def _convert(old, text, path):
     return value
   if _is_section(old) and isinstance(value, dict) and OPEN.fullmatch(path):
     return value
+  if _is_section(old) and value is None and path.endswith(".until"):
+    return None  # the phase then makes all its steps
   if _is_section(old):
     raise ValueError(f"--{path}={text}: this is a section; set its fields, such as "
                      f"--{path}.{next(iter(old), 'field')}=...")
