@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 
+from jaxrl.batch import bucket
 from jaxrl.sampling import draw, generate
 from jaxrl.sampling.requests import Request
 
@@ -24,17 +25,12 @@ class Slot:
   count: int
 
 
-def bucket(size: int, minimum: int = 1) -> int:
+def fine_bucket(size: int) -> int:
   """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes, and at most a third is padding."""
   power = 1
   while power < size:
     power *= 2
-  return max(minimum, power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power)
-
-
-def power_of_two(size: int, minimum: int) -> int:
-  """The next power of two, at least `minimum` (itself a power of two)."""
-  return max(minimum, 1 << (size - 1).bit_length())
+  return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
 def layout(requests: Sequence[Request], max_rows: int, streams: int = 1
@@ -53,7 +49,7 @@ def layout(requests: Sequence[Request], max_rows: int, streams: int = 1
   for i, request in enumerate(requests):
     for first in range(0, request.n, max_rows):
       slot = Slot(i, first, min(max_rows, request.n - first))
-      by_width.setdefault(min(max_rows, bucket(slot.count)), []).append(slot)
+      by_width.setdefault(min(max_rows, fine_bucket(slot.count)), []).append(slot)
   widths = sorted(by_width)
   for narrow, wide in zip(widths, widths[1:]):
     if len(by_width[narrow]) * (wide - narrow) <= MERGE:
@@ -77,7 +73,7 @@ def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
     shards: the number of prompts becomes a multiple of this.
   """
   served = [requests[slot.request] for slot in slots]
-  count = -(-bucket(len(slots)) // shards) * shards
+  count = -(-fine_bucket(len(slots)) // shards) * shards
 
   def column(values, padding, dtype):
     return np.array([*values, *[padding] * (count - len(slots))], dtype)
@@ -95,15 +91,15 @@ def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
       top_p=column((p.top_p for p in params), 1.0, np.float32),
       min_p=column((p.min_p for p in params), 0.0, np.float32))
   longest = max(len(r.prompt) for r in served)
-  stops = power_of_two(max(len(p.stop_ids) for p in params), MIN_STOP_IDS)
+  stops = bucket(max(len(p.stop_ids) for p in params), MIN_STOP_IDS)
   prompts = generate.Prompts(
-      tokens=table((r.prompt for r in served), 0, power_of_two(longest, MIN_PROMPT), np.int32),
+      tokens=table((r.prompt for r in served), 0, bucket(longest, MIN_PROMPT), np.int32),
       counts=column((slot.count for slot in slots), 0, np.int32),
       settings=generate.Settings(
           how=how, max_tokens=column((p.max_tokens for p in params), 1, np.int32),
           stop_ids=table((p.stop_ids for p in params), -1, stops, np.int32),
           lengths=column((len(r.prompt) for r in served), 1, np.int32)))
-  depth = power_of_two(max(len(r.key) for r in served), MIN_DEPTH)
+  depth = bucket(max(len(r.key) for r in served), MIN_DEPTH)
   identity = generate.Identity(
       folds=table((r.key for r in served), 0, depth, np.uint32),
       depth=column((len(r.key) for r in served), 0, np.int32),

@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from jaxrl import sharding
+from jaxrl.batch import bucket
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate
-from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout, pack, power_of_two
+from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout, pack
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
 
@@ -150,7 +151,7 @@ class Sampler:
     """Samples of one device call, per slot, and what it cost."""
     prompts, identity = pack(requests, slots, self._shards)
     stop_ids, max_tokens = prompts.settings.stop_ids, prompts.settings.max_tokens
-    length = capacity = power_of_two(int(min(max_tokens.max(), CHUNK)), MIN_CAPACITY)
+    length = capacity = bucket(int(min(max_tokens.max(), CHUNK)), MIN_CAPACITY)
     uniforms = functools.partial(generate.uniforms, base_key, self._put(identity), samples=width,
                                  length=length)
     prompts = self._put(prompts)
@@ -172,7 +173,7 @@ class Sampler:
         break
       with self._dispatch:
         if step + length > capacity:
-          capacity = power_of_two(int(step) + length, MIN_CAPACITY)
+          capacity = bucket(int(step) + length, MIN_CAPACITY)
           state = generate.grow(state, capacity=capacity)
         state, output = generate.decode(params, prefix, state, prompts.settings,
                                         uniforms(step + 1), config=self._config)

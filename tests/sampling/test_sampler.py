@@ -268,8 +268,7 @@ def test_every_sample_is_in_one_slot_of_a_call_that_is_not_too_large(counts, max
 
 @given(st.integers(1, 10_000))
 def test_buckets_hold_their_size_and_waste_at_most_a_third(size):
-  assert size <= batching.bucket(size) <= 1.5 * size
-  assert size <= batching.power_of_two(size, 16) <= max(16, 2 * size)
+  assert size <= batching.fine_bucket(size) <= 1.5 * size
 
 
 @pytest.mark.parametrize("make, message", [
