@@ -45,7 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
   workdir = pathlib.Path(workdir)
   plain = configs.to_dict(config)
   with configs.as_config_errors():
-    _check_same_config(workdir, plain)
+    _check_workdir(workdir, plain)
   with Reporter(workdir, quiet=quiet) as reporter:
     with configs.as_config_errors():
       parts = builders.build_parts(config, workdir, reporter.note)
@@ -158,7 +158,9 @@ def summary(parts: Parts, progress: Progress, workdir: pathlib.Path) -> dict[str
               rows=parts.builder.counts.as_dict(), judged=parts.scorer.counts)
 
 
-def _check_same_config(workdir, plain):
+def _check_workdir(workdir, plain):
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"--workdir={workdir} is a file; name a directory, which need not exist")
   path = workdir / "config.json"
   if not path.exists():
     return
