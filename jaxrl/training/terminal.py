@@ -19,6 +19,8 @@ SHOWN = ("loss", "reward", "accuracy", "kl", "entropy", "tokens_per_second")  # 
 LOG_SECONDS = 10.0  # between the lines of a log
 LOG_SHARE = 0.1  # of a phase's steps, whichever comes first
 LOG_WIDTH = 100
+BAR_WIDTH = 12
+CLOCKS_WIDTH = 28  # of elapsed time, ETA and the gaps between the columns of the bar
 
 
 class Terminal:
@@ -65,14 +67,15 @@ class Terminal:
   def advance(self, done: int, metrics: Mapping[str, Any]) -> None:
     """Shows that `done` steps of the phase are made, and the key metrics of the last one."""
     self._done = done
-    shown = key_metrics(metrics)
     if self._progress:
-      self._progress.update(self._bar, completed=done, shown=shown)
+      room = (self._console.width - BAR_WIDTH - CLOCKS_WIDTH - len(self._safe(self._phase))
+              - 2 * len(str(self._total)))
+      self._progress.update(self._bar, completed=done, shown=key_metrics(metrics, room))
     elif not self.live and self._log_is_due():
       self._last_line, self._last_logged = self._clock(), done
       share = f" {100 * done // self._total}%" if self._total else ""
-      self._line(f"{self._time()} {self._phase} {done}/{self._total}{share}  {shown}  "
-                 f"eta {self._eta()}")
+      self._line(f"{self._time()} {self._phase} {done}/{self._total}{share}  "
+                 f"{key_metrics(metrics)}  eta {self._eta()}")
 
   def end_phase(self) -> None:
     """Ends the bar of a phase."""
@@ -192,16 +195,18 @@ def shorten(text: str, width: int) -> str:
   return f"{text[:half]} ... {text[len(text) - half:]}"
 
 
-def key_metrics(metrics: Mapping[str, Any]) -> str:
-  """The few metrics that fit a line, as in `loss 0.0123  reward 0.45`."""
+def key_metrics(metrics: Mapping[str, Any], room: float = math.inf) -> str:
+  """The first key metrics that fit `room` characters, as in `loss 0.0123  reward 0.45`."""
   shown = [f"{'tokens/s' if key == 'tokens_per_second' else key} {_figure(metrics[key])}"
            for key in SHOWN if key in metrics]
+  while shown and len("  ".join(shown)) > room:
+    shown.pop()
   return "  ".join(shown)
 
 
 def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:
   columns = (rich.progress.TextColumn("{task.description}", markup=False, style="bold"),
-             rich.progress.BarColumn(bar_width=24), rich.progress.MofNCompleteColumn(),
+             rich.progress.BarColumn(bar_width=BAR_WIDTH), rich.progress.MofNCompleteColumn(),
              rich.progress.TimeElapsedColumn(), rich.progress.TextColumn("eta"),
              rich.progress.TimeRemainingColumn(),
              rich.progress.TextColumn("{task.fields[shown]}", markup=False))

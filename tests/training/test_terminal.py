@@ -1,6 +1,7 @@
 """What a run says: readable logs, and model output that cannot reach the terminal."""
 
 import io
+import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,20 @@ def test_markup_in_a_completion_is_printed_as_it_is_on_a_terminal(live):
   assert r"15[/red] [bold]x\x1b[31m\r\n\u202eabc\ud800\x07" in text
   assert "\x1b[31m\r" not in text and "\u202e" not in text
   assert "3/10" in text and "reward 0.25" in text
+
+
+@pytest.mark.parametrize("columns, shown", [(80, "loss 0.123"), (120, "tokens/s 98765")])
+def test_a_bar_shows_its_count_its_eta_and_the_metrics_that_fit(live, monkeypatch, columns, shown):
+  monkeypatch.setenv("COLUMNS", str(columns))
+  terminal = Terminal(stream=live)
+  terminal.start_phase("rl", "rl", 2000)
+  terminal.advance(1234, dict(loss=0.123, reward=0.456, kl=1.23e-13, entropy=0.25,
+                              tokens_per_second=98765))
+  terminal.close()
+  last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", live.getvalue()).replace("\r", "\n").strip()
+  last = last.splitlines()[-1]
+  assert re.search(r"^rl .* 1234/2000 0:00:0\d eta \S+ loss 0.123", last) and shown in last
+  assert "…" not in last and len(last) <= columns
 
 
 def test_a_terminal_is_left_with_its_cursor_whatever_happened(live):
