@@ -13,6 +13,7 @@ from typing import Any
 
 from flax.core import meta
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 import numpy as np
@@ -210,6 +211,18 @@ def put_batch(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
   return jax.tree.map(put, batch, shardings)
+
+
+def to_host(tree: PyTree) -> PyTree:
+  """Whole arrays as NumPy arrays, gathered where other processes hold parts of them.
+
+  With several processes, all of them must call it with the same tree.
+  """
+  def fetch(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+      return x
+    return multihost_utils.process_allgather(x, tiled=True)
+  return jax.device_get(jax.tree.map(fetch, tree))
 
 
 # -------------------------------------------------------------------------------------- processes

@@ -178,6 +178,7 @@ assert sharding.start_distributed() and sharding.start_distributed()
 mesh = sharding.make_mesh()
 batch = pack([Trajectory(tokens=np.arange(4) + i, loss_mask=np.zeros(4)) for i in range(4)])
 placed = sharding.put_batch(batch, mesh)
+np.testing.assert_array_equal(sharding.to_host(placed).tokens, batch.tokens)
 print(jax.process_count(), mesh.shape["data"], len(placed.tokens.addressable_shards),
       int(jax.jit(lambda b: b.tokens.sum())(placed)), flush=True)
 """

@@ -155,7 +155,7 @@ def save(checkpoints: Checkpoints, state: TrainState, progress: Progress,
 
 def to_buffer(batch: TokenBatch) -> dict[str, np.ndarray]:
   """A prepared batch as a flat dict of host arrays."""
-  host = jax.device_get(batch)
+  host = sharding.to_host(batch)
   arrays = {}
   for field in dataclasses.fields(host):
     value = getattr(host, field.name)
@@ -218,7 +218,7 @@ def _check(phase, metrics, step, fresh, checkpoints):
 
 
 def _log_samples(phase, batch, supplied, updates, reporter):
-  host = jax.device_get(batch)
+  host = sharding.to_host(batch)
   ids, mask = host.sequence_ids[host.loss_mask], host.signals["advantages"][host.loss_mask]
   count = np.maximum(np.bincount(ids, minlength=host.num_sequences), 1)
   means = np.bincount(ids, weights=mask, minlength=host.num_sequences) / count
