@@ -100,7 +100,7 @@ def _mistakes():
   from jaxrl.training.checkpoints import CheckpointError
   from jaxrl.training.loop import TrainingFailure
   return (ConfigError, BadRow, RewardFailure, EpisodeFailure, CheckpointError, TrainingFailure,
-          OSError)
+          FloatingPointError, OSError)
 
 
 def _fail(message, code=1) -> NoReturn:

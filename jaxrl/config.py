@@ -57,6 +57,8 @@ def load(spec: str) -> ml_collections.ConfigDict:
   """
   name, _, variant = spec.partition(":")
   path = pathlib.Path(name)
+  if not path.exists() and path.parts[:1] == (SHIPPED.name,):
+    path = SHIPPED.parent / path  # one that came with the package
   if path.suffix != ".py" or not path.is_file():
     beside = [str(p) for p in path.parent.glob("*.py") if p.name != "__init__.py"]
     raise ValueError(f"--config={name}: no such Python file in {pathlib.Path.cwd()}"

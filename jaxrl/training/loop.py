@@ -188,7 +188,7 @@ def _prepare(phase, state, supplied: Supplied, progress):
   rows = int((host.segment_ids != 0).any(axis=1).sum())
   progress.batch_metrics = {
       **supplied.metrics, "sequences": len(supplied.trajectories), "tokens": used,
-      "loss_tokens": int(host.loss_mask.sum()),
+      "loss_tokens": int(host.loss_mask.sum()), "rows": rows, "row_length": host.tokens.shape[1],
       "packing_efficiency": used / max(rows * host.tokens.shape[1], 1)}
   host = to_micro_batches(host, phase.micro_batch_rows)
   with jax.set_mesh(phase.mesh):

@@ -99,11 +99,13 @@ class Reporter:
       step: counted over the whole run, from 1.
       phase: name of the phase.
       metrics: name -> scalar. `loss`, `reward`, `entropy`, `kl`, `response_tokens` and
-        `tokens_per_second` are drawn; all are recorded.
+        `tokens_per_second` are drawn; all are recorded, with the `compilations` of this process
+        so far.
     """
     if not self._writes:
       return
     self._step = step
+    metrics = {**metrics, "compilations": self.compiles.count}
     self._metrics.append({"step": step, "phase": phase, **metrics})
     self._add_events(phase, metrics)
     self._made += 1
@@ -187,7 +189,7 @@ class Reporter:
         "compile": {"count": self.compiles.count, "seconds": self.compiles.seconds},
         "peak_memory": machine.peak_memory(),
         "versions": machine.versions(),
-        "devices": machine.devices(),
+        "device": machine.devices(),
     }
     if self._writes:
       jsonl.write_json(self.workdir / "summary.json", content)

@@ -25,7 +25,8 @@ class TrainState:
     reference: frozen copy of the parameters at the start of the phase, None if no term needs it.
     bad_steps: updates in a row that were skipped because a gradient was not finite.
     skipped_steps: all updates of this phase that were skipped.
-    rng: raw data of the run's PRNG key; everything random folds counters into it.
+    rng: raw data of the run's PRNG key, so that a checkpoint is complete; everything random folds
+      counters into the same key.
   """
 
   step: Int[Array, ""]

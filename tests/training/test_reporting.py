@@ -88,7 +88,7 @@ def test_a_run_leaves_everything_behind(open_reporter, tmp_path):
   assert summary == content
   assert summary["phases"][0]["before"] == {"greedy_accuracy": 0.1}
   assert summary["versions"]["jax"] == jax.__version__
-  assert summary["devices"]["count"] == jax.device_count()
+  assert summary["device"]["count"] == jax.device_count()
   assert summary["peak_memory"]["host_mb"] > 10 and summary["total_seconds"] > 0
   assert events_of(run / "tensorboard")[0] == {
       ("evaluation/greedy_accuracy", 0): pytest.approx(0.1), ("rl/loss", 1): 1.0,

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMES = ("step_seconds", "tokens_per_second", "rollout_seconds")
+TIMES = ("step_seconds", "tokens_per_second", "rollout_seconds", "compilations")
 LAST = 11  # updates: 4 supervised, 7 on rollouts, two on each batch
 
 CONFIG = """

@@ -109,7 +109,7 @@ def test_summary_has_the_structure_that_readers_rely_on(learned):
   assert summary["compile"]["count"] > 0 and summary["compile"]["seconds"] > 0
   assert summary["peak_memory"]["host_mb"] > 0
   assert summary["versions"]["jax"] == jax.__version__
-  assert summary["devices"]["platform"] == "cpu"
+  assert summary["device"]["platform"] == "cpu"
 
 
 def test_metrics_hold_one_row_per_update_and_per_evaluation(learned):
