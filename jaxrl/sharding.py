@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import itertools
 import math
 import os
+import re
 from typing import Any
 
 from flax.core import meta
@@ -242,6 +243,7 @@ def start_distributed(environment: Mapping[str, str] = os.environ) -> bool:
   Raises:
     ValueError: some of the three variables are set and others are not.
   """
+  _give_virtual_devices_threads()
   if jax.distributed.is_initialized():
     return jax.process_count() > 1
   found_by_jax = (
@@ -263,3 +265,14 @@ def start_distributed(environment: Mapping[str, str] = os.environ) -> bool:
     raise ValueError(f"{present} without {', '.join(missing)}: several processes need all of "
                      f"{', '.join(names)}; unset them to run one")
   return False
+
+
+def _give_virtual_devices_threads():
+  """Lets every virtual CPU device wait in several collectives at once.
+
+  XLA's CPU backend has as many threads as there are cores or devices, and a thread that waits for
+  other devices is not free for them: independent collectives of one program can so block each other.
+  """
+  flag = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+  if flag and int(flag[1]) > 1:
+    os.environ.setdefault("NPROC", str(4 * int(flag[1])))  # read when the backend starts

@@ -6,6 +6,7 @@ import pathlib
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
                            + " --xla_force_host_platform_device_count=8").strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("NPROC", "32")  # threads: see sharding.start_distributed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
