@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl import sharding
 from jaxrl.models import decoder as decoder_lib
+from jaxrl.models import token_logits
 from jaxrl.sampling import draw as draw_lib
 
 compilations = collections.Counter()  # jit runs a Python body once for each program it compiles
@@ -211,9 +212,8 @@ def _logits(config, params, hidden):
   """Soft-capped logits in float32."""
   vocabulary = decoder_lib.Decoder(config).apply({"params": params}, method="vocabulary")
   vocabulary = sharding.constrain(vocabulary.astype(hidden.dtype), "vocab", None)
-  logits = jnp.einsum("psd,vd->psv", hidden, vocabulary, preferred_element_type=jnp.float32)
-  logits = sharding.constrain(logits, "rows", None, None)
-  return decoder_lib.soft_cap(logits, config.logit_soft_cap)
+  logits = token_logits(hidden, vocabulary, soft_cap=config.logit_soft_cap)
+  return sharding.constrain(logits, "rows", None, None)
 
 
 def _store(state):
