@@ -90,10 +90,10 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
       params, state, buffer = state.params, None, None
       progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1),
                                      ended=False, updates_left=0, batch_metrics={})
-    if phase.kind != "evaluate":
-      state = _train(parts, phase, params, state, progress, buffer, reporter, checkpoints)
-    elif state is None:
+    if state is None:
       state = builders.start_state(parts, phase, params, rng)
+    if phase.kind != "evaluate":
+      state = _train(parts, phase, state, progress, buffer, reporter, checkpoints)
     if phase.name not in progress.evaluations:
       began = time.perf_counter()
       progress.evaluations[phase.name] = _evaluate(parts, phase, state.params, progress.updates,
@@ -117,10 +117,7 @@ def _finished(parts, progress, workdir) -> dict[str, Any] | None:
   return written if len(written["phases"]) == len(parts.phases) else None
 
 
-def _train(parts, phase, params, state, progress, buffer, reporter, checkpoints):
-  if state is None:
-    rng = jax.random.key_data(jax.random.key(parts.config.seed))
-    state = builders.start_state(parts, phase, params, rng)
+def _train(parts, phase, state, progress, buffer, reporter, checkpoints):
   phase_run = builders.phase_run(parts, phase)
   reporter.start_phase(phase.name, phase.kind, phase.steps, int(state.step))
   state = loop.train(phase_run, state, progress, buffer, reporter=reporter,

@@ -82,7 +82,7 @@ class GroupsOfRollouts:
                         key=(*self._key, step), step=step, **self._collect)
     metrics = rollout_metrics(collected.sampled)
     metrics["groups"] = collected.groups
-    metrics["effective_groups"] = collected.effective_groups / max(collected.groups, 1)
+    metrics["effective_group_fraction"] = collected.effective_groups / max(collected.groups, 1)
     metrics["rollout_seconds"] = time.perf_counter() - start
     return Supplied(collected.trajectories, metrics, collected.tasks)
 

@@ -123,7 +123,7 @@ def test_metrics_hold_one_row_per_update_and_per_evaluation(learned):
     assert {"loss", "tokens_per_second", "learning_rate", "grad_norm"} <= set(row)
   for row in rl:
     assert {"loss", "reward", "kl", "entropy", "clip_fraction", "logprob_gap", "tokens_per_second",
-            "effective_groups", "criteria/exact_match"} <= set(row)
+            "effective_group_fraction", "criteria/exact_match"} <= set(row)
     assert row["logprob_gap"] < 1e-4
     assert all(math.isfinite(v) for v in row.values() if not isinstance(v, str))
 
