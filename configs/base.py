@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
       tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
       scan_layers=False, remat="none", heads_on_top=(), dtype="float32", param_dtype="float32")
   config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that are left
+  config.compilation_cache = ""  # directory; "" is one of the user's own, "off" is none
 
   config.optimizer = dict(
       name="adamw",  # adamw | lion | adafactor | sgd (whose momentum is b1)

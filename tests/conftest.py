@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")  # threads: see sharding.start_distributed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave the user's own cache alone
 
 import hypothesis
 import pytest

@@ -1,5 +1,6 @@
 """What a run ran on and what it cost: versions, devices, peak memory, compilations."""
 
+import collections
 import importlib.metadata
 import platform
 import sys
@@ -14,7 +15,8 @@ except ImportError:  # not on Windows
   resource = None
 
 PACKAGES = ("jaxrl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-COMPILE_EVENT = "backend_compile_duration"  # the last part of the name of jax.monitoring's event
+# The last parts of the names of jax.monitoring's events.
+COMPILE_EVENT, READ_EVENT = "backend_compile_duration", "cache_hits"
 
 
 class CompileCounter:
@@ -22,29 +24,41 @@ class CompileCounter:
 
   Attributes:
     count: programs compiled, or read from the persistent compilation cache.
+    from_disk: those of them that were read from the cache.
     seconds: time that took; tracing and lowering in Python are not included.
+    programs: how often each was compiled, by the name of its function, as in `jit(update)`.
   """
 
   def __init__(self):
     self.count = 0
+    self.from_disk = 0
     self.seconds = 0.0
+    self.programs: collections.Counter[str] = collections.Counter()
     self._lock = threading.Lock()
     self._open = True
-    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    jax.monitoring.register_event_duration_secs_listener(self._compiled)
+    jax.monitoring.register_event_listener(self._read)
 
-  def _listen(self, event: str, duration: float, **_) -> None:
+  def _compiled(self, event: str, duration: float, **details) -> None:
     if self._open and event.rsplit("/", 1)[-1] == COMPILE_EVENT:
       with self._lock:
         self.count += 1
         self.seconds += duration
+        self.programs[str(details.get("fun_name", "?"))] += 1
+
+  def _read(self, event: str, **_) -> None:
+    if self._open and event.rsplit("/", 1)[-1] == READ_EVENT:
+      with self._lock:
+        self.from_disk += 1
 
   def close(self) -> None:
     """Stops counting."""
     if self._open:
       self._open = False
-      unregister = getattr(jax.monitoring, "unregister_event_duration_listener", None)
-      if unregister is not None:
-        unregister(self._listen)
+      for kind, listener in (("event_duration", self._compiled), ("event", self._read)):
+        unregister = getattr(jax.monitoring, f"unregister_{kind}_listener", None)
+        if unregister is not None:
+          unregister(listener)
 
 
 def peak_memory() -> dict[str, float | None]:

@@ -18,9 +18,8 @@ import time
 from typing import Any, TextIO
 
 import jax
-import tensorboardX
 
-from jaxrl.training import curves, jsonl, machine
+from jaxrl.training import jsonl, machine
 from jaxrl.training.terminal import Terminal
 
 SAMPLES_SECONDS = 30.0  # at least, between two tables of samples
@@ -51,7 +50,8 @@ class Reporter:
     self.terminal = Terminal(quiet=quiet, stream=stream, clock=clock)
     self._metrics = jsonl.JsonLines(self.workdir / "metrics.jsonl")
     self._samples: dict[str, jsonl.JsonLines] = {}
-    self._events = self._open_events()
+    self._event_writer: Any = None
+    self._events_from: int | None = None  # first step of this process, after a restart
     self._step = 0
     self._made = 0
     self._samples_shown: float | None = None
@@ -79,8 +79,8 @@ class Reporter:
     self._metrics.keep(lambda row: jsonl.number(row.get("step")) <= step)
     for path in sorted((self.workdir / "samples").glob("*.jsonl")):
       self._sample_file(path.stem).keep(lambda row: jsonl.number(row.get("step")) <= step)
-    self._events.close()
-    self._events = self._open_events(purge_step=step + 1)
+    self._close_events()
+    self._events_from = step + 1
 
   def start_phase(self, name: str, kind: str, total_steps: int, done: int = 0) -> None:
     """Begins a phase, or continues one of which `done` steps were made before a restart."""
@@ -100,12 +100,13 @@ class Reporter:
       phase: name of the phase.
       metrics: name -> scalar. `loss`, `reward`, `entropy`, `kl`, `response_tokens` and
         `tokens_per_second` are drawn; all are recorded, with the `compilations` of this process
-        so far.
+        so far and the `compile_seconds` that they took.
     """
     if not self._writes:
       return
     self._step = step
-    metrics = {**metrics, "compilations": self.compiles.count}
+    metrics = {**metrics, "compilations": self.compiles.count,
+               "compile_seconds": self.compiles.seconds}
     self._metrics.append({"step": step, "phase": phase, **metrics})
     self._add_events(phase, metrics)
     self._made += 1
@@ -155,7 +156,8 @@ class Reporter:
     if not self._writes:
       return
     self.terminal.end_phase()
-    self._events.flush()
+    if self._event_writer:
+      self._event_writer.flush()
     self.draw()
 
   def note(self, message: str) -> None:
@@ -168,6 +170,7 @@ class Reporter:
     if not self._writes:
       return
     try:
+      from jaxrl.training import curves  # matplotlib takes long to load
       curves.draw(jsonl.read(self._metrics.path), summary, self.workdir / "curves.png")
     except Exception as error:
       self.terminal.note(f"curves.png was not drawn ({type(error).__name__}: {error}); the numbers "
@@ -186,7 +189,8 @@ class Reporter:
     content = {
         "total_seconds": self._clock() - self._started,
         **summary,
-        "compile": {"count": self.compiles.count, "seconds": self.compiles.seconds},
+        "compile": {"count": self.compiles.count, "from_disk": self.compiles.from_disk,
+                    "seconds": self.compiles.seconds},
         "peak_memory": machine.peak_memory(),
         "versions": machine.versions(),
         "device": machine.devices(),
@@ -217,7 +221,7 @@ class Reporter:
       self._metrics.close()
       for file in self._samples.values():
         file.close()
-      self._events.close()
+      self._close_events()
 
   def _add_events(self, prefix: str, metrics: Mapping[str, Any]) -> None:
     for name, value in metrics.items():
@@ -230,8 +234,19 @@ class Reporter:
       self._samples[name] = jsonl.JsonLines(self.workdir / "samples" / f"{name}.jsonl")
     return self._samples[name]
 
-  def _open_events(self, **options) -> tensorboardX.SummaryWriter:
-    return tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"), **options)
+  @property
+  def _events(self) -> Any:
+    """The writer of TensorBoard's events, opened when there is something to write."""
+    if self._event_writer is None:
+      import tensorboardX  # takes long to load: seconds where there is a torch for it to find
+      self._event_writer = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"),
+                                                      purge_step=self._events_from)
+    return self._event_writer
+
+  def _close_events(self) -> None:
+    if self._event_writer:
+      self._event_writer.close()
+    self._event_writer = None
 
 
 def file_name(phase: str) -> str:

@@ -14,6 +14,7 @@ from jaxrl import config as configs
 from jaxrl import sharding
 from jaxrl.evaluation import policy
 from jaxrl.training import builders
+from jaxrl.training import compilation
 from jaxrl.training import loop
 from jaxrl.training import state as states
 from jaxrl.training.builders import Parts
@@ -22,7 +23,7 @@ from jaxrl.training.loop import Progress
 from jaxrl.training.reporting import Reporter
 
 START = "start"  # the moment of the first evaluation
-FREE_TO_CHANGE = ("checkpoint", "log", "mesh")  # sections that a resumed run may change
+FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False
@@ -47,6 +48,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
   with configs.as_config_errors():
     _check_workdir(workdir, plain)
   with Reporter(workdir, quiet=quiet) as reporter:
+    compilation.use_cache(config.compilation_cache, reporter.note)
     with configs.as_config_errors():
       parts = builders.build_parts(config, workdir, reporter.note)
     try:
