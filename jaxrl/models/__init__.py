@@ -1,5 +1,6 @@
 """Decoder, heads and log-probabilities; knows no RL."""
 
-from jaxrl.models.decoder import Decoder, DecoderConfig, KeyValues, LayerCache
+from jaxrl.models.cached_attention import KeyValues, LayerCache, Rows
+from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.logprobs import token_logits, token_logprobs
 from jaxrl.models.outputs import MODEL_SIGNALS, init_parameters, model_outputs, unbox

@@ -10,14 +10,15 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from jaxrl import sharding
+from jaxrl.models import cached_attention
 from jaxrl.models import rope
+from jaxrl.models.cached_attention import NEGATIVE, KeyValues, LayerCache, Rows
 
 REMAT_POLICIES = {
     "none": None,
@@ -26,7 +27,6 @@ REMAT_POLICIES = {
 }
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False),
                "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
-NEGATIVE = -1e30  # a score that softmax turns into exactly 0, without the NaN of -inf minus -inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,27 +113,6 @@ class DecoderConfig:
     return tuple(kinds[i % len(kinds)] == "sliding" for i in range(self.layers))
 
 
-@flax.struct.dataclass
-class LayerCache:
-  """Keys and values of one layer (or of all, stacked in front) while sampling.
-
-  A prompt's entries are stored once and read by all its samples; each sample owns its suffix.
-  """
-
-  prefix_keys: Float[Array, "prompts kv_heads prefix width"]
-  prefix_values: Float[Array, "prompts kv_heads prefix width"]
-  suffix_keys: Float[Array, "prompts kv_heads samples suffix width"]
-  suffix_values: Float[Array, "prompts kv_heads samples suffix width"]
-
-
-@flax.struct.dataclass
-class KeyValues:
-  """New keys and values of one layer (or of all, stacked in front)."""
-
-  keys: Float[Array, "rows kv_heads length width"]
-  values: Float[Array, "rows kv_heads length width"]
-
-
 def partitioned(initializer, *axes):
   """An initializer whose parameter carries logical axis names."""
   return nn.with_logical_partitioning(initializer, axes)
@@ -193,7 +172,7 @@ class Attention(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, positions, segment_ids, cache, step, sliding):
+  def __call__(self, x, turns, positions, segment_ids, cache, step, sliding):
     c = self.config
     heads = functools.partial(Projection, c, ("embed",), use_bias=c.qkv_bias)
     q = heads(outputs=("heads", "head_dim"), shape=(c.heads, c.width), name="query")(x)
@@ -202,27 +181,38 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c, "head_dim", name="query_norm")(q)
       k = RMSNorm(c, "head_dim", name="key_norm")(k)
-    q, k = rope.rotate(q, k, positions, _frequencies(c, sliding))
+    turns = _turns_of_layer(c, turns, sliding)
+    q, k = rope.rotate(q, turns), rope.rotate(k, turns)
     q = q * (c.query_scale or c.width ** -0.5)
     q = q.reshape(*q.shape[:2], c.kv_heads, c.heads // c.kv_heads, c.width)
-    q = q.transpose(0, 2, 3, 1, 4)  # [rows, kv_heads, group, length, width]
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [rows, kv_heads, length, width]
     window = _window(c, sliding)
-    if cache is None:
-      out = _attend_packed(q, k, v, segment_ids, positions, window, c.attention_soft_cap)
+    if cache is not None:
+      q, k, v = q[:, 0], k[:, 0], v[:, 0]  # one token per row
+      out = cached_attention.attend(q, k, v, cache, step, window=window,
+                                    soft_cap=c.attention_soft_cap)
     else:
-      out = _attend_cache(q, k, v, cache, segment_ids, step, window, c.attention_soft_cap)
-    out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], c.heads, c.width)
+      q = q.transpose(0, 2, 3, 1, 4)  # [rows, kv_heads, group, length, width]
+      k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [rows, kv_heads, length, width]
+      out = _attend_packed(q, k, v, segment_ids, positions, window, c.attention_soft_cap)
+      out = out.transpose(0, 3, 1, 2, 4)
+    out = out.reshape(*x.shape[:2], c.heads, c.width)
     out = Projection(c, ("heads", "head_dim"), ("embed",), (c.d_model,), c.output_bias,
                      scale=0.5 / c.layers, name="output")(out)
     return out, KeyValues(k, v)
 
 
-def _frequencies(c: DecoderConfig, sliding):
-  full = rope.frequencies(c.width, c.rope_theta, dict(c.rope_scaling))
+def _turns(c: DecoderConfig, positions):
+  """Rotations at every position: of full layers, and of sliding ones where they differ."""
+  both = [rope.frequencies(c.width, c.rope_theta, dict(c.rope_scaling))]
+  if c.rope_local_theta:
+    both.append(rope.frequencies(c.width, c.rope_local_theta, {}))
+  return [rope.turns(positions, frequency) for frequency in both]
+
+
+def _turns_of_layer(c: DecoderConfig, turns, sliding):
   if not c.rope_local_theta:
-    return full
-  return jnp.where(sliding, rope.frequencies(c.width, c.rope_local_theta, {}), full)
+    return turns[0]
+  return jax.tree.map(lambda full, local: jnp.where(sliding, local, full), *turns)
 
 
 def _window(c: DecoderConfig, sliding):
@@ -245,50 +235,6 @@ def _attend_packed(q, k, v, segment_ids, positions, window, cap):
   return jnp.einsum("rkgqt,rktd->rkgqd", weights, v)
 
 
-def _attend_cache(q, k, v, cache, prefix_lengths, step, window, cap):
-  """Attention of one new token per sample over prefix, suffix and itself.
-
-  The three share one softmax, divided out at the end; products are laid out so that XLA's CPU
-  backend runs them as batched matrix products.
-
-  Args:
-    q: [prompts, kv, group, samples, width]; k, v: the new token's, [prompts, kv, samples, width].
-    prefix_lengths: tokens of each prompt. [prompts]
-    step: tokens already in the suffix, the same for all samples.
-  """
-  prompts, kv, group, samples, width = q.shape
-  q = q.transpose(0, 1, 3, 2, 4)  # [prompts, kv, samples, group, width]
-  flat = q.reshape(prompts, kv, samples * group, width)
-  prefix = _batched(flat, cache.prefix_keys, 3, 3).reshape(prompts, kv, samples, group, -1)
-  suffix = _batched(q, cache.suffix_keys, 4, 4)
-  itself = jnp.sum(q * k[:, :, :, None], axis=-1, keepdims=True, dtype=jnp.float32)
-  prefix_index, suffix_index = jnp.arange(prefix.shape[-1]), jnp.arange(suffix.shape[-1])
-  see_prefix = prefix_index < prefix_lengths[:, None]  # [prompts, prefix]
-  see_suffix = suffix_index < step  # [suffix]
-  if window is not None:
-    see_prefix &= (prefix_lengths[:, None] + step) - prefix_index < window
-    see_suffix &= step - suffix_index < window
-  prefix = jnp.where(see_prefix[:, None, None, None], soft_cap(prefix, cap), NEGATIVE)
-  suffix = jnp.where(see_suffix, soft_cap(suffix, cap), NEGATIVE)
-  itself = soft_cap(itself, cap)
-  top = jnp.maximum(jnp.maximum(jnp.max(prefix, axis=-1, keepdims=True),
-                                jnp.max(suffix, axis=-1, keepdims=True)), itself)
-  prefix, suffix, itself = jnp.exp(prefix - top), jnp.exp(suffix - top), jnp.exp(itself - top)
-  total = jnp.sum(prefix, -1, keepdims=True) + jnp.sum(suffix, -1, keepdims=True) + itself
-  flat = prefix.astype(v.dtype).reshape(prompts, kv, samples * group, -1)
-  out = _batched(flat, cache.prefix_values, 3, 2).reshape(q.shape)
-  out += _batched(suffix.astype(v.dtype), cache.suffix_values, 4, 3)
-  out = (out + itself * v[:, :, :, None]) / total
-  return out.astype(v.dtype).transpose(0, 1, 3, 2, 4)
-
-
-def _batched(a, b, a_axis, b_axis):
-  """Contracts one axis each of `a` and `b`, the leading axes being a batch; in float32."""
-  batch = tuple(range(min(a.ndim, b.ndim) - 2))
-  return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)),
-                             preferred_element_type=jnp.float32)
-
-
 class MLP(nn.Module):
   """Gated feed-forward layer: `down(activation(gate(x)) * up(x))`."""
 
@@ -309,11 +255,11 @@ class Block(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, positions, segment_ids, step, cache, sliding):
+  def __call__(self, x, turns, positions, segment_ids, step, cache, sliding):
     c = self.config
     norm = functools.partial(RMSNorm, c)
     out, key_values = Attention(c, name="attention")(
-        norm(name="attention_norm")(x), positions, segment_ids, cache, step, sliding)
+        norm(name="attention_norm")(x), turns, positions, segment_ids, cache, step, sliding)
     x = x + (norm(name="attention_post_norm")(out) if c.post_norms else out)
     out = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
     x = x + (norm(name="mlp_post_norm")(out) if c.post_norms else out)
@@ -339,7 +285,7 @@ class Decoder(nn.Module):
     if c.scan_layers:
       self.blocks = nn.scan(
           block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
-          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
           metadata_params={nn.PARTITION_NAME: "layers"})(c)
     else:
       self.blocks = [block(c) for _ in range(c.layers)]
@@ -359,19 +305,21 @@ class Decoder(nn.Module):
         head(hidden.astype(jnp.float32))
     return hidden, key_values
 
-  def decode(self, tokens: Int[Array, "prompts samples"], prefix_lengths: Int[Array, "prompts"],
-             step: Int[Array, ""], cache: LayerCache | Sequence[LayerCache]
-             ) -> tuple[Float[Array, "prompts samples width"], KeyValues | Sequence[KeyValues]]:
-    """Hidden states of one new token per sample; the caller stores its keys and values.
+  def decode(self, tokens: Int[Array, "rows"], rows: Rows, step: Int[Array, ""],
+             cache: LayerCache | Sequence[LayerCache]
+             ) -> tuple[Float[Array, "rows width"], KeyValues | Sequence[KeyValues]]:
+    """Hidden states of one new token per row; the caller stores its keys and values.
 
     Args:
-      tokens: the newest token of every sample.
-      prefix_lengths: length of every prompt.
-      step: number of suffix tokens already in the cache, the same for all samples.
+      tokens: the newest token of every row.
+      rows: the prompts that they continue.
+      step: number of suffix tokens already in the cache, the same for all rows.
       cache: one per layer, or one with layers in front when `scan_layers`.
     """
-    positions = jnp.broadcast_to(prefix_lengths[:, None] + step, tokens.shape)
-    return self._run(tokens, positions, prefix_lengths, step, cache)
+    positions = rows.prompt_lengths(len(tokens))[:, None] + step
+    hidden, new = self._run(tokens[:, None], positions, None,
+                            cached_attention.DecodeStep(step, rows), cache)
+    return hidden[:, 0], new
 
   def head(self, name: str, hidden: Float[Array, "rows length width"]
            ) -> Float[Array, "rows length outputs"]:
@@ -388,11 +336,14 @@ class Decoder(nn.Module):
     x = pin(pin(self.embedding, "vocab", None)[tokens].astype(c.dtype), "rows", "length", None)
     if c.scale_embeddings:
       x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
+    turns = _turns(c, positions)
     if c.scan_layers:
-      x, key_values = self.blocks(x, positions, segment_ids, step, cache, jnp.array(c.is_sliding))
+      x, key_values = self.blocks(x, turns, positions, segment_ids, step, cache,
+                                  jnp.array(c.is_sliding))
     else:
       key_values = []
       for i, block in enumerate(self.blocks):
-        x, kv = block(x, positions, segment_ids, step, cache and cache[i], c.is_sliding[i])
+        x, kv = block(x, turns, positions, segment_ids, step, cache and cache[i],
+                      c.is_sliding[i])
         key_values.append(kv)
     return self.final_norm(x), key_values

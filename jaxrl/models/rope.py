@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
@@ -41,16 +42,20 @@ def frequencies(width: int, theta: float, scaling: Mapping[str, object]) -> np.n
   raise ValueError(f"config.model.rope_scaling: rope_type={kind!r} is none of linear, llama3")
 
 
-def rotate(q: Float[Array, "rows length heads width"],
-           k: Float[Array, "rows length kv_heads width"],
-           positions: Int[Array, "rows length"], frequency: Float[Array, "half"]
-           ) -> tuple[Array, Array]:
-  """Turns queries and keys by their positions; pairs are (i, i + width / 2), as in Llama."""
-  angle = positions[..., None].astype(jnp.float32) * frequency  # [rows, length, half]
-  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+def turns(positions: Int[Array, "rows length"], frequency: Float[Array, "half"]
+          ) -> tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]:
+  """Cosines and sines of the angles at each position, which all layers share.
 
-  def turn(x):
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  They are kept from being computed again inside every layer, where each head would do it.
+  """
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
 
-  return turn(q), turn(k)
+
+def rotate(x: Float[Array, "rows length heads width"],
+           turns: tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]
+           ) -> Float[Array, "rows length heads width"]:
+  """Turns queries or keys by their positions; pairs are (i, i + width / 2), as in Llama."""
+  cos, sin = (t[:, :, None] for t in turns)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxrl.batch import bucket
@@ -63,13 +65,28 @@ def layout(requests: Sequence[Request], max_rows: int, streams: int = 1
       yield slots[start:start + prompts], width
 
 
-def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
-         ) -> tuple[generate.Prompts, generate.Identity]:
-  """Pads the prompts and settings of a call to its bucketed shape, in host arrays.
+class Packed(NamedTuple):
+  """One device call, in host arrays.
+
+  Attributes:
+    prompts, identity: of each slot, and padding.
+    settings: of each row; every slot has as many.
+    padding: rows that nobody asked for.
+  """
+
+  prompts: generate.Prompts
+  identity: generate.Identity
+  settings: generate.Settings
+  padding: np.ndarray
+
+
+def pack(requests: Sequence[Request], slots: Sequence[Slot], width: int, shards: int) -> Packed:
+  """Pads the prompts and settings of a call to its bucketed shape.
 
   Args:
     requests: all of them; slots point into them.
     slots: one per prompt of the call.
+    width: rows per slot.
     shards: the number of prompts becomes a multiple of this.
   """
   served = [requests[slot.request] for slot in slots]
@@ -90,18 +107,19 @@ def pack(requests: Sequence[Request], slots: Sequence[Slot], shards: int
       top_k=column((p.top_k for p in params), 0, np.int32),
       top_p=column((p.top_p for p in params), 1.0, np.float32),
       min_p=column((p.min_p for p in params), 0.0, np.float32))
-  longest = max(len(r.prompt) for r in served)
   stops = bucket(max(len(p.stop_ids) for p in params), MIN_STOP_IDS)
+  settings = generate.Settings(
+      how=how, max_tokens=column((p.max_tokens for p in params), 1, np.int32),
+      stop_ids=table((p.stop_ids for p in params), -1, stops, np.int32))
+  longest = max(len(r.prompt) for r in served)
   prompts = generate.Prompts(
       tokens=table((r.prompt for r in served), 0, bucket(longest, MIN_PROMPT), np.int32),
-      counts=column((slot.count for slot in slots), 0, np.int32),
-      settings=generate.Settings(
-          how=how, max_tokens=column((p.max_tokens for p in params), 1, np.int32),
-          stop_ids=table((p.stop_ids for p in params), -1, stops, np.int32),
-          lengths=column((len(r.prompt) for r in served), 1, np.int32)))
+      lengths=column((len(r.prompt) for r in served), 1, np.int32))
   depth = bucket(max(len(r.key) for r in served), MIN_DEPTH)
   identity = generate.Identity(
       folds=table((r.key for r in served), 0, depth, np.uint32),
       depth=column((len(r.key) for r in served), 0, np.int32),
       first=column((slot.first for slot in slots), 0, np.int32))
-  return prompts, identity
+  counts = column((slot.count for slot in slots), 0, np.int32)
+  return Packed(prompts, identity, jax.tree.map(lambda x: np.repeat(x, width, axis=0), settings),
+                (np.arange(width) >= counts[:, None]).ravel())

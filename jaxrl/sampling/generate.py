@@ -1,7 +1,8 @@
 """The device side of sampling: prefill, and decoding in chunks.
 
-Samples are laid out `[prompts, samples]`. A prompt's keys and values are computed and stored once;
-each sample owns a suffix cache of `capacity` tokens, which the host makes longer between chunks.
+A prompt's keys and values are computed and stored once for all its samples. Each sample is a row,
+with a suffix cache of `capacity` tokens. Between chunks the host makes the suffix caches longer
+(`grow`) and drops rows that have ended (`shrink`).
 """
 
 import collections
@@ -16,26 +17,24 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl import sharding
 from jaxrl.models import decoder as decoder_lib
 from jaxrl.models import token_logits
+from jaxrl.models.cached_attention import KeyValues, LayerCache, Rows
 from jaxrl.sampling import draw as draw_lib
 
 compilations = collections.Counter()  # jit runs a Python body once for each program it compiles
 
 
-@flax.struct.dataclass
-class Settings:
-  """Per prompt, what its samples have in common.
+class Settings(NamedTuple):
+  """How each row is sampled.
 
   Attributes:
     how: temperature and truncation.
-    max_tokens: length at which samples are cut.
+    max_tokens: length at which the sample is cut.
     stop_ids: filled up with -1.
-    lengths: tokens of the prompt.
   """
 
   how: draw_lib.Distribution
-  max_tokens: Int[Array, "prompts"]
-  stop_ids: Int[Array, "prompts ids"]
-  lengths: Int[Array, "prompts"]
+  max_tokens: Int[Array, "rows"]
+  stop_ids: Int[Array, "rows ids"]
 
 
 class Prompts(NamedTuple):
@@ -43,13 +42,11 @@ class Prompts(NamedTuple):
 
   Attributes:
     tokens: padded at the end.
-    counts: samples wanted of each prompt; 0 for padding.
-    settings: of each prompt.
+    lengths: tokens of each prompt.
   """
 
   tokens: Int[Array, "prompts length"]
-  counts: Int[Array, "prompts"]
-  settings: Settings
+  lengths: Int[Array, "prompts"]
 
 
 class Identity(NamedTuple):
@@ -70,24 +67,24 @@ class State:
   """Samples under way.
 
   Attributes:
-    suffix: per layer (or stacked), keys and values of the tokens read so far, but for the latest.
-      [prompts, kv_heads, samples, capacity, width]
-    pending: of the latest token read. [prompts, kv_heads, samples, width]
+    suffix: per layer (or stacked), keys [rows, kv_heads, width, capacity] and values [rows,
+      kv_heads, capacity, width] of the tokens read so far, but for the latest.
+    pending: of the latest token read. [rows, kv_heads, width]
     last: newest token, not read yet.
     done: ended, or padding.
     step: tokens read of every sample.
   """
 
-  suffix: list[decoder_lib.KeyValues] | decoder_lib.KeyValues
-  pending: list[decoder_lib.KeyValues] | decoder_lib.KeyValues
-  last: Int[Array, "prompts samples"]
-  done: Bool[Array, "prompts samples"]
+  suffix: list[KeyValues] | KeyValues
+  pending: list[KeyValues] | KeyValues
+  last: Int[Array, "rows"]
+  done: Bool[Array, "rows"]
   step: Int[Array, ""]
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "length"))
 def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samples: int,
-             length: int) -> Float[Array, "length prompts samples"]:
+             length: int) -> Float[Array, "length rows"]:
   """Numbers in [0, 1) for the tokens `start .. start + length` of every sample.
 
   Each is a function of the base key, the key of the request, the index of the sample in it and the
@@ -108,77 +105,90 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
   indices = identity.first[:, None] + jnp.arange(samples)
   keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, indices).reshape(-1)
   numbers = jax.vmap(jax.vmap(number, (0, None)), (None, 0))(keys, start + jnp.arange(length))
-  return numbers.reshape(length, -1, samples)
+  return _replicate(numbers.reshape(length, -1))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def prefill(params, prompts: Prompts, uniform: Float[Array, "length prompts samples"], *,
-            config: decoder_lib.DecoderConfig, capacity: int):
+def prefill(params, prompts: Prompts, settings: Settings, padding: Bool[Array, "rows"],
+            uniform: Float[Array, "length rows"], *, config: decoder_lib.DecoderConfig,
+            capacity: int):
   """Reads the prompts and draws the first token of every sample.
 
   Args:
     params: of `Decoder(config)`.
-    prompts: and their settings.
-    uniform: the first draws the first token. Samples beyond `prompts.counts` are padding.
+    prompts: each has as many rows, one after the other.
+    settings: of each row.
+    padding: rows that nobody asked for.
+    uniform: the first draws the first token.
     capacity: initial length of the suffix cache.
 
   Returns:
-    The prompts' cache, the state, and for the host the first tokens and log-probabilities
-    [1, prompts, samples], `state.done` and `state.step`.
+    The prompts' keys [prompts, kv_heads, width, prefix] and values [prompts, kv_heads, prefix,
+    width], the state, and for the host the first tokens and log-probabilities [1, rows],
+    `state.done` and `state.step`.
   """
   compilations["prefill"] += 1
   model = decoder_lib.Decoder(config)
-  settings, shape, uniform = prompts.settings, prompts.tokens.shape, uniform[0]
+  shape, rows = prompts.tokens.shape, len(padding)
   index = jnp.arange(shape[1])
-  valid = index < settings.lengths[:, None]
+  valid = index < prompts.lengths[:, None]
   hidden, prefix = model.apply(
       {"params": params}, prompts.tokens, jnp.broadcast_to(index, shape), valid.astype(jnp.int32))
-  prefix = _distribute(prefix)
-  last = jnp.take_along_axis(hidden, settings.lengths[:, None, None] - 1, axis=1)
-  logits = _logits(config, params, last)  # [prompts, 1, vocab]
-  def empty(*shape):
-    return _distribute(jax.tree.map(
-        lambda x: jnp.zeros(x.shape[:-2] + shape + x.shape[-1:], x.dtype), prefix))
-  state = State(suffix=empty(uniform.shape[1], capacity), pending=empty(uniform.shape[1]),
-                last=jnp.zeros(uniform.shape, jnp.int32),
-                done=jnp.arange(uniform.shape[1]) >= prompts.counts[:, None], step=jnp.int32(0))
-  state, tokens, logprobs = _extend(
-      state, jnp.broadcast_to(logits, uniform.shape + logits.shape[-1:]), uniform, settings)
+  prefix = _distribute(_each(lambda kv: KeyValues(kv.keys.swapaxes(-1, -2), kv.values), prefix))
+  last = jnp.take_along_axis(hidden, prompts.lengths[:, None, None] - 1, axis=1)[:, 0]
+  logits = jnp.repeat(_logits(config, params, last), rows // shape[0], axis=0)
+
+  def empty(layer, *, tokens):
+    *layers, _, kv_heads, _, width = layer.values.shape
+    def zeros(*shape):
+      return jnp.zeros((*layers, rows, kv_heads, *shape), layer.values.dtype)
+    if tokens is None:
+      return KeyValues(zeros(width), zeros(width))
+    return KeyValues(zeros(width, tokens), zeros(tokens, width))
+  suffix, pending = (_distribute(_each(functools.partial(empty, tokens=tokens), prefix))
+                     for tokens in (capacity, None))
+  state = State(suffix=suffix, pending=pending, last=jnp.zeros(rows, jnp.int32), done=padding,
+                step=jnp.int32(0))
+  state, tokens, logprobs = _extend(state, logits, uniform[0], settings)
   return prefix, state, _replicate((tokens[None], logprobs[None], state.done, state.step))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("state",))
-def decode(params, prefix, state: State, settings: Settings,
-           uniform: Float[Array, "length prompts samples"], *, config: decoder_lib.DecoderConfig):
-  """Draws up to `length` more tokens of every sample, fewer when all samples end.
+def decode(params, prefix, state: State, rows: Rows, settings: Settings,
+           uniform: Float[Array, "length rows"], first: Int[Array, ""], least: Int[Array, ""], *,
+           config: decoder_lib.DecoderConfig):
+  """Draws the tokens up to `first + length` of every sample; stops when few samples are left.
 
   Args:
     params: of `Decoder(config)`.
     prefix: the prompts' cache.
     state: as returned by `prefill` or `decode`; its buffers are reused. The suffix cache must have
-      room for `length` more tokens.
-    settings: of each prompt.
-    uniform: numbers that draw the tokens.
+      room for all but the last of the tokens.
+    rows: the prompts that they continue.
+    settings: of each row.
+    uniform: numbers that draw the tokens `first .. first + length`.
+    first: index of a token.
+    least: decoding stops when no more samples than this are under way.
 
   Returns:
-    The state, and for the host the tokens and log-probabilities [length, prompts, samples], which
-    mean nothing after a sample's end, `state.done` and `state.step`.
+    The state, and for the host the tokens and log-probabilities [length, rows], of which those from
+    the old `state.step + 1 - first` up to the new are valid (but not after a sample's end),
+    `state.done` and `state.step`.
   """
   compilations["decode"] += 1
   model = decoder_lib.Decoder(config)
-  start = state.step
 
   def unfinished(carry):
     state, _, _ = carry
-    return (state.step < start + len(uniform)) & ~jnp.all(state.done)
+    return (state.step + 1 < first + len(uniform)) & (jnp.sum(~state.done) > least)
 
   def step(carry):
     state, tokens, logprobs = carry
     suffix = _distribute(_store(state))
-    hidden, pending = model.apply({"params": params}, state.last, settings.lengths, state.step,
+    hidden, pending = model.apply({"params": params}, state.last, rows, state.step,
                                   _layer_caches(prefix, suffix), method="decode")
-    i = state.step - start
     state = state.replace(suffix=suffix, pending=pending, step=state.step + 1)
+    i = state.step - first
     state, token, logprob = _extend(state, _logits(config, params, hidden), uniform[i], settings)
     return state, tokens.at[i].set(token), logprobs.at[i].set(logprob)
 
@@ -191,20 +201,44 @@ def decode(params, prefix, state: State, settings: Settings,
 def grow(state: State, *, capacity: int) -> State:
   """Makes the suffix cache longer."""
   compilations["grow"] += 1
-  def pad(x):
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, capacity - x.shape[-2]), (0, 0)])
-  return state.replace(suffix=_distribute(jax.tree.map(pad, state.suffix)))
+
+  def pad(x, axis):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = 0, capacity - x.shape[axis]
+    return jnp.pad(x, widths)
+  longer = _each(lambda kv: KeyValues(pad(kv.keys, -1), pad(kv.values, -2)), state.suffix)
+  return state.replace(suffix=_distribute(longer))
+
+
+@jax.jit
+def shrink(state: State, keep: Int[Array, "fewer"]) -> State:
+  """Some of the rows."""
+  compilations["shrink"] += 1
+  layered = isinstance(state.suffix, KeyValues)
+  take = functools.partial(jnp.take, indices=keep, axis=1 if layered else 0)
+  return state.replace(
+      suffix=jax.tree.map(take, state.suffix), pending=jax.tree.map(take, state.pending),
+      last=state.last[keep], done=state.done[keep])
+
+
+@jax.jit
+def select_prompts(prefix, keep: Int[Array, "rows"]):
+  """The prompts' cache once for each of some rows.
+
+  Args:
+    prefix: as returned by `prefill`.
+    keep: the prompt of each row.
+  """
+  compilations["select_prompts"] += 1
+  axis = 1 if isinstance(prefix, KeyValues) else 0
+  return jax.tree.map(lambda x: jnp.take(x, keep, axis=axis), prefix)
 
 
 def _extend(state, logits, uniform, settings):
   """Draws the next token of every sample. Returns the state, tokens and log-probabilities."""
-  prompts, samples = state.last.shape
-  rows = prompts * samples
-  how = jax.tree.map(lambda x: jnp.repeat(x, samples, total_repeat_length=rows), settings.how)
-  tokens, logprobs = draw_lib.draw_tokens(logits.reshape(rows, -1), uniform.reshape(rows), how)
-  tokens, logprobs = tokens.reshape(prompts, samples), logprobs.reshape(prompts, samples)
-  stopped = jnp.any(tokens[..., None] == settings.stop_ids[:, None], axis=-1)
-  done = state.done | stopped | (state.step + 1 >= settings.max_tokens[:, None])
+  tokens, logprobs = draw_lib.draw_tokens(logits, uniform, settings.how)
+  stopped = jnp.any(tokens[:, None] == settings.stop_ids, axis=-1)
+  done = state.done | stopped | (state.step + 1 >= settings.max_tokens)
   return state.replace(last=tokens, done=done), tokens, logprobs
 
 
@@ -213,7 +247,7 @@ def _logits(config, params, hidden):
   vocabulary = decoder_lib.Decoder(config).apply({"params": params}, method="vocabulary")
   vocabulary = sharding.constrain(vocabulary.astype(hidden.dtype), "vocab", None)
   logits = token_logits(hidden, vocabulary, soft_cap=config.logit_soft_cap)
-  return sharding.constrain(logits, "rows", None, None)
+  return sharding.constrain(logits, "rows", None)
 
 
 def _store(state):
@@ -223,22 +257,28 @@ def _store(state):
   a buffer that is only written to is updated in place, else XLA copies the whole cache every step.
   """
   index = jnp.maximum(state.step - 1, 0)  # at step 0 there are none yet, and index 0 is not visible
-  return jax.tree.map(
-      lambda cache, new: jax.lax.dynamic_update_index_in_dim(cache, new, index, cache.ndim - 2),
-      state.suffix, state.pending)
+  put = jax.lax.dynamic_update_index_in_dim
+
+  def one(suffix, new):
+    return KeyValues(put(suffix.keys, new.keys, index, suffix.keys.ndim - 1),
+                     put(suffix.values, new.values, index, suffix.values.ndim - 2))
+  return _each(one, state.suffix, state.pending)
 
 
 def _layer_caches(prefix, suffix):
-  def join(prefix, suffix):
-    return decoder_lib.LayerCache(prefix.keys, prefix.values, suffix.keys, suffix.values)
-  if isinstance(prefix, decoder_lib.KeyValues):
-    return join(prefix, suffix)
-  return [join(p, s) for p, s in zip(prefix, suffix, strict=True)]
+  return _each(lambda p, s: LayerCache(p.keys, p.values, s.keys, s.values), prefix, suffix)
+
+
+def _each(function, *layers):
+  """`function` of every layer, or of all at once where they are stacked."""
+  if isinstance(layers[0], KeyValues):
+    return function(*layers)
+  return [function(*layer) for layer in zip(*layers, strict=True)]
 
 
 def _distribute(key_values):
-  """Spreads caches over the mesh in context, prompts and heads as in training."""
-  layers = ("layers",) if isinstance(key_values, decoder_lib.KeyValues) else ()
+  """Spreads caches over the mesh in context, rows and heads as in training."""
+  layers = ("layers",) if isinstance(key_values, KeyValues) else ()
   names = (*layers, "rows", "kv_heads")
   return jax.tree.map(
       lambda x: sharding.constrain(x, *names, *[None] * (x.ndim - len(names))), key_values)

@@ -4,26 +4,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
-import functools
 import os
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 
-from jaxrl import sharding
-from jaxrl.batch import bucket
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate
-from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout, pack
+from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout
+from jaxrl.sampling.device_call import DeviceCall
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
-
-CHUNK = 32  # tokens between two looks of the host
-MIN_CAPACITY = 16
 
 
 @dataclasses.dataclass
@@ -92,7 +87,6 @@ class Sampler:
     self._streams = streams
     self._dispatch = threading.Lock()  # so that two threads do not compile the same program
     self._decode = decode
-    self._shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     self.statistics = Statistics()
 
   def sample(self, params, requests: Sequence[Request], base_key: jax.Array
@@ -149,59 +143,26 @@ class Sampler:
 
   def _run(self, params, requests, slots, width, base_key):
     """Samples of one device call, per slot, and what it cost."""
-    prompts, identity = pack(requests, slots, self._shards)
-    stop_ids, max_tokens = prompts.settings.stop_ids, prompts.settings.max_tokens
-    length = capacity = bucket(int(min(max_tokens.max(), CHUNK)), MIN_CAPACITY)
-    uniforms = functools.partial(generate.uniforms, base_key, self._put(identity), samples=width,
-                                 length=length)
-    prompts = self._put(prompts)
-    with self._dispatch:
-      prefix, state, output = generate.prefill(
-          params, prompts, uniforms(np.int32(0)), config=self._config, capacity=capacity)
-    tokens, logprobs, done, step, waited = _fetch(output)
-    strings = StopStrings(self._decode, requests, slots)
+    call = DeviceCall(self._config, params, requests, slots, width, base_key, self._mesh,
+                      self._dispatch)
+    ids, limits = call.settings.stop_ids, call.settings.max_tokens
+    strings = StopStrings(self._decode, requests, slots, width)
     checked = 0
     while True:
       if strings.pending:
-        strings.search(tokens, checked, lengths(tokens, stop_ids, max_tokens))
-        checked = len(tokens)
-        if strings.found:
-          done = done.copy()
-          done[tuple(zip(*strings.found))] = True
-          state = state.replace(done=self._put(done))
-      if done.all():
+        strings.search(call.tokens, checked, lengths(call.tokens, ids, limits))
+        checked = len(call.tokens)
+        call.end(strings.found)
+      if not call.alive:
         break
-      with self._dispatch:
-        if step + length > capacity:
-          capacity = bucket(int(step) + length, MIN_CAPACITY)
-          state = generate.grow(state, capacity=capacity)
-        state, output = generate.decode(params, prefix, state, prompts.settings,
-                                        uniforms(step + 1), config=self._config)
-      more_tokens, more_logprobs, done, step, seconds = _fetch(output)
-      tokens = np.concatenate([tokens, more_tokens])
-      logprobs = np.concatenate([logprobs, more_logprobs])
-      waited += seconds
-    samples = cut(tokens, logprobs, lengths(tokens, stop_ids, max_tokens), stop_ids, slots,
+      call.advance()
+    samples = cut(call.tokens, call.logprobs, lengths(call.tokens, ids, limits), ids, slots, width,
                   strings.found)
     _check_finite(requests, slots, samples)
     return samples, Statistics(
-        device_seconds=waited, calls=1, slots=(int(step) + 1) * done.size,
+        device_seconds=call.waited, calls=1, slots=call.computed,
         prompt_tokens=sum(len(requests[slot.request].prompt) for slot in slots),
         tokens=sum(len(sample.tokens) for row in samples for sample in row))
-
-  def _put(self, tree):
-    """Distributes arrays over the mesh by their first axis, the prompts."""
-    if self._mesh is None:
-      return tree
-    by_prompt = NamedSharding(self._mesh, sharding.partition_spec(("rows",)))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, by_prompt, lambda index: x[index]), tree)
-
-
-def _fetch(output):
-  """Results on the host, and the seconds spent waiting for them."""
-  began = time.perf_counter()
-  return *jax.device_get(output), time.perf_counter() - began
 
 
 def _check_finite(requests, slots, samples):

@@ -16,12 +16,12 @@ class StopStrings:
   """
 
   def __init__(self, decode: Callable[[list[int]], str] | None, requests: Sequence[Request],
-               slots: Sequence[Slot]):
+               slots: Sequence[Slot], width: int):
     self._decode = decode
-    self._open = {(p, s): requests[slot.request].params.stop_strings
+    self._open = {p * width + s: requests[slot.request].params.stop_strings
                   for p, slot in enumerate(slots) for s in range(slot.count)
                   if requests[slot.request].params.stop_strings}
-    self.found = {}  # (prompt, sample) -> (tokens, characters before the stop string)
+    self.found = {}  # row -> (tokens, characters before the stop string)
 
   @property
   def pending(self) -> bool:
@@ -32,12 +32,12 @@ class StopStrings:
     """Looks at every sample that has not ended with a stop string.
 
     Args:
-      tokens: so far. [time, prompts, samples]
+      tokens: so far. [time, rows]
       checked: tokens already searched in vain.
-      lengths: tokens of each sample, fewer than `tokens` where it ended. [prompts, samples]
+      lengths: tokens of each sample, fewer than `tokens` where it ended. [rows]
     """
-    for (p, s), strings in list(self._open.items()):
-      row = tokens[:lengths[p, s], p, s].tolist()
+    for index, strings in list(self._open.items()):
+      row = tokens[:lengths[index], index].tolist()
       if self._position(row, strings) is not None:
         low, high = checked, len(row)  # no stop string in the first `low`, one in the first `high`
         while high - low > 1:
@@ -46,9 +46,9 @@ class StopStrings:
             low = middle
           else:
             high = middle
-        self.found[p, s] = high, self._position(row[:high], strings)
-      if (p, s) in self.found or len(row) < len(tokens):
-        del self._open[p, s]
+        self.found[index] = high, self._position(row[:high], strings)
+      if index in self.found or len(row) < len(tokens):
+        del self._open[index]
 
   def _position(self, tokens, strings):
     text = self._decode(tokens)
@@ -59,35 +59,37 @@ def lengths(tokens: np.ndarray, stop_ids: np.ndarray, max_tokens: np.ndarray) ->
   """Tokens of each sample up to its stop token or limit, those so far if neither has come.
 
   Args:
-    tokens: [time, prompts, samples]
-    stop_ids: per prompt, filled up with -1. [prompts, ids]
-    max_tokens: per prompt. [prompts]
+    tokens: [time, rows]
+    stop_ids: filled up with -1. [rows, ids]
+    max_tokens: [rows]
 
   Returns:
-    [prompts, samples]
+    [rows]
   """
-  stops = (tokens[..., None] == stop_ids[:, None]).any(axis=-1)
+  stops = (tokens[..., None] == stop_ids).any(axis=-1)
   until_stop = np.where(stops.any(axis=0), stops.argmax(axis=0) + 1, len(tokens))
-  return np.minimum(until_stop, max_tokens[:, None])
+  return np.minimum(until_stop, max_tokens)
 
 
 def cut(tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stop_ids: np.ndarray,
-        slots: Sequence[Slot], found: dict[tuple[int, int], tuple[int, int]]) -> list[list[Sample]]:
+        slots: Sequence[Slot], width: int, found: dict[int, tuple[int, int]]
+        ) -> list[list[Sample]]:
   """The samples of every slot.
 
   Args:
-    tokens, logprobs: [time, prompts, samples]
+    tokens, logprobs: [time, rows]
     lengths: as returned by `lengths`.
-    stop_ids: [prompts, ids]
+    stop_ids: [rows, ids]
     slots: one per prompt that is not padding.
+    width: rows of each slot.
     found: stop strings, as in `StopStrings.found`.
   """
-  tokens, logprobs = np.moveaxis(tokens, 0, -1), np.moveaxis(logprobs, 0, -1)
+  tokens, logprobs = tokens.T, logprobs.T
 
-  def one(p, s):
-    length, text_end = found.get((p, s), (lengths[p, s], None))
-    stopped = (p, s) in found or tokens[p, s, length - 1] in stop_ids[p]
-    return Sample(tokens[p, s, :length].copy(), logprobs[p, s, :length].copy(),
+  def one(row):
+    length, text_end = found.get(row, (lengths[row], None))
+    stopped = row in found or tokens[row, length - 1] in stop_ids[row]
+    return Sample(tokens[row, :length].copy(), logprobs[row, :length].copy(),
                   "stop" if stopped else "length", text_end)
 
-  return [[one(p, s) for s in range(slot.count)] for p, slot in enumerate(slots)]
+  return [[one(p * width + s) for s in range(slot.count)] for p, slot in enumerate(slots)]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrl.batch import Trajectory, pack
-from jaxrl.models import Decoder, DecoderConfig, LayerCache, init_parameters, unbox
+from jaxrl.models import (Decoder, DecoderConfig, LayerCache, Rows, init_parameters,
+                          unbox)
 from jaxrl.models import rope
 
 PLAIN = DecoderConfig(vocab_size=31, layers=2, d_model=24, heads=4, kv_heads=2, d_ff=40,
@@ -126,29 +127,39 @@ def test_remat_does_not_change_gradients(scan_layers, policies):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("config, scan_layers", [
-    (PLAIN, False), (WINDOWED, False), (WINDOWED, True)], ids=["plain", "windowed", "scanned"])
-def test_decoding_equals_the_packed_forward_pass(config, scan_layers):
-  """Two prompts of different lengths, three samples each; windows reach across the border."""
+IN_ORDER = np.array([0, 0, 0, 1, 1, 1]), Rows(lengths=np.array([7, 3]))
+MIXED_UP = np.array([1, 0, 1, 1]), Rows(  # the only row of prompt 0 fills up its places
+    lengths=np.array([7, 3]), row_of=np.array([[1, 1, 1], [3, 0, 2]]),
+    cell_of=np.array([4, 0, 5, 3]))
+
+
+@pytest.mark.parametrize("config, scan_layers, rows", [
+    (PLAIN, False, IN_ORDER), (WINDOWED, False, IN_ORDER), (WINDOWED, True, IN_ORDER),
+    (WINDOWED, False, MIXED_UP)], ids=["plain", "windowed", "scanned", "any order"])
+def test_decoding_equals_the_packed_forward_pass(config, scan_layers, rows):
+  """Two prompts of different lengths, several samples each; windows reach across the border."""
+  owners, rows = rows
   params = parameters(config)
   if scan_layers:
     config, params = with_(config, scan_layers=True), stacked(params, config.layers)
-  prompts, samples, steps, prefix = sequences([7, 3]), 3, 6, 8
-  continuations = np.random.default_rng(3).integers(0, 31, size=(2, samples, steps))
-  lengths = np.array([7, 3])
+  prompts, steps, prefix = sequences([7, 3]), 6, 8
+  continuations = np.random.default_rng(3).integers(0, 31, size=(len(owners), steps))
   _, prefilled = run(config, params, *one_per_row(prompts, 2, prefix))
 
   def empty(kv):
-    shape = (*kv.keys.shape[:-2], samples, steps, kv.keys.shape[-1])
-    return LayerCache(kv.keys, kv.values, jnp.zeros(shape), jnp.zeros(shape))
+    layers, (_, kv_heads, length, width) = kv.keys.shape[:-4], kv.keys.shape[-4:]
+    return LayerCache(
+        kv.keys.swapaxes(-1, -2), kv.values,
+        jnp.zeros((*layers, len(owners), kv_heads, width, steps)),
+        jnp.zeros((*layers, len(owners), kv_heads, steps, width)))
 
   def grown(cache, kv, step):
-    return cache.replace(suffix_keys=cache.suffix_keys.at[..., step, :].set(kv.keys),
+    return cache.replace(suffix_keys=cache.suffix_keys.at[..., step].set(kv.keys),
                          suffix_values=cache.suffix_values.at[..., step, :].set(kv.values))
 
   @jax.jit
   def decode(tokens, step, cache):
-    hidden, new = Decoder(config).apply(params, tokens, lengths, step, cache, method="decode")
+    hidden, new = Decoder(config).apply(params, tokens, rows, step, cache, method="decode")
     if scan_layers:
       return hidden, grown(cache, new, step)
     return hidden, [grown(c, kv, step) for c, kv in zip(cache, new)]
@@ -156,15 +167,15 @@ def test_decoding_equals_the_packed_forward_pass(config, scan_layers):
   cache = empty(prefilled) if scan_layers else [empty(kv) for kv in prefilled]
   hidden = []
   for step in range(steps):
-    out, cache = decode(continuations[:, :, step], jnp.int32(step), cache)
+    out, cache = decode(continuations[:, step], jnp.int32(step), cache)
     hidden.append(out)
-  hidden = np.stack(hidden, axis=2)  # [prompts, samples, steps, width]
+  hidden = np.stack(hidden, axis=1)  # [rows, steps, width]
 
-  for row, prompt in enumerate(prompts):
-    whole = [np.concatenate([prompt, c]) for c in continuations[row]]
-    expected, _ = run(config, params, *one_per_row(whole, samples, 16))
-    end = len(prompt) + steps
-    np.testing.assert_allclose(hidden[row], expected[:, len(prompt):end], atol=2e-5)
+  for row, owner in enumerate(owners):
+    whole = np.concatenate([prompts[owner], continuations[row]])
+    expected, _ = run(config, params, *one_per_row([whole], 1, 16))
+    end = len(prompts[owner]) + steps
+    np.testing.assert_allclose(hidden[row], expected[0, len(prompts[owner]):end], atol=2e-5)
 
 
 def test_bfloat16_stays_close_to_float32():

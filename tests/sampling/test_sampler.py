@@ -13,8 +13,7 @@ from scipy import special, stats
 
 from jaxrl import sharding
 from jaxrl.models.decoder import Decoder, DecoderConfig
-from jaxrl.sampling import Request, Sampler, SamplingParams, batching, stopping
-from jaxrl.sampling import sampler as sampler_lib
+from jaxrl.sampling import Request, Sampler, SamplingParams, batching, device_call, stopping
 
 VOCAB = 12
 PLAIN = DecoderConfig(vocab_size=VOCAB, layers=1, d_model=8, heads=2, kv_heads=2, d_ff=8)
@@ -187,7 +186,7 @@ def test_decoding_stops_when_the_last_sample_ends():
 def test_a_cache_that_grows_gives_the_samples_of_one_that_need_not(monkeypatch):
   request = ask([1, 2, 3], n=6, max_tokens=40)
   grown = sampler(DIALECT).sample(parameters(DIALECT), [request], KEY)[0]
-  monkeypatch.setattr(sampler_lib, "CHUNK", 64)
+  monkeypatch.setattr(device_call, "CHUNK", 64)
   assert_same(grown, sampler(DIALECT).sample(parameters(DIALECT), [request], KEY)[0])
 
 
@@ -220,7 +219,7 @@ def spell(tokens):
 def test_stop_strings_cut_at_the_first_token_that_completes_one(monkeypatch):
   strings, params = ("ba", "dg", "k"), dict(stop_ids=(8,), temperature=3.0)
   free = flat(sampler().sample(parameters(PLAIN), ask_six(**params), KEY))
-  monkeypatch.setattr(sampler_lib, "CHUNK", 16)  # chunks must not matter
+  monkeypatch.setattr(device_call, "CHUNK", 16)  # chunks must not matter
   cut = flat(Sampler(PLAIN, decode=spell).sample(
       parameters(PLAIN), ask_six(stop_strings=strings, **params), KEY))
   found = 0
@@ -246,11 +245,10 @@ def test_stop_strings_end_the_decoding_of_rows_that_contain_them():
 
 
 def test_lengths_end_at_a_stop_token_or_at_the_limit():
-  # [time, prompts, samples]
-  tokens = np.array([[[1, 2], [3, 3]], [[4, 1], [3, 0]], [[1, 1], [3, 3]]])
-  stop_ids, max_tokens = np.array([[4, -1], [0, -1]]), np.array([3, 2])
-  np.testing.assert_array_equal(stopping.lengths(tokens, stop_ids, max_tokens), [[2, 3], [2, 2]])
-  np.testing.assert_array_equal(stopping.lengths(tokens[:1], stop_ids, max_tokens), np.ones((2, 2)))
+  tokens = np.array([[1, 2, 3, 3], [4, 1, 3, 0], [1, 1, 3, 3]])  # [time, rows]
+  stop_ids, max_tokens = np.array([[4, -1], [4, -1], [0, -1], [0, -1]]), np.array([3, 3, 2, 2])
+  np.testing.assert_array_equal(stopping.lengths(tokens, stop_ids, max_tokens), [2, 3, 2, 2])
+  np.testing.assert_array_equal(stopping.lengths(tokens[:1], stop_ids, max_tokens), np.ones(4))
 
 
 @given(counts=st.lists(st.integers(1, 70), min_size=1, max_size=30), max_rows=st.integers(1, 64),

@@ -1,0 +1,135 @@
+"""Attention of newly sampled tokens over a cache: one token per row, many rows per prompt.
+
+The keys and values of a prompt are stored and read once for all the rows that continue it; each row
+owns a suffix. Keys lie transposed, so that both products of a row are plain batched products, which
+XLA's CPU backend runs several times faster than those with a transposed operand.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NEGATIVE = -1e30  # a score that softmax turns into exactly 0, without the NaN of -inf minus -inf
+
+
+@flax.struct.dataclass
+class KeyValues:
+  """New keys and values of one layer (or of all, stacked in front)."""
+
+  keys: Float[Array, "rows kv_heads length width"]
+  values: Float[Array, "rows kv_heads length width"]
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """Keys and values of one layer (or of all, stacked in front) while sampling."""
+
+  prefix_keys: Float[Array, "prompts kv_heads width prefix"]
+  prefix_values: Float[Array, "prompts kv_heads prefix width"]
+  suffix_keys: Float[Array, "rows kv_heads width suffix"]
+  suffix_values: Float[Array, "rows kv_heads suffix width"]
+
+
+@flax.struct.dataclass
+class Rows:
+  """Which prompt each row continues.
+
+  Attributes:
+    lengths: tokens of each prompt.
+    row_of: rows of each prompt, filled up with any row; None where row `r` belongs to prompt
+      `r // samples`, all prompts having as many samples.
+    cell_of: the place of each row in `row_of`, flattened; None with it.
+  """
+
+  lengths: Int[Array, "prompts"]
+  row_of: Int[Array, "prompts samples"] | None = None
+  cell_of: Int[Array, "rows"] | None = None
+
+  def to_prompts(self, x: Array) -> Array:
+    """[rows, ...] -> [prompts, samples, ...]"""
+    if self.row_of is None:
+      return x.reshape(len(self.lengths), -1, *x.shape[1:])
+    return x[self.row_of]
+
+  def to_rows(self, x: Array) -> Array:
+    """[prompts, samples, ...] -> [rows, ...]"""
+    x = x.reshape(-1, *x.shape[2:])
+    return x if self.cell_of is None else x[self.cell_of]
+
+  def prompt_lengths(self, rows: int) -> Int[Array, "rows"]:
+    """Tokens of the prompt of each row."""
+    prompts = len(self.lengths)
+    samples = rows // prompts if self.row_of is None else self.row_of.shape[1]
+    return self.to_rows(jnp.broadcast_to(self.lengths[:, None], (prompts, samples)))
+
+
+@flax.struct.dataclass
+class DecodeStep:
+  """What every layer needs to know of the token that is read.
+
+  Attributes:
+    index: tokens in the suffix of every row so far.
+    rows: which prompt they continue.
+  """
+
+  index: Int[Array, ""]
+  rows: Rows
+
+
+def attend(q: Float[Array, "rows kv group width"], k: Float[Array, "rows kv width"],
+           v: Float[Array, "rows kv width"], cache: LayerCache, step: DecodeStep, *,
+           window: Int[Array, ""] | None, soft_cap: float) -> Float[Array, "rows kv group width"]:
+  """Attention of one new token per row over its prompt, its suffix and itself.
+
+  Args:
+    q: scaled queries.
+    k, v: of the new token, which the cache does not hold yet.
+    cache: of this layer.
+    step: number of tokens in the suffixes, and where prompts are.
+    window: tokens visible, the query included; None is all.
+    soft_cap: of scores; 0 is off.
+  """
+  cap = (lambda x: soft_cap * jnp.tanh(x / soft_cap)) if soft_cap else lambda x: x
+  from_prefix, prefix_top, prefix_total = _attend_prefix(q, cache, step, window, cap)
+  index = jnp.arange(cache.suffix_keys.shape[-1])
+  visible = index < step.index
+  if window is not None:
+    visible &= step.index - index < window
+  suffix = jnp.where(visible, cap(_batched(q, cache.suffix_keys)), NEGATIVE)
+  itself = cap(jnp.sum(q * k[:, :, None], axis=-1, keepdims=True, dtype=jnp.float32))
+  top = jnp.maximum(jnp.maximum(prefix_top, jnp.max(suffix, axis=-1, keepdims=True)), itself)
+  suffix, itself, rescale = jnp.exp(suffix - top), jnp.exp(itself - top), jnp.exp(prefix_top - top)
+  total = rescale * prefix_total + jnp.sum(suffix, axis=-1, keepdims=True) + itself
+  out = _batched(suffix.astype(v.dtype), cache.suffix_values)
+  return ((rescale * from_prefix + out + itself * v[:, :, None]) / total).astype(v.dtype)
+
+
+def _attend_prefix(q, cache, step, window, cap):
+  """Weighted sum of the prompt's values, the greatest score and the sum of weights, per row."""
+  lengths = step.rows.lengths
+  grid = step.rows.to_prompts(q)  # [prompts, samples, kv, group, width]
+  prompts, samples, kv, group, width = grid.shape
+  flat = grid.transpose(0, 2, 1, 3, 4).reshape(prompts, kv, samples * group, width)
+  index = jnp.arange(cache.prefix_keys.shape[-1])
+  visible = index < lengths[:, None]  # [prompts, prefix]
+  if window is not None:
+    visible &= lengths[:, None] + step.index - index < window
+  scores = jnp.where(visible[:, None, None], cap(_batched(flat, cache.prefix_keys)), NEGATIVE)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  # Where a window hides the whole prompt all weights are 1, and `attend` scales them to 0.
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  out = _batched(weights.astype(q.dtype), cache.prefix_values)
+
+  def per_row(x):
+    x = x.reshape(prompts, kv, samples, group, -1).transpose(0, 2, 1, 3, 4)
+    return step.rows.to_rows(x)
+  return per_row(out), per_row(top), per_row(total)
+
+
+def _batched(a, b):
+  """Matrix products `a @ b` of the last two axes, summed in float32."""
+  batch = tuple(range(a.ndim - 2))
+  return jax.lax.dot_general(a, b, (((a.ndim - 1,), (a.ndim - 2,)), (batch, batch)),
+                             preferred_element_type=jnp.float32)
