@@ -29,10 +29,13 @@ from jaxrl.training import learner
 from jaxrl.training import optimizers
 from jaxrl.training import state as states
 from jaxrl.training.loop import PhaseRun
+from jaxrl.training.rehearsal import Aside
+from jaxrl.training.rehearsal import Rehearsal
 from jaxrl.training.supply import Examples
 from jaxrl.training.supply import GroupsOfRollouts
 
 KINDS = ("sft", "rl", "evaluate")
+MOST_PADDING = 2 ** 21  # tokens that a batch may be padded to before it is known how many it has
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 AT_LEAST = {  # smallest values of settings that nothing else checks
     "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.vocabulary_chunk": 1,
@@ -70,6 +73,8 @@ class Parts:
   scorer: Scorer
   sampler: Sampler
   phases: list[Phase]
+  initializing: Aside  # compiles what makes parameters
+  rehearsals: dict[str, Rehearsal]  # by phase that trains
   report: Callable[[str], None]
 
   @property
@@ -77,10 +82,19 @@ class Parts:
     """The key that all sampling of the run derives from."""
     return jax.random.key(self.config.seed)
 
+  def compile(self, index: int) -> None:
+    """Begins to compile the programs of a phase, beside whatever else there is to do."""
+    phase = self.phases[index]
+    if phase.name in self.rehearsals:
+      self.rehearsals[phase.name].compile()
+
 
 def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
-                report: Callable[[str], None]) -> Parts:
+                report: Callable[[str], None], *, fresh: bool = False) -> Parts:
   """Builds everything that needs no parameters.
+
+  Args:
+    fresh: parameters will be wanted, so that what makes them is compiled meanwhile.
 
   Raises:
     ValueError: whatever is wrong with the config, its data, tokenizer, mesh or pieces.
@@ -101,11 +115,15 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     _check_phase(phase, mesh, held_out)
     if phase.kind != "evaluate":
       inputs.check_rows(builder, splits["train"], solved=phase.kind == "sft")
-  for phase in phases:
-    _dry_run(phase, mesh)
+  initializing = Aside()
+  if fresh:
+    rng = jax.random.key_data(jax.random.key(config.seed))
+    initializing.compile(lambda: states.initializer(decoder, mesh).lower(rng).compile())
+  rehearsals = {phase.name: _rehearse(phase, mesh) for phase in phases if phase.kind != "evaluate"}
   sampler = Sampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
   return Parts(config, mesh, tokenizer, decoder, builder, splits["train"], **held_out,
-               scorer=_scorer(config, phases), sampler=sampler, phases=phases, report=report)
+               scorer=_scorer(config, phases), sampler=sampler, phases=phases,
+               initializing=initializing, rehearsals=rehearsals, report=report)
 
 
 def abstract_state(parts: Parts, phase: Phase) -> states.TrainState:
@@ -129,13 +147,12 @@ def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> stat
 def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
   """Everything that the loop needs for a phase."""
   s = phase.settings
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, phase))
   until = s.get("until")
   sampled = phase.kind == "rl"
   rows = s.batch.micro_batch_rows
   return PhaseRun(
       name=phase.name, steps=phase.steps, supply=_supply(parts, phase),
-      learner=learner.make_learner(phase.learning, shardings),
+      learner=parts.rehearsals[phase.name].learner, shape=_expected_shape(phase),
       updates_per_batch=s.rollout.updates if sampled else 1,
       row_length=s.batch.row_length, micro_batch_rows=rows,
       mesh=parts.mesh, max_bad_steps=s.optimizer.max_bad_steps,
@@ -300,19 +317,36 @@ def _check_until(until, where):
     raise ValueError(f"{where}.every={until.every} must be a number of updates, at least 1")
 
 
-def _dry_run(phase: Phase, mesh: jax.sharding.Mesh) -> None:
+def _rehearse(phase: Phase, mesh: jax.sharding.Mesh) -> Rehearsal:
   """Traces the functions of a phase, so that pieces which do not fit together fail now."""
-  if phase.kind == "evaluate":
-    return
   learning = phase.learning
   state = states.abstract_state(learning.decoder, mesh, learning.optimizer,
                                 with_reference=learning.needs_reference)
   functions = learner.make_learner(learning, jax.tree.map(lambda x: x.sharding, state))
-  batch = pack([], row_length=phase.settings.batch.row_length,
-               rows_multiple=learning.micro_batch_rows)
-  with jax.set_mesh(mesh):
-    prepared = jax.eval_shape(functions.prepare, state, batch)
-    jax.eval_shape(functions.update, state, prepared)
+  rows, sequences = _expected_shape(phase)
+  batch = pack([], row_length=phase.settings.batch.row_length, min_rows=rows,
+               min_sequences=sequences, rows_multiple=learning.micro_batch_rows)
+  return Rehearsal(functions, state, batch, mesh)
+
+
+def _expected_shape(phase: Phase) -> tuple[int, int]:
+  """Rows and sequences that no batch of the phase is likely to exceed.
+
+  Batches are padded up to them from the first, as a batch that is larger than all before compiles
+  anew. Only limits of the config are used; where there are none, batches grow as they come.
+  """
+  s = phase.settings
+  if phase.kind == "sft":
+    sequences, completion = s.batch.examples, s.data.max_completion_tokens
+  else:
+    sequences = s.rollout.prompts * _plain(s.rollout.episode).get("samples", 1)
+    completion = s.rollout.max_tokens
+  if not (s.data.max_prompt_tokens and completion):
+    return 1, sequences
+  longest = min(s.data.max_prompt_tokens + completion, s.batch.row_length)
+  # Packing leaves at most one row with fewer sequences than fit at their longest.
+  rows = -(-sequences // (s.batch.row_length // longest))
+  return (rows if rows * s.batch.row_length <= MOST_PADDING else 1), sequences
 
 
 def _plain(spec: Any) -> Any:

@@ -156,7 +156,8 @@ def _update(learning: Learning, state: TrainState, batch: TokenBatch
   weights = aggregate.loss_weights(batch, learning.aggregation, constant=learning.constant)
   # Weights travel with the rows that they belong to.
   batch = batch.with_signals(loss_weights=weights, mean_weights=aggregate.mean_weights(batch))
-  gradient_of = jax.value_and_grad(functools.partial(_loss, learning), has_aux=True)
+  # Jitted, so that the loop below finds what `eval_shape` has traced.
+  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
 
   def body(i, total):
     (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i, rows))

@@ -63,6 +63,7 @@ class PhaseRun:
     learner: jitted functions.
     updates_per_batch: optimiser updates on each batch.
     row_length: tokens of a packed row; longer sequences raise it.
+    shape: rows and sequences that every batch is padded to at least.
     micro_batch_rows: rows of one forward and backward pass.
     mesh: where batches go.
     max_bad_steps: updates in a row with a non-finite gradient before the run stops.
@@ -79,6 +80,7 @@ class PhaseRun:
   learner: Learner
   updates_per_batch: int
   row_length: int
+  shape: tuple[int, int]
   micro_batch_rows: int
   mesh: jax.sharding.Mesh
   max_bad_steps: int
@@ -180,7 +182,8 @@ def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
 
 def _prepare(phase, state, supplied: Supplied, progress):
   rows, length, sequences = progress.shape
-  host = batches.pack(supplied.trajectories, min_rows=rows, min_sequences=sequences,
+  host = batches.pack(supplied.trajectories, min_rows=max(rows, phase.shape[0]),
+                      min_sequences=max(sequences, phase.shape[1]),
                       row_length=max(length, phase.row_length),
                       rows_multiple=phase.micro_batch_rows)
   progress.shape = (*host.tokens.shape, host.num_sequences)

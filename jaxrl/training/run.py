@@ -50,7 +50,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
   with Reporter(workdir, quiet=quiet) as reporter:
     compilation.use_cache(config.compilation_cache, reporter.note)
     with configs.as_config_errors():
-      parts = builders.build_parts(config, workdir, reporter.note)
+      fresh = not any((workdir / "checkpoints").glob("[0-9]*"))
+      parts = builders.build_parts(config, workdir, reporter.note, fresh=fresh)
     try:
       reporter.config(plain)
       checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
@@ -79,9 +80,13 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
   else:
     reporter.rewind(0)
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
-  params = states.initial_parameters(parts.decoder, rng, parts.mesh) if state is None else None
+  parts.compile(progress.phase)
+  params = None
+  if state is None:
+    params = parts.initializing.first(states.initial_parameters)(parts.decoder, rng, parts.mesh)
   for index in range(progress.phase, len(parts.phases)):
     phase = parts.phases[index]
+    parts.compile(index)  # while the first batch is sampled
     began = time.perf_counter()
     if index == 0 and START not in progress.evaluations:
       params = params if state is None else state.params

@@ -1,5 +1,6 @@
 """What training changes: parameters, optimiser state, counters."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -50,17 +51,25 @@ def start_phase(params: Any, rng: Array, optimizer: optax.GradientTransformation
 
 def initial_parameters(config: DecoderConfig, rng: Array, mesh: jax.sharding.Mesh) -> Any:
   """Random parameters, made in place on the mesh."""
-  def init():
+  return initializer(config, mesh)(rng)
+
+
+@functools.lru_cache(maxsize=1)
+def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
+  """The jitted function from raw data of a PRNG key to random parameters."""
+  def init(rng):
     return nn.unbox(init_parameters(config, jax.random.wrap_key_data(rng)))
-  return jax.jit(init, out_shardings=parameter_shardings(config, mesh))()
+  return jax.jit(init, out_shardings=parameter_shardings(config, mesh))
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The sharding of every parameter."""
   boxed = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
   return sharding.shardings_of(boxed, mesh)
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
                    optimizer: optax.GradientTransformation, *, with_reference: bool) -> TrainState:
   """Shapes, types and shardings of a state, without computing it: what a restore fills in."""

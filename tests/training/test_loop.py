@@ -79,7 +79,7 @@ def phase_of(toys):
   def make(edit=lambda number, trajectories: None, **changes):
     return loop.PhaseRun(**{**dict(
         name="rl", steps=STEPS, supply=Supply(toys, parts, edit), learner=learner,
-        updates_per_batch=2, row_length=32, micro_batch_rows=ROWS, mesh=toys.one_device(),
+        updates_per_batch=2, row_length=32, shape=(1, 1), micro_batch_rows=ROWS, mesh=toys.one_device(),
         max_bad_steps=3, max_logprob_gap=0.01,
         validate=None, validate_every=0, until=None, checkpoint_every=3, samples_every=0,
         curves_every=0), **changes})

@@ -1,0 +1,94 @@
+"""The programs of a phase before there is data: traced, which finds mistakes, then compiled aside.
+
+Tracing runs every piece once on abstract arrays, so that those which do not fit together fail before
+anything is computed. What was traced is kept: while the first samples are drawn, a thread compiles
+it (or reads it from disk), and the first update of the shape that was rehearsed finds it done.
+"""
+
+from concurrent import futures
+from collections.abc import Callable
+import functools
+import threading
+from typing import Any
+
+import jax
+
+from jaxrl import sharding
+from jaxrl.batch import TokenBatch
+from jaxrl.training.learner import Learner
+from jaxrl.training.state import TrainState
+
+
+class Aside:
+  """Compiles in a thread.
+
+  With several processes it does nothing: they may have to agree on the order of compilations.
+  """
+
+  def __init__(self):
+    self._done: futures.Future | None = None
+
+  def compile(self, compile: Callable[[], Any]) -> None:
+    """Begins, unless it has begun before. Jitted functions know by themselves what was compiled."""
+    if self._done or jax.process_count() > 1:
+      return
+    self._done = futures.Future()
+
+    def run():
+      try:
+        compile()
+      except Exception as error:  # will come again when the function is called, where it can be seen
+        self._done.set_exception(error)
+      else:
+        self._done.set_result(None)
+    threading.Thread(target=run, name="jaxrl-compile").start()
+
+  def first(self, function: Callable) -> Callable:
+    """The function, made to wait for what is being compiled."""
+    @functools.wraps(function)
+    def call(*args):
+      if self._done:
+        futures.wait([self._done])
+      return function(*args)
+    return call
+
+
+class Rehearsal:
+  """The programs of a phase, for one shape of batches.
+
+  Attributes:
+    learner: the functions of the phase; each waits for its compilation, if one is under way.
+  """
+
+  def __init__(self, learner: Learner, state: TrainState, batch: TokenBatch,
+               mesh: jax.sharding.Mesh):
+    """Traces the programs.
+
+    Args:
+      learner: jitted functions.
+      state: abstract, as `state.abstract_state`.
+      batch: a host batch of the shape that is expected.
+      mesh: that trains.
+
+    Raises:
+      Whatever a piece raises when it does not fit the others.
+    """
+    with jax.set_mesh(mesh):
+      prepare = learner.prepare.trace(state, _abstract(batch, mesh))
+      update = learner.update.trace(state, _abstract(prepare.out_info, mesh))
+    self._mesh, self._traced, self._aside = mesh, (prepare, update), Aside()
+    self.learner = Learner(self._aside.first(learner.prepare), self._aside.first(learner.update))
+
+  def compile(self) -> None:
+    """Begins to compile in a thread, unless it has begun before."""
+    def compile_all():
+      with jax.set_mesh(self._mesh):
+        for traced in self._traced:
+          traced.lower().compile()
+    self._aside.compile(compile_all)
+
+
+def _abstract(batch: TokenBatch, mesh: jax.sharding.Mesh) -> TokenBatch:
+  """Shapes, types and shardings of a batch that `sharding.put_batch` has moved to the mesh."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch,
+                      sharding.batch_sharding(mesh)(batch))

@@ -1,0 +1,78 @@
+"""What was rehearsed is what runs: compiled once, aside, before there is a batch."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl import sharding
+from jaxrl.batch import pack
+from jaxrl.training.learner import make_learner
+from jaxrl.training.learner import to_micro_batches
+from jaxrl.training.machine import CompileCounter
+from jaxrl.training.rehearsal import Aside
+from jaxrl.training.rehearsal import Rehearsal
+from jaxrl.training.state import abstract_state
+
+
+def updated(toys, learning, learner, mesh):
+  """Parameters after an update on six rollouts in a batch of 8 rows and 16 sequences."""
+  host = pack(toys.rollouts(6), row_length=32, rows_multiple=4, min_rows=8, min_sequences=16)
+  state = toys.start(learning, mesh)
+  with jax.set_mesh(mesh):
+    batch = learner.prepare(state, sharding.put_batch(to_micro_batches(host, 4), mesh))
+    return jax.device_get(learner.update(state, batch)[0].params)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices):
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  learning = toys.learning("grpo")
+  shardings = toys.shardings(learning, mesh)
+  plain = updated(toys, learning, make_learner(learning, shardings), mesh)
+  expected = pack([], row_length=32, rows_multiple=4, min_rows=8, min_sequences=16)
+  state = abstract_state(learning.decoder, mesh, learning.optimizer,
+                         with_reference=learning.needs_reference)
+  rehearsal = Rehearsal(make_learner(learning, shardings), state, expected, mesh)
+  counter = CompileCounter()
+  rehearsal.compile()
+  rehearsal.compile()  # has begun already
+  found = updated(toys, learning, rehearsal.learner, mesh)
+  counter.close()
+  assert {name: counter.programs[name] for name in ("jit(_prepare)", "jit(_update)")} == {
+      "jit(_prepare)": 1, "jit(_update)": 1}
+  toys.same_bits(found, plain)
+
+
+def test_pieces_that_do_not_fit_fail_at_the_rehearsal(toys):
+  def two_values(outputs, batch):
+    return outputs.logprobs[:, :2], {}
+  mesh = toys.one_device()
+  learning = toys.learning("sft", terms=[two_values])
+  state = abstract_state(learning.decoder, mesh, learning.optimizer, with_reference=False)
+  learner = make_learner(learning, toys.shardings(learning, mesh))
+  with pytest.raises((TypeError, ValueError)):
+    Rehearsal(learner, state, pack([], row_length=32, rows_multiple=4), mesh)
+
+
+def test_a_function_waits_for_what_is_compiled_aside():
+  aside, go, order = Aside(), threading.Event(), []
+  double = aside.first(lambda x: order.append("called") or 2 * x)
+
+  def compile():
+    go.wait(10)
+    order.append("compiled")
+  aside.compile(compile)
+  threading.Timer(0.05, go.set).start()
+  assert double(np.float32(3)) == 6
+  assert order == ["compiled", "called"]
+
+
+def test_what_fails_aside_does_not_stop_the_function():
+  aside = Aside()
+
+  def fail():
+    raise ValueError("out of memory")
+  aside.compile(fail)
+  assert aside.first(lambda x: x + 1)(1) == 2
