@@ -44,7 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
       qkv_bias=False, output_bias=False, mlp_bias=False, query_scale=0.0, activation="silu",
       tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
       scan_layers=False, remat="none", heads_on_top=(), dtype="float32", param_dtype="float32")
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)  # -1: all devices that are left
+  config.mesh = dict(
+      data=-1, fsdp=1, tensor=1,  # -1: all devices that are left
+      sampling=dict(data=0, fsdp=1, tensor=1))  # devices that only sample, see rollout.staleness
   config.compilation_cache = ""  # directory; "" is one of the user's own, "off" is none
 
   config.optimizer = dict(
@@ -67,6 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
       max_tokens=64, stop_strings=(),  # where a sample ends, beside EOS; in evaluations too
       templates=dict(),  # texts with {placeholders} for ctx.render
       updates=1,  # optimiser updates on each batch of rollouts
+      staleness=0,  # batches that are sampled ahead, with older parameters; 0 is on-policy
       filter_zero_variance=False,  # replace groups of equal rewards, drawing at most
       max_resample=2,  # times again
       max_rows=1024,  # sampled together on the device

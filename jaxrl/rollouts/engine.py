@@ -155,7 +155,12 @@ class Rollouts:
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
     self.max_failure_rate, self.report = max_failure_rate, report
+    self.stopped = False
     self._failed = collections.deque(maxlen=WINDOW)
+
+  def stop(self) -> None:
+    """Has a `run` of any thread raise `CancelledError` once it has served what it is at."""
+    self.stopped = True
 
   def run(self, params: Any, tasks: Sequence[Task], *, base_key: jax.Array,
           key: tuple[int, ...] = (), step: int = 0, first_episode: int = 0) -> list[Trajectory]:
@@ -172,6 +177,7 @@ class Rollouts:
 
     Raises:
       EpisodeFailure: when more than `max_failure_rate` of the episodes raised.
+      CancelledError: after `stop`.
     """
     session = _Session(self, params, base_key, key, step)
     outcomes = _complete(session.serve(tasks, first_episode))
@@ -231,6 +237,8 @@ class _Session:
                 for i, task in enumerate(tasks)}
     try:
       while await self._settle(episodes):
+        if self.rollouts.stopped:
+          raise asyncio.CancelledError("the rollouts were stopped")
         # An episode may have given up on a request (asyncio.wait_for), or ended without waiting.
         batch = [p for p in self.pending
                  if not p.future.done() and not episodes[p.episode].done()]

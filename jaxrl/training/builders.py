@@ -28,6 +28,8 @@ from jaxrl.training import inputs
 from jaxrl.training import learner
 from jaxrl.training import optimizers
 from jaxrl.training import state as states
+from jaxrl.training import transfer
+from jaxrl.training.ahead import Ahead
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
@@ -40,10 +42,10 @@ TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 AT_LEAST = {  # smallest values of settings that nothing else checks
     "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.vocabulary_chunk": 1,
     "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
-    "rollout.prompts": 1, "rollout.updates": 1, "rollout.max_rows": 1, "rollout.max_resample": 0,
-    "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0, "evaluate.problems": 0,
-    "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0, "checkpoint.every": 0,
-    "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
+    "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
+    "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
+    "evaluate.problems": 0, "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Parts:
   """What all phases share."""
 
   config: ml_collections.ConfigDict
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh  # that trains and evaluates
+  sampling_mesh: jax.sharding.Mesh  # that samples ahead; the same unless there are devices for it
   tokenizer: data.Tokenizer
   decoder: DecoderConfig
   builder: data.TaskBuilder
@@ -100,7 +103,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     ValueError: whatever is wrong with the config, its data, tokenizer, mesh or pieces.
   """
   names = configs.phase_names(config)
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh, sampling_mesh = transfer.make_meshes(config.mesh)
   splits = {split: inputs.open_split(config, split) for split in inputs.SPLITS}
   if splits["train"] is None:
     raise ValueError("config.data.train is empty; name a file, tfds:NAME:SPLIT or task:NAME")
@@ -115,14 +118,15 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     _check_phase(phase, mesh, held_out)
     if phase.kind != "evaluate":
       inputs.check_rows(builder, splits["train"], solved=phase.kind == "sft")
+  _check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
   if fresh:
     rng = jax.random.key_data(jax.random.key(config.seed))
     initializing.compile(lambda: states.initializer(decoder, mesh).lower(rng).compile())
   rehearsals = {phase.name: _rehearse(phase, mesh) for phase in phases if phase.kind != "evaluate"}
-  sampler = Sampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
-  return Parts(config, mesh, tokenizer, decoder, builder, splits["train"], **held_out,
-               scorer=_scorer(config, phases), sampler=sampler, phases=phases,
+  sampler = _sampler(config, decoder, tokenizer, mesh)
+  return Parts(config, mesh, sampling_mesh, tokenizer, decoder, builder, splits["train"],
+               **held_out, scorer=_scorer(config, phases), sampler=sampler, phases=phases,
                initializing=initializing, rehearsals=rehearsals, report=report)
 
 
@@ -169,12 +173,13 @@ def evaluate(parts: Parts, phase: Phase, params: Any, tasks: list[Task], key: tu
   """Greedy and sampled metrics of a policy on the test problems, with the settings of a phase."""
   s = phase.settings.evaluate
   return policy.evaluate(
-      _rollouts(parts, phase), params, tasks, correct=_correct(parts, phase), samples=s.samples,
-      k=s.k, temperature=s.temperature, base_key=parts.base_key, key=(TESTING, *key))
+      _rollouts(parts, phase, parts.sampler), params, tasks, correct=_correct(parts, phase),
+      samples=s.samples, k=s.k, temperature=s.temperature, base_key=parts.base_key,
+      key=(TESTING, *key))
 
 
 def _validator(parts, phase):
-  rollouts = _rollouts(parts, phase)
+  rollouts = _rollouts(parts, phase, parts.sampler)
 
   def validate(params, step):
     return policy.evaluate(rollouts, params, parts.validation, correct=_correct(parts, phase),
@@ -193,16 +198,33 @@ def _supply(parts, phase):
     to_example = functools.partial(data.supervised, tokenizer=parts.tokenizer,
                                    max_completion_tokens=s.data.max_completion_tokens)
     return Examples(pipeline, to_example, s.batch.examples)
-  return GroupsOfRollouts(
-      pipeline, _rollouts(parts, phase), prompts=s.rollout.prompts, base_key=parts.base_key,
-      key=(TRAINING, phase.index), filter_zero_variance=s.rollout.filter_zero_variance,
-      max_resample=s.rollout.max_resample)
+  sampler = parts.sampler
+  if _is_ahead(phase):  # one of its own, for validation may sample at the same time
+    sampler = _sampler(parts.config, parts.decoder, parts.tokenizer, parts.sampling_mesh)
+  groups = GroupsOfRollouts(
+      pipeline, _rollouts(parts, phase, sampler), prompts=s.rollout.prompts,
+      base_key=parts.base_key, key=(TRAINING, phase.index),
+      filter_zero_variance=s.rollout.filter_zero_variance, max_resample=s.rollout.max_resample)
+  if not _is_ahead(phase):
+    return groups
+  shardings = states.parameter_shardings(parts.decoder, parts.mesh)
+  return Ahead(groups, staleness=s.rollout.staleness, updates=s.rollout.updates,
+               steps=phase.steps, copy=transfer.copier(shardings, parts.sampling_mesh))
 
 
-def _rollouts(parts, phase):
+def _is_ahead(phase):
+  """Whether batches are sampled while earlier ones are trained on."""
+  return phase.kind == "rl" and phase.settings.rollout.staleness > 0
+
+
+def _sampler(config, decoder, tokenizer, mesh):
+  return Sampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
+
+
+def _rollouts(parts, phase, sampler):
   r = phase.settings.rollout
   return rollout_lib.Rollouts(
-      _episode(phase.settings), parts.sampler, parts.tokenizer, parts.scorer,
+      _episode(phase.settings), sampler, parts.tokenizer, parts.scorer,
       sampling=_sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report)
 
@@ -303,6 +325,32 @@ def _check_phase(phase, mesh, held_out):
     what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
     raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
                      "set config.data.validation, and config.evaluate.problems to at least 1")
+
+
+def _check_ahead(phases, decoder, mesh, sampling_mesh):
+  """Refuses what cannot sample while it trains, and devices that nothing would use."""
+  ahead = next((phase for phase in phases if _is_ahead(phase)), None)
+  apart = sampling_mesh != mesh
+  if ahead is None:
+    if apart:
+      raise ValueError(f"config.mesh.sampling keeps {sampling_mesh.size} devices for samples of "
+                       "older parameters, but no phase wants any: use --config.rollout.staleness=1 "
+                       "or --config.mesh.sampling.data=0")
+    return
+  where = f"config.rollout.staleness={ahead.settings.rollout.staleness} in phase {ahead.name}"
+  if jax.process_count() > 1:
+    raise ValueError(f"{where} samples in a thread, whose order of programs {jax.process_count()} "
+                     "processes could not agree on: use --config.rollout.staleness=0 or one process")
+  if not apart and mesh.size > 1:  # programs of two threads would wait for each other's devices
+    raise ValueError(f"{where} needs devices that only sample, beside those that train, for there "
+                     f"are {mesh.size}: leave some to sampling with --config.mesh.sampling.data="
+                     f"{mesh.size // 2}, or use --config.rollout.staleness=0")
+  if apart:
+    try:
+      sharding.check_divisible(decoder, sampling_mesh)
+    except ValueError as error:
+      raise ValueError(str(error).replace("mesh.", "mesh.sampling.")) from error
+    transfer.copier(states.parameter_shardings(decoder, mesh), sampling_mesh)
 
 
 def _check_until(until, where):

@@ -12,6 +12,7 @@ from jaxrl import batch as batches
 from jaxrl import sharding
 from jaxrl.batch import TokenBatch
 from jaxrl.evaluation import policy
+from jaxrl.training import stored
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import Learner
 from jaxrl.training.learner import to_micro_batches
@@ -19,6 +20,8 @@ from jaxrl.training.reporting import Reporter
 from jaxrl.training.state import TrainState
 from jaxrl.training.supply import Supplied
 from jaxrl.training.supply import Supply
+
+SUPPLY = "supply"  # first part of the names of a supply's arrays in a checkpoint's buffer
 
 
 class TrainingFailure(RuntimeError):
@@ -32,7 +35,7 @@ class Progress:
   Attributes:
     phase: index of the phase in `config.phases`.
     updates: updates of all phases so far; the number of a checkpoint.
-    supply: position in the data.
+    supply: position in the data, None before the first batch and after the last.
     shape: rows, row length and sequences of the largest batch of the phase; later ones are padded
       to it, so that a phase soon compiles nothing more.
     updates_left: updates still to be made on the batch in the checkpoint's buffer.
@@ -99,16 +102,18 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
   """Runs a phase to its end, saving on the way; changes `progress` in place.
 
   Args:
-    buffer: the prepared batch of a checkpoint with updates left, see `to_buffer`.
+    buffer: arrays of a checkpoint: those of its supply, and with updates left the prepared batch,
+      see `to_buffer`.
 
   Raises:
     TrainingFailure: too many non-finite gradients in a row, or sampler and trainer disagree.
   """
   if progress.supply is not None:
-    phase.supply.set_state(progress.supply)
+    phase.supply.set_state(stored.put_arrays(progress.supply, buffer or {}))
   batch = None
-  if buffer is not None:
-    batch = sharding.put_batch(from_buffer(buffer), phase.mesh)
+  if progress.updates_left and not progress.ended:
+    own = {name: x for name, x in buffer.items() if not name.startswith(f"{SUPPLY}/")}
+    batch = sharding.put_batch(from_buffer(own), phase.mesh)
   step = int(state.step)
   while step < phase.steps and not progress.ended:
     start = time.perf_counter()
@@ -116,7 +121,7 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
     if fresh:
       supplied = phase.supply.next(state.params, step)
       batch = _prepare(phase, state, supplied, progress)
-      progress.supply, progress.updates_left = phase.supply.get_state(), phase.updates_per_batch
+      progress.updates_left = phase.updates_per_batch
       if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:
         _log_samples(phase, batch, supplied, progress.updates + 1, reporter)
     with jax.set_mesh(phase.mesh):
@@ -127,6 +132,8 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
     _check(phase, metrics, step, fresh, checkpoints)
     if not fresh:
       metrics.pop("logprob_gap", None)  # by now the policy has moved; the gap is not an error
+    elif progress.batch_metrics.get("staleness"):
+      metrics["policy_drift"] = metrics.pop("logprob_gap")  # it had moved before the first update
     metrics |= progress.batch_metrics | _speed(progress.batch_metrics, start)
     if progress.updates_left == 0:
       batch, progress.batch_metrics = None, {}
@@ -144,6 +151,7 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
     if phase.curves_every and step % phase.curves_every == 0:
       reporter.draw()
     if progress.ended or (phase.checkpoint_every and step % phase.checkpoint_every == 0):
+      progress.supply = None if progress.ended else phase.supply.get_state()
       save(checkpoints, state, progress, batch)
   return state
 
@@ -151,8 +159,11 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
 def save(checkpoints: Checkpoints, state: TrainState, progress: Progress,
          batch: TokenBatch | None = None) -> None:
   """Starts a checkpoint of everything that the rest of the run depends on."""
-  buffer = None if batch is None else to_buffer(batch)
-  checkpoints.save(progress.updates, state, dataclasses.asdict(progress), buffer, force=True)
+  supply, buffer = stored.take_arrays(progress.supply, SUPPLY)
+  if batch is not None:
+    buffer |= to_buffer(batch)
+  host = dataclasses.asdict(dataclasses.replace(progress, supply=supply))
+  checkpoints.save(progress.updates, state, host, buffer or None, force=True)
 
 
 def to_buffer(batch: TokenBatch) -> dict[str, np.ndarray]:

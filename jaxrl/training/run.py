@@ -1,5 +1,6 @@
 """A whole run: phases in order, evaluations around them, resuming, and what is left behind."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -127,8 +128,9 @@ def _finished(parts, progress, workdir) -> dict[str, Any] | None:
 def _train(parts, phase, state, progress, buffer, reporter, checkpoints):
   phase_run = builders.phase_run(parts, phase)
   reporter.start_phase(phase.name, phase.kind, phase.steps, int(state.step))
-  state = loop.train(phase_run, state, progress, buffer, reporter=reporter,
-                     checkpoints=checkpoints)
+  with contextlib.closing(phase_run.supply):
+    state = loop.train(phase_run, state, progress, buffer, reporter=reporter,
+                       checkpoints=checkpoints)
   reporter.end_phase()
   refused = {k: n for k, n in parts.builder.counts.as_dict().items() if k != "ok"}
   if refused:

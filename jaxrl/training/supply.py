@@ -37,10 +37,13 @@ class Supply(Protocol):
     """The next batch, for the policy `params` at update `step` of the phase."""
 
   def get_state(self) -> dict:
-    """JSON-able position."""
+    """Position after the last batch: JSON-able values, and NumPy arrays anywhere among them."""
 
   def set_state(self, state: dict) -> None:
     """Continues from a position."""
+
+  def close(self) -> None:
+    """Ends what is under way, in whatever thread; no batch can be had afterwards."""
 
 
 class Examples:
@@ -61,6 +64,9 @@ class Examples:
 
   def set_state(self, state: dict) -> None:
     self._tasks.set_state(state)
+
+  def close(self) -> None:
+    pass
 
 
 class GroupsOfRollouts:
@@ -91,6 +97,9 @@ class GroupsOfRollouts:
 
   def set_state(self, state: dict) -> None:
     self._tasks.set_state(state)
+
+  def close(self) -> None:
+    self._rollouts.stop()
 
 
 def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
