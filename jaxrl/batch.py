@@ -92,6 +92,10 @@ class Trajectory:
 class TokenBatch:
   """Sequences of any kind, packed into rows. Padding has segment 0 and sequence -1.
 
+  Sequences with the same prompt may share one copy of it: then rows hold what follows the prompt,
+  and all tokens of `rows / trunks` neighbouring rows also see the tokens of their trunk. Nothing
+  is trained on in a trunk, so losses and credit need not know of it.
+
   Attributes, per token:
     tokens, positions: token id and its index within its segment.
     segment_ids: attention boundary, 0 for padding, unique over the batch.
@@ -103,6 +107,12 @@ class TokenBatch:
     group_ids: index of the group, counted from 0 over the batch; -1 for padding.
     sequence_mask: real and scored.
     columns: more scalars per sequence.
+  Attributes, per trunk:
+    trunk_tokens: a prompt, padded at its end; of length 0 where rows hold whole sequences.
+    trunk_lengths: tokens of it.
+  Static:
+    micro_batch_rows: rows of each micro-batch that the batch is interleaved for (see
+      `training.learner.to_micro_batches`); 0 is all rows, in order.
   """
 
   tokens: Int[Array, "rows length"]
@@ -117,13 +127,21 @@ class TokenBatch:
   weights: Float[Array, "sequences"]
   group_ids: Int[Array, "sequences"]
   sequence_mask: Bool[Array, "sequences"]
+  trunk_tokens: Int[Array, "trunks trunk_length"]
+  trunk_lengths: Int[Array, "trunks"]
   signals: dict[str, Float[Array, "rows length"]] = flax.struct.field(default_factory=dict)
   columns: dict[str, Float[Array, "sequences"]] = flax.struct.field(default_factory=dict)
+  micro_batch_rows: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def num_sequences(self) -> int:
     """Length of the per-sequence arrays, padding included (static)."""
     return self.rewards.shape[0]
+
+  @property
+  def rows_per_trunk(self) -> int:
+    """Neighbouring rows that share a trunk (static)."""
+    return self.tokens.shape[0] // max(self.trunk_lengths.shape[0], 1)
 
   def with_signals(self, **signals) -> "TokenBatch":
     """The batch with more arrays per token, or others of the same names."""
@@ -132,6 +150,7 @@ class TokenBatch:
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "sequence_ids", "loss_mask",
              "behaviour_logprobs", "turn_ids", "tag_ids", "signals")
+PER_TRUNK = ("trunk_tokens", "trunk_lengths")
 
 
 @flax.struct.dataclass
@@ -169,86 +188,203 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
   return bins
 
 
-def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, rows_multiple: int = 1,
-         min_rows: int = 1, min_sequences: int = 1) -> TokenBatch:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where sequences go.
+
+  Attributes:
+    row_length: tokens of a row.
+    trunk_length: tokens of a trunk, 0 for none.
+    rows_per_trunk: neighbouring rows that share one.
+  """
+
+  row_length: int
+  trunk_length: int = 0
+  rows_per_trunk: int = 1
+
+
+def prompt_length(trajectory: Trajectory) -> int:
+  """Tokens before the first one that is trained on, all of them if none is."""
+  mask = trajectory.loss_mask & trajectory.scored
+  return int(mask.argmax()) if mask.any() else len(mask)
+
+
+def shared_layout(trajectories: Sequence[Trajectory], *, max_tokens: int = 0, devices: int = 1
+                  ) -> Layout:
+  """The layout with shared prompts under which the fewest tokens are computed, padding included.
+
+  Args:
+    trajectories: of a typical batch.
+    max_tokens: longest that what follows a prompt can get, so that no later batch needs another
+      layout.
+    devices: that rows are distributed over, a whole trunk to one.
+  """
+  prompts, bodies = _by_prompt(trajectories)
+  longest = max([max_tokens, *(size for sizes in bodies for size in sizes)], default=1)
+  trunk = _round_up(max(map(len, prompts), default=1))
+  best = None
+  for row in dict.fromkeys(_round_up(longest * n) for n in (1, 2, 4)):
+    bins = [len(first_fit_decreasing(sizes, row)) for sizes in bodies]
+    for share in (2 ** i for i in range(bucket(max(bins, default=1)).bit_length())):
+      trunks = -(-sum(-(-n // share) for n in bins) // devices) * devices
+      cost = trunks * (trunk + share * row)
+      if best is None or cost < best[0]:
+        best = cost, Layout(row, trunk, share)
+  return best[1]
+
+
+def tokens_computed(trajectories: Sequence[Trajectory], layout: Layout) -> int:
+  """Tokens of the rows and trunks that these sequences take, padding within them included."""
+  if not layout.trunk_length:
+    lengths = [len(t.tokens) for t in trajectories]
+    return layout.row_length * len(first_fit_decreasing(lengths, layout.row_length))
+  units = len(_with_trunks(trajectories, layout)[1])
+  return units * (layout.trunk_length + layout.rows_per_trunk * layout.row_length)
+
+
+def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_length: int = 0,
+         rows_per_trunk: int = 1, rows_multiple: int = 1, min_rows: int = 1,
+         min_sequences: int = 1) -> TokenBatch:
   """Packs trajectories into a batch of NumPy arrays whose shape comes from few buckets.
 
   Args:
     trajectories: in the order of the per-sequence arrays; may be empty.
     row_length: row length wanted; a longer sequence raises it to its power of two.
+    trunk_length: more than 0 puts prompts, up to the first token that is trained on, into trunks,
+      one for all sequences that begin with it; a longer prompt raises it to its power of two.
+    rows_per_trunk: rows that share a trunk; a prompt that needs more gets another trunk.
     rows_multiple: the row count is a power of two times this (micro-batch rows x devices).
     min_rows: smallest row count, to keep several batches in one bucket.
     min_sequences: smallest length of the per-sequence arrays, likewise.
 
   Raises:
-    ValueError: when trajectories disagree on the keys of `columns` or `signals`.
+    ValueError: when trajectories disagree on the keys of `columns` or `signals`, or rows_multiple
+      would tear the rows of a trunk apart.
   """
-  lengths = [len(t.tokens) for t in trajectories]
-  longest = max(lengths, default=0)
+  if rows_multiple % rows_per_trunk:
+    raise ValueError(f"rows_multiple={rows_multiple} is no multiple of rows_per_trunk="
+                     f"{rows_per_trunk}, which belong together")
+  heads = [prompt_length(t) if trunk_length else 0 for t in trajectories]
+  longest = max((len(t.tokens) - head for t, head in zip(trajectories, heads)), default=0)
   length = row_length if 0 < row_length >= longest else bucket(longest)
-  bins = first_fit_decreasing(lengths, length)
+  deepest = max(heads, default=0)
+  trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
+  if trunk_length:
+    bins, prompts = _with_trunks(trajectories, Layout(length, trunk_length, rows_per_trunk))
+  else:
+    bins, prompts = first_fit_decreasing([len(t.tokens) for t in trajectories], length), []
   rows = rows_multiple * bucket(-(-max(len(bins), min_rows) // rows_multiple))
-  sequences = bucket(len(trajectories), min_sequences)
-  signal_names = _common_keys(trajectories, "signals")
-  column_names = _common_keys(trajectories, "columns")
-
-  def tokens_of(dtype, fill=0):
-    return np.full((rows, length), fill, dtype)
-
-  batch = TokenBatch(
-      tokens=tokens_of(np.int32), positions=tokens_of(np.int32), segment_ids=tokens_of(np.int32),
-      sequence_ids=tokens_of(np.int32, PADDING), loss_mask=tokens_of(bool),
-      behaviour_logprobs=tokens_of(np.float32), turn_ids=tokens_of(np.int32),
-      tag_ids=tokens_of(np.int32), rewards=np.zeros(sequences, np.float32),
-      weights=np.zeros(sequences, np.float32), group_ids=np.full(sequences, PADDING, np.int32),
-      sequence_mask=np.zeros(sequences, bool),
-      signals={k: tokens_of(np.float32) for k in signal_names},
-      columns={k: np.zeros(sequences, np.float32) for k in column_names})
-
+  batch = _empty(rows, length, rows // rows_per_trunk, trunk_length,
+                 bucket(len(trajectories), min_sequences), _common_keys(trajectories, "signals"),
+                 _common_keys(trajectories, "columns"))
+  for trunk, prompt in enumerate(prompts):
+    batch.trunk_tokens[trunk, :len(prompt)] = prompt
+    batch.trunk_lengths[trunk] = len(prompt)
   for row, items in enumerate(bins):
     start = 0
     for item in items:
-      t, at = trajectories[item], (row, slice(start, start + lengths[item]))
-      batch.tokens[at] = t.tokens
-      batch.positions[at] = np.arange(lengths[item])
+      t, head = trajectories[item], heads[item]
+      at = (row, slice(start, start + len(t.tokens) - head))
+      batch.tokens[at] = t.tokens[head:]
+      batch.positions[at] = np.arange(head, len(t.tokens))
       batch.segment_ids[at] = item + 1
       batch.sequence_ids[at] = item
-      batch.loss_mask[at] = t.loss_mask & t.scored
-      batch.behaviour_logprobs[at] = t.behaviour_logprobs
-      batch.turn_ids[at] = t.turn_ids
-      batch.tag_ids[at] = t.tag_ids
-      for name in signal_names:
-        batch.signals[name][at] = t.signals[name]
-      start += lengths[item]
-
+      batch.loss_mask[at] = (t.loss_mask & t.scored)[head:]
+      batch.behaviour_logprobs[at] = t.behaviour_logprobs[head:]
+      batch.turn_ids[at] = t.turn_ids[head:]
+      batch.tag_ids[at] = t.tag_ids[head:]
+      for name, array in batch.signals.items():
+        array[at] = t.signals[name][head:]
+      start += len(t.tokens) - head
   groups = {}
   for item, t in enumerate(trajectories):
     batch.rewards[item] = t.reward if t.scored else 0.0
     batch.weights[item] = t.weight
     batch.group_ids[item] = groups.setdefault(t.group, len(groups))
     batch.sequence_mask[item] = t.scored
-    for name in column_names:
-      batch.columns[name][item] = t.columns[name]
+    for name, array in batch.columns.items():
+      array[item] = t.columns[name]
   return batch
+
+
+def _empty(rows, length, trunks, trunk_length, sequences, signals, columns):
+  """A host batch of padding only."""
+  def tokens_of(dtype, fill=0):
+    return np.full((rows, length), fill, dtype)
+
+  return TokenBatch(
+      tokens=tokens_of(np.int32), positions=tokens_of(np.int32), segment_ids=tokens_of(np.int32),
+      sequence_ids=tokens_of(np.int32, PADDING), loss_mask=tokens_of(bool),
+      behaviour_logprobs=tokens_of(np.float32), turn_ids=tokens_of(np.int32),
+      tag_ids=tokens_of(np.int32), rewards=np.zeros(sequences, np.float32),
+      weights=np.zeros(sequences, np.float32), group_ids=np.full(sequences, PADDING, np.int32),
+      sequence_mask=np.zeros(sequences, bool),
+      trunk_tokens=np.zeros((trunks, trunk_length), np.int32),
+      trunk_lengths=np.zeros(trunks, np.int32),
+      signals={k: tokens_of(np.float32) for k in signals},
+      columns={k: np.zeros(sequences, np.float32) for k in columns})
+
+
+def _round_up(size: int, multiple: int = 16) -> int:
+  return -(-size // multiple) * multiple
+
+
+def _by_prompt(trajectories) -> tuple[list[np.ndarray], list[list[int]]]:
+  """Distinct prompts, and the lengths of what follows each of them, empty ones left out."""
+  found: dict[bytes, tuple[np.ndarray, list[int]]] = {}
+  for t in trajectories:
+    head = prompt_length(t)
+    if head < len(t.tokens):
+      prompt = t.tokens[:head]
+      found.setdefault(prompt.tobytes(), (prompt, []))[1].append(len(t.tokens) - head)
+  return [prompt for prompt, _ in found.values()], [sizes for _, sizes in found.values()]
+
+
+def _with_trunks(trajectories, layout: Layout) -> tuple[list[list[int]], list[np.ndarray]]:
+  """Items of every row, and the prompt of every trunk, `rows_per_trunk` rows each."""
+  items: dict[bytes, list[int]] = {}
+  heads = [prompt_length(t) for t in trajectories]
+  for item, (t, head) in enumerate(zip(trajectories, heads)):
+    if head < len(t.tokens):
+      items.setdefault(t.tokens[:head].tobytes(), []).append(item)
+  bins, prompts = [], []
+  for members in items.values():
+    sizes = [len(trajectories[i].tokens) - heads[i] for i in members]
+    rows = [[members[i] for i in row] for row in first_fit_decreasing(sizes, layout.row_length)]
+    for start in range(0, len(rows), layout.rows_per_trunk):
+      unit = rows[start:start + layout.rows_per_trunk]
+      bins += unit + [[]] * (layout.rows_per_trunk - len(unit))
+      prompts.append(trajectories[members[0]].tokens[:heads[members[0]]])
+  return bins, prompts
 
 
 def unpack(batch: TokenBatch) -> list[Trajectory]:
   """The trajectories of a host batch in their order, without what `pack` does not carry.
 
-  `loss_mask` and `reward` of an unscored trajectory come back as False and 0.
+  `loss_mask` and `reward` of an unscored trajectory come back as False and 0. A sequence that has
+  nothing to train on is not stored beside its trunk and comes back empty, and what a trajectory
+  knows of its prompt's tokens, the tokens aside, comes back as 0 where prompts are shared.
   """
   batch = jax.tree.map(np.asarray, batch)
   trajectories = []
   for item in range(int((batch.group_ids != PADDING).sum())):
     at = np.nonzero(batch.sequence_ids == item)  # row-major, so in order of position
+    prompt = batch.tokens[:0, 0]
+    if batch.trunk_tokens.shape[1] and len(at[0]):
+      trunk = at[0][0] // batch.rows_per_trunk
+      prompt = batch.trunk_tokens[trunk, :batch.trunk_lengths[trunk]]
+
+    def whole(array):
+      return np.concatenate([np.zeros(len(prompt), array.dtype), array[at]])
+
     trajectories.append(Trajectory(
-        tokens=batch.tokens[at], loss_mask=batch.loss_mask[at],
-        behaviour_logprobs=batch.behaviour_logprobs[at], turn_ids=batch.turn_ids[at],
-        tag_ids=batch.tag_ids[at], group=int(batch.group_ids[item]),
+        tokens=np.concatenate([prompt, batch.tokens[at]]), loss_mask=whole(batch.loss_mask),
+        behaviour_logprobs=whole(batch.behaviour_logprobs), turn_ids=whole(batch.turn_ids),
+        tag_ids=whole(batch.tag_ids), group=int(batch.group_ids[item]),
         reward=float(batch.rewards[item]), scored=bool(batch.sequence_mask[item]),
         weight=float(batch.weights[item]),
         columns={k: float(v[item]) for k, v in batch.columns.items()},
-        signals={k: v[at] for k, v in batch.signals.items()}))
+        signals={k: whole(v) for k, v in batch.signals.items()}))
   return trajectories
 
 

@@ -17,8 +17,10 @@ import numpy as np
 
 from jaxrl import sharding
 from jaxrl.models import cached_attention
+from jaxrl.models import packed_attention
 from jaxrl.models import rope
-from jaxrl.models.cached_attention import NEGATIVE, KeyValues, LayerCache, Rows
+from jaxrl.models.cached_attention import DecodeStep, KeyValues, LayerCache, Rows
+from jaxrl.models.packed_attention import PackedRows
 
 REMAT_POLICIES = {
     "none": None,
@@ -172,7 +174,7 @@ class Attention(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, turns, positions, segment_ids, cache, step, sliding):
+  def __call__(self, x, turns, packed, cache, step, sliding):
     c = self.config
     heads = functools.partial(Projection, c, ("embed",), use_bias=c.qkv_bias)
     q = heads(outputs=("heads", "head_dim"), shape=(c.heads, c.width), name="query")(x)
@@ -188,13 +190,11 @@ class Attention(nn.Module):
     window = _window(c, sliding)
     if cache is not None:
       q, k, v = q[:, 0], k[:, 0], v[:, 0]  # one token per row
-      out = cached_attention.attend(q, k, v, cache, step, window=window,
+      out = cached_attention.attend(q, k, v, cache, *step, window=window,
                                     soft_cap=c.attention_soft_cap)
     else:
-      q = q.transpose(0, 2, 3, 1, 4)  # [rows, kv_heads, group, length, width]
+      out = packed_attention.attend(q, k, v, packed, window=window, soft_cap=c.attention_soft_cap)
       k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [rows, kv_heads, length, width]
-      out = _attend_packed(q, k, v, segment_ids, positions, window, c.attention_soft_cap)
-      out = out.transpose(0, 3, 1, 2, 4)
     out = out.reshape(*x.shape[:2], c.heads, c.width)
     out = Projection(c, ("heads", "head_dim"), ("embed",), (c.d_model,), c.output_bias,
                      scale=0.5 / c.layers, name="output")(out)
@@ -222,19 +222,6 @@ def _window(c: DecoderConfig, sliding):
   return jnp.where(sliding, c.sliding_window, np.iinfo(np.int32).max)
 
 
-def _attend_packed(q, k, v, segment_ids, positions, window, cap):
-  """Causal attention within segments. q [rows, kv, group, length, width]."""
-  scores = jnp.einsum("rkgqd,rktd->rkgqt", q, k, preferred_element_type=jnp.float32)
-  scores = soft_cap(scores, cap)
-  distance = positions[:, :, None] - positions[:, None, :]
-  visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance >= 0)
-  if window is not None:
-    visible &= distance < window
-  scores = jnp.where(visible[:, None, None], scores, NEGATIVE)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("rkgqt,rktd->rkgqd", weights, v)
-
-
 class MLP(nn.Module):
   """Gated feed-forward layer: `down(activation(gate(x)) * up(x))`."""
 
@@ -255,11 +242,11 @@ class Block(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, turns, positions, segment_ids, step, cache, sliding):
+  def __call__(self, x, turns, packed, step, cache, sliding):
     c = self.config
     norm = functools.partial(RMSNorm, c)
     out, key_values = Attention(c, name="attention")(
-        norm(name="attention_norm")(x), turns, positions, segment_ids, cache, step, sliding)
+        norm(name="attention_norm")(x), turns, packed, cache, step, sliding)
     x = x + (norm(name="attention_post_norm")(out) if c.post_norms else out)
     out = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
     x = x + (norm(name="mlp_post_norm")(out) if c.post_norms else out)
@@ -285,7 +272,7 @@ class Decoder(nn.Module):
     if c.scan_layers:
       self.blocks = nn.scan(
           block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
-          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
           metadata_params={nn.PARTITION_NAME: "layers"})(c)
     else:
       self.blocks = [block(c) for _ in range(c.layers)]
@@ -295,17 +282,33 @@ class Decoder(nn.Module):
                                   scale=1e-4, name=f"{name}_head")
                  for name, outputs in c.heads_on_top}
 
-  def __call__(self, tokens: Int[Array, "rows length"], positions: Int[Array, "rows length"],
-               segment_ids: Int[Array, "rows length"]
-               ) -> tuple[Float[Array, "rows length width"], KeyValues | Sequence[KeyValues]]:
-    """Final hidden states of packed rows, and the keys and values of every layer."""
-    hidden, key_values = self._run(tokens, positions, segment_ids, None, None)
+  def __call__(self, tokens: Int[Array, "units length"], positions: Int[Array, "units length"],
+               segment_ids: Int[Array, "units length"], *, trunk_length: int = 0, rows: int = 1
+               ) -> tuple[Float[Array, "units length width"], KeyValues | Sequence[KeyValues]]:
+    """Final hidden states of packed rows, and the keys and values of every layer.
+
+    Args:
+      tokens, positions, segment_ids: of rows, or of units `[trunk | row | row | ...]`.
+      trunk_length, rows: what a unit is made of, see `packed_attention.PackedRows`.
+    """
+    packed = PackedRows(positions, segment_ids, trunk_length, rows)
+    turns = _turns(self.config, positions)
+    hidden, key_values = self._run(tokens, turns, packed, None, None)
     if self.is_initializing():
       for head in self.tops.values():
         head(hidden.astype(jnp.float32))
     return hidden, key_values
 
-  def decode(self, tokens: Int[Array, "rows"], rows: Rows, step: Int[Array, ""],
+  def decode_step(self, rows: Rows, index: Int[Array, ""], count: int) -> DecodeStep:
+    """What `decode` needs to know of the token at some place of the suffix, for `count` rows.
+
+    A loop over tokens computes it one step ahead: if it were made where it is used, XLA would
+    compute the rotations again in every layer and for every head.
+    """
+    positions = rows.prompt_lengths(count)[:, None] + index
+    return DecodeStep(index, _turns(self.config, positions))
+
+  def decode(self, tokens: Int[Array, "rows"], rows: Rows, step: DecodeStep,
              cache: LayerCache | Sequence[LayerCache]
              ) -> tuple[Float[Array, "rows width"], KeyValues | Sequence[KeyValues]]:
     """Hidden states of one new token per row; the caller stores its keys and values.
@@ -313,12 +316,10 @@ class Decoder(nn.Module):
     Args:
       tokens: the newest token of every row.
       rows: the prompts that they continue.
-      step: number of suffix tokens already in the cache, the same for all rows.
+      step: made by `decode_step`; its index is the number of suffix tokens already in the cache.
       cache: one per layer, or one with layers in front when `scan_layers`.
     """
-    positions = rows.prompt_lengths(len(tokens))[:, None] + step
-    hidden, new = self._run(tokens[:, None], positions, None,
-                            cached_attention.DecodeStep(step, rows), cache)
+    hidden, new = self._run(tokens[:, None], step.turns, None, (rows, step.index), cache)
     return hidden[:, 0], new
 
   def head(self, name: str, hidden: Float[Array, "rows length width"]
@@ -330,20 +331,17 @@ class Decoder(nn.Module):
     """The matrix whose product with a hidden state gives logits (before soft-capping)."""
     return self.embedding if self.config.tie_embeddings else self.unembedding
 
-  def _run(self, tokens, positions, segment_ids, step, cache):
+  def _run(self, tokens, turns, packed, step, cache):
     c = self.config
     pin = sharding.constrain if cache is None else lambda x, *names: x
     x = pin(pin(self.embedding, "vocab", None)[tokens].astype(c.dtype), "rows", "length", None)
     if c.scale_embeddings:
       x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
-    turns = _turns(c, positions)
     if c.scan_layers:
-      x, key_values = self.blocks(x, turns, positions, segment_ids, step, cache,
-                                  jnp.array(c.is_sliding))
+      x, key_values = self.blocks(x, turns, packed, step, cache, jnp.array(c.is_sliding))
     else:
       key_values = []
       for i, block in enumerate(self.blocks):
-        x, kv = block(x, turns, positions, segment_ids, step, cache and cache[i],
-                      c.is_sliding[i])
+        x, kv = block(x, turns, packed, step, cache and cache[i], c.is_sliding[i])
         key_values.append(kv)
     return self.final_norm(x), key_values

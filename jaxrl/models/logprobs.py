@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl import sharding
-from jaxrl.models.decoder import NEGATIVE, soft_cap as cap_softly
+from jaxrl.models.cached_attention import NEGATIVE
+from jaxrl.models.decoder import soft_cap as cap_softly
 
 
 def token_logits(hidden: Float[Array, "... width"], vocabulary: Float[Array, "vocab width"], *,

@@ -1,6 +1,6 @@
 """From a packed batch to what losses read: log-probabilities, entropy, values, scores, states.
 
-Here, and nowhere else, what a state says about the next token moves to the token it is about.
+Here, and nowhere else, the state before a token meets the token that it predicts.
 """
 
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from collections.abc import Collection
 from flax.core import meta
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
@@ -57,32 +57,61 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
   """
   _check_signals(config, signals)
   decoder = Decoder(config)
-  hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+  hidden, before = _hidden_states(decoder, params, batch)
+  predicted = _is_predicted(batch)
   outputs = ModelOutputs(hidden=hidden if "hidden" in signals else None)
   if logprobs or "entropy" in signals:
-    about_next = token_logprobs(
-        hidden, decoder.apply(params, method="vocabulary"), jnp.roll(batch.tokens, -1, axis=1),
-        chunk=vocabulary_chunk, temperature=temperature, soft_cap=config.logit_soft_cap,
-        entropy="entropy" in signals)
-    shifted = [None if x is None else about_own_token(batch, x) for x in about_next]
-    outputs = outputs.replace(logprobs=shifted[0] if logprobs else None, entropy=shifted[1])
-  heads = {name: decoder.apply(params, name, hidden, method="head")
-           for name, _ in config.heads_on_top
-           if ("values" if name == VALUE_HEAD else "scores") in signals}
+    about_tokens = token_logprobs(
+        before, decoder.apply(params, method="vocabulary"), batch.tokens, chunk=vocabulary_chunk,
+        temperature=temperature, soft_cap=config.logit_soft_cap, entropy="entropy" in signals)
+    kept = [None if x is None else jnp.where(predicted, x, 0) for x in about_tokens]
+    outputs = outputs.replace(logprobs=kept[0] if logprobs else None, entropy=kept[1])
   if "values" in signals:
-    outputs = outputs.replace(values=about_own_token(batch, heads.pop(VALUE_HEAD)[..., 0]))
+    values = decoder.apply(params, VALUE_HEAD, before, method="head")[..., 0]
+    outputs = outputs.replace(values=jnp.where(predicted, values, 0))
   if "scores" in signals:
-    outputs = outputs.replace(scores=jnp.concatenate(list(heads.values()), axis=-1))
+    scores = [decoder.apply(params, name, hidden, method="head")
+              for name, _ in config.heads_on_top if name != VALUE_HEAD]
+    outputs = outputs.replace(scores=jnp.concatenate(scores, axis=-1))
   return outputs
 
 
-def about_own_token(batch: TokenBatch, about_next: Float[Array, "rows length"]
-                    ) -> Float[Array, "rows length"]:
-  """Moves what position t says about tokens[t + 1] to t + 1; 0 where a segment starts."""
-  segments = batch.segment_ids
-  predicted = (segments == jnp.roll(segments, 1, axis=1)) & (segments != 0)
-  predicted &= jnp.arange(segments.shape[1]) > 0
-  return jnp.where(predicted, jnp.roll(about_next, 1, axis=1), 0)
+def _hidden_states(decoder, params, batch):
+  """Hidden states at the tokens of rows, and just before each of them. [rows, length, width]"""
+  trunks, trunk_length = batch.trunk_tokens.shape
+  index = jnp.broadcast_to(jnp.arange(trunk_length), batch.trunk_tokens.shape)
+  in_trunk = index < batch.trunk_lengths[:, None]
+
+  def unit(trunk, rows):
+    return jnp.concatenate([trunk, rows.reshape(trunks, -1)], axis=1) if trunk_length else rows
+
+  hidden, _ = decoder.apply(
+      params, unit(batch.trunk_tokens, batch.tokens), unit(index, batch.positions),
+      unit(in_trunk.astype(jnp.int32), batch.segment_ids), trunk_length=trunk_length,
+      rows=batch.rows_per_trunk if trunk_length else 1)
+  trunk, hidden = hidden[:, :trunk_length], hidden[:, trunk_length:]
+  hidden = hidden.reshape(*batch.tokens.shape, -1)
+  before = jnp.roll(hidden, 1, axis=1)
+  if trunk_length:  # the end of its trunk is what comes before the first token of a segment
+    last = jnp.maximum(batch.trunk_lengths - 1, 0)[:, None, None]
+    last = jnp.repeat(jnp.take_along_axis(trunk, last, axis=1), batch.rows_per_trunk, axis=0)
+    before = jnp.where(_starts(batch)[..., None], last, before)
+  return hidden, before
+
+
+def _starts(batch: TokenBatch) -> Bool[Array, "rows length"]:
+  """First tokens of segments, and of rows."""
+  same = batch.segment_ids == jnp.roll(batch.segment_ids, 1, axis=1)
+  return ~same | (jnp.arange(same.shape[1]) == 0)
+
+
+def _is_predicted(batch: TokenBatch) -> Bool[Array, "rows length"]:
+  """Tokens that another one comes before."""
+  starts = _starts(batch)
+  if batch.trunk_tokens.shape[1]:
+    trunks = jnp.repeat(batch.trunk_lengths > 0, batch.rows_per_trunk)
+    starts &= ~trunks[:, None]
+  return ~starts & (batch.segment_ids != 0)
 
 
 def _check_signals(config, signals):
