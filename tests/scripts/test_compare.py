@@ -1,0 +1,199 @@
+"""The comparison's own arithmetic and its jaxrl side; peers and timings are left to runs by hand."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.models import Decoder
+from jaxrl.models import DecoderConfig
+from jaxrl.models import token_logits
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+
+import compare  # noqa: E402
+import costs  # noqa: E402
+import machine  # noqa: E402
+from peers import common  # noqa: E402
+import report  # noqa: E402
+
+TOY = dict(prompts=2, samples=4, prompt_len=6, new_tokens=10, vocab=40, layers=1, d_model=16,
+           heads=2, kv_heads=1, d_ff=32, sft_batch=4, sft_len=12, micro_batch_rows=4, warmup=1,
+           iters=2)
+
+
+def test_counted_flops_are_those_that_xla_counts_in_the_real_forward_pass():
+  work = common.Work("sft", vocab=256, layers=2, d_model=128, heads=2, kv_heads=1, d_ff=384)
+  rows, length = 4, 64
+  config = DecoderConfig(vocab_size=work.vocab, layers=work.layers, d_model=work.d_model,
+                         heads=work.heads, kv_heads=work.kv_heads, d_ff=work.d_ff)
+  decoder = Decoder(config)
+  tokens = jnp.zeros((rows, length), jnp.int32)
+  params = jax.eval_shape(decoder.init, jax.random.key(0), tokens, tokens, tokens)
+
+  def forward(params, tokens):
+    hidden, _ = decoder.apply(params, tokens, tokens, tokens)
+    return token_logits(hidden, decoder.apply(params, method="vocabulary"))
+  analysis = jax.jit(forward).lower(meta.unbox(params), tokens).compile().cost_analysis()
+  analysis = analysis[0] if isinstance(analysis, list) else analysis
+  everything = rows * length ** 2  # the real pass computes what the causal mask hides, too
+  counted = costs.forward_flops(work, rows * length, everything, rows * length)
+  assert counted == pytest.approx(analysis["flops"], rel=0.1)
+
+
+def test_counted_parameters_are_those_of_the_model():
+  work = common.Work("sft")
+  config = DecoderConfig(vocab_size=work.vocab)
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)
+  norms = (2 * work.layers + 1) * work.d_model
+  assert costs.parameters(work) == sum(x.size for x in jax.tree.leaves(params)) - norms
+
+
+def test_a_limit_is_that_of_arithmetic_or_of_memory_whichever_is_longer():
+  work = common.Work("sft")
+  (update,) = costs.phases(work)
+  fast_memory = {8: 1e9, 512: 1e9}
+  assert costs.limit_seconds(work, 2.0, fast_memory) == pytest.approx(update.flops / 2e9)
+  # 24 MB of parameters and their like do not fit into 8 MB, so the second rate is theirs.
+  slow_memory = {8: 1e9, 512: 0.5}
+  assert costs.limit_seconds(work, 1e9, slow_memory) == pytest.approx(update.moved / 0.5e9)
+
+
+def test_sampling_work_of_lengths_that_are_all_equal_is_a_sum_over_the_tokens():
+  work = common.Work("sampling", prompts=3, samples=5, prompt_len=7, new_tokens=11)
+  pairs = 3 * sum(range(1, 8)) + 15 * sum(range(8, 19))
+  expected = costs.forward_flops(work, 3 * 7 + 15 * 11, pairs, 3 + 15 * 11)
+  assert sum(phase.flops for phase in costs.phases(work)) == pytest.approx(expected, rel=1e-9)
+
+
+def stat(user, idle, wait=0):
+  """/proc/stat of a machine with these ticks on its first line, and a line per CPU."""
+  return f"cpu  {user} 10 20 {idle} {wait} 1 2 3 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\nintr 5\n"
+
+
+def test_other_processes_are_what_the_machine_did_beyond_our_own_time():
+  hz = os.sysconf("SC_CLK_TCK")
+  before, after = common.parse_stat(stat(1000, 5000)), common.parse_stat(stat(1000 + 6 * hz,
+                                                                              5000 + 4 * hz))
+  assert common.other_share(before, after, own=5.0) == pytest.approx(0.1)
+  assert common.other_share(before, after, own=6.5) == 0.0  # ticks are coarse; less than none is none
+
+
+def test_waiting_for_a_disk_is_not_being_busy():
+  hz = os.sysconf("SC_CLK_TCK")
+  before, after = common.parse_stat(stat(0, 0)), common.parse_stat(stat(0, 3 * hz, wait=2 * hz))
+  assert common.other_share(before, after, own=0.0) == 0.0
+  assert after[1] - before[1] == pytest.approx(5.0)
+
+
+def test_waiting_for_quiet_ends_at_its_limit(monkeypatch):
+  busy = iter((float(i), float(i)) for i in range(100))  # all CPUs, all the time, by others
+  monkeypatch.setattr(common, "cpu_times", lambda: next(busy))
+  assert not machine.wait_until_quiet(0.0, 0.05, look=0.0)
+  idle = iter((0.0, float(i)) for i in range(100))
+  monkeypatch.setattr(common, "cpu_times", lambda: next(idle))
+  assert machine.wait_until_quiet(0.0, 0.05, look=0.0)
+
+
+def test_a_disturbed_round_is_made_again_and_then_marked(monkeypatch):
+  arguments = compare.parse_arguments(["--rows", "sft", "--rounds", "1", "--repeats", "2",
+                                       "--systems", "jaxrl", "--wait-quiet", "0"])
+  shares = iter([0.5, 0.02, 0.4, 0.3, 0.2])
+
+  def measure(*_):
+    return {"steps_s": [1.0], "other_cpu": next(shares), "peak_rss_mb": 1.0}
+  monkeypatch.setattr(compare, "measure", measure)
+  session = compare.Session(arguments)
+  assert session.rounds(arguments.rows[0])[1:] == (0.02, False)
+  assert session.rounds(arguments.rows[0])[1:] == (0.2, True)
+
+
+def result(**changes):
+  return {"row": "grpo", "shape": {}, "jaxrl_s": 0.5, "peers": {"tunix": 1.2, "trl": 1.0},
+          "ratio": 2.0, "limit_s": 0.25, "times_limit": 2.0, "disturbed": False,
+          "peak_rss_mb": {"jaxrl": 700.0, "tunix": 2000.0, "trl": 1300.0}, **changes}
+
+
+def content(*rows):
+  versions = {"jaxrl": {"jaxrl": "0.1"}, "tunix": {"google-tunix": "0.2"}, "trl": {"trl": "1"}}
+  return {"machine": "a machine", "date": "2020-01-01", "limits": {"gflops": {"numpy": 490.0}},
+          "versions": versions, "rows": list(rows)}
+
+
+def test_table_and_json_hold_the_row(tmp_path):
+  text = report.write(content(result()), tmp_path / "out")
+  assert "| grpo | 0.500 | 1.200 | 1.000 | 2.00 | 0.250 | 2.0 | 700 | 2000 | 1300 |" in text
+  assert (tmp_path / "out.md").read_text() == text
+  assert json.loads((tmp_path / "out.json").read_text())["rows"] == [result()]
+
+
+def test_figures_of_a_disturbed_row_are_withheld_unless_asked_for(tmp_path):
+  rows = content(result(disturbed=True))
+  assert "| grpo (disturbed) |  |  |  |  |" in report.write(rows, tmp_path / "out")
+  assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["jaxrl_s"] is None
+  assert "| grpo (disturbed) | 0.500 |" in report.write(rows, tmp_path / "out",
+                                                        quote_disturbed=True)
+  assert json.loads((tmp_path / "out.json").read_text())["quoted_disturbed"] is True
+
+
+def test_ratio_is_the_faster_peer_over_jaxrl():
+  row = compare.parse_arguments(["--rows", "sft"]).rows[0]
+  kept = {name: [[{"steps_s": steps, "peak_rss_mb": 1.0, "tokens": [1]}]]
+          for name, steps in (("jaxrl", [1.0, 2.0, 9.0]), ("tunix", [5.0]), ("trl", [3.0]))}
+  limits = {"gflops": {"numpy": 1.0}, "bandwidth_gb_s": {"8": 1.0}}
+  (found,) = compare.rows_of(row, kept, limits)
+  assert found["jaxrl_s"] == 2.0 and found["ratio"] == 1.5
+
+
+def test_rows_take_shapes_and_refuse_unknown_ones(capsys):
+  (row,) = compare.parse_arguments(["--rows", "grpo:vocab=1024:samples=3", "--samples", "5"]).rows
+  assert (row.work.vocab, row.work.samples, row.work.prompts) == (1024, 3, 16)
+  with pytest.raises(SystemExit):
+    compare.parse_arguments(["--rows", "grpo:vocabulary=3"])
+  assert "'vocabulary' is none of" in capsys.readouterr().err
+
+
+def test_countdown_embeddings_draw_lengths_from_the_distribution_and_then_count_down_to_eos():
+  work = common.Work("sampling", vocab=70, d_model=64, new_tokens=60, median_len=8)
+  inputs, outputs = common.countdown(work)
+  states = inputs / np.sqrt((inputs ** 2).mean(axis=1, keepdims=True))  # RMSNorm of scale 1
+  logits = states @ outputs.T
+  chances = np.exp(logits[-1] - logits[-1].max())
+  chances /= chances.sum()
+  wanted = common.length_probabilities(work)
+  np.testing.assert_allclose(chances[common.EOS], wanted[0], rtol=1e-3)
+  np.testing.assert_allclose(chances[common.SPECIALS:common.SPECIALS + 59], wanted[1:], rtol=1e-3)
+  token, steps = common.SPECIALS + 40, 0
+  while token != common.EOS:
+    assert np.sort(logits[token])[-1] - np.sort(logits[token])[-2] > 10
+    token, steps = int(logits[token].argmax()), steps + 1
+  assert steps == 41
+
+
+@pytest.mark.parametrize("section, tokens", [("sampling", 80), ("grpo", 80), ("sft", 40)])
+def test_jaxrl_side_does_the_work_it_is_asked_for(section, tokens):
+  found = toy_run(common.Work(section, **TOY))
+  assert found["tokens"] == [tokens, tokens]
+  assert len(found["steps_s"]) == 2 and found["first_step_s"] > max(found["steps_s"])
+  assert found["peak_rss_mb"] > 50 and found["compile_s"] > 0
+
+
+def test_jaxrl_side_samples_responses_of_different_lengths_where_asked():
+  work = dataclasses.replace(common.Work("grpo", **TOY), median_len=3, samples=16)
+  counts = toy_run(work)["tokens"]
+  assert all(work.rows < count < work.rows * work.new_tokens for count in counts)
+
+
+def toy_run(work):
+  """What jaxrl's side of the comparison reports of a toy-sized run."""
+  return compare.measure("jaxrl", sys.executable, work, "")
