@@ -60,7 +60,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch = dict(
       examples=64,  # sequences per update in supervised phases
       row_length=128,  # tokens per packed row; longer sequences raise it
-      micro_batch_rows=8,  # rows per forward and backward pass, a multiple of data x fsdp
+      micro_batch_rows=0,  # per forward and backward pass; 0 is as many as suit cache or memory
+      share_prompts=True,  # compute the prompt of a group once, where that saves a tenth or more
       vocabulary_chunk=4096)  # logits exist for this much of the vocabulary at a time
 
   config.rollout = dict(

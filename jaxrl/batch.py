@@ -150,7 +150,7 @@ class TokenBatch:
 
 PER_TOKEN = ("tokens", "positions", "segment_ids", "sequence_ids", "loss_mask",
              "behaviour_logprobs", "turn_ids", "tag_ids", "signals")
-PER_TRUNK = ("trunk_tokens", "trunk_lengths")
+BY_ROWS = (*PER_TOKEN, "trunk_tokens", "trunk_lengths")  # distributed over devices
 
 
 @flax.struct.dataclass
@@ -207,39 +207,6 @@ def prompt_length(trajectory: Trajectory) -> int:
   """Tokens before the first one that is trained on, all of them if none is."""
   mask = trajectory.loss_mask & trajectory.scored
   return int(mask.argmax()) if mask.any() else len(mask)
-
-
-def shared_layout(trajectories: Sequence[Trajectory], *, max_tokens: int = 0, devices: int = 1
-                  ) -> Layout:
-  """The layout with shared prompts under which the fewest tokens are computed, padding included.
-
-  Args:
-    trajectories: of a typical batch.
-    max_tokens: longest that what follows a prompt can get, so that no later batch needs another
-      layout.
-    devices: that rows are distributed over, a whole trunk to one.
-  """
-  prompts, bodies = _by_prompt(trajectories)
-  longest = max([max_tokens, *(size for sizes in bodies for size in sizes)], default=1)
-  trunk = _round_up(max(map(len, prompts), default=1))
-  best = None
-  for row in dict.fromkeys(_round_up(longest * n) for n in (1, 2, 4)):
-    bins = [len(first_fit_decreasing(sizes, row)) for sizes in bodies]
-    for share in (2 ** i for i in range(bucket(max(bins, default=1)).bit_length())):
-      trunks = -(-sum(-(-n // share) for n in bins) // devices) * devices
-      cost = trunks * (trunk + share * row)
-      if best is None or cost < best[0]:
-        best = cost, Layout(row, trunk, share)
-  return best[1]
-
-
-def tokens_computed(trajectories: Sequence[Trajectory], layout: Layout) -> int:
-  """Tokens of the rows and trunks that these sequences take, padding within them included."""
-  if not layout.trunk_length:
-    lengths = [len(t.tokens) for t in trajectories]
-    return layout.row_length * len(first_fit_decreasing(lengths, layout.row_length))
-  units = len(_with_trunks(trajectories, layout)[1])
-  return units * (layout.trunk_length + layout.rows_per_trunk * layout.row_length)
 
 
 def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_length: int = 0,
@@ -323,21 +290,6 @@ def _empty(rows, length, trunks, trunk_length, sequences, signals, columns):
       trunk_lengths=np.zeros(trunks, np.int32),
       signals={k: tokens_of(np.float32) for k in signals},
       columns={k: np.zeros(sequences, np.float32) for k in columns})
-
-
-def _round_up(size: int, multiple: int = 16) -> int:
-  return -(-size // multiple) * multiple
-
-
-def _by_prompt(trajectories) -> tuple[list[np.ndarray], list[list[int]]]:
-  """Distinct prompts, and the lengths of what follows each of them, empty ones left out."""
-  found: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-  for t in trajectories:
-    head = prompt_length(t)
-    if head < len(t.tokens):
-      prompt = t.tokens[:head]
-      found.setdefault(prompt.tobytes(), (prompt, []))[1].append(len(t.tokens) - head)
-  return [prompt for prompt, _ in found.values()], [sizes for _, sizes in found.values()]
 
 
 def _with_trunks(trajectories, layout: Layout) -> tuple[list[list[int]], list[np.ndarray]]:

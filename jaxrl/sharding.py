@@ -6,6 +6,7 @@ devices runs inside `with jax.set_mesh(mesh)`, which is where `constrain` finds 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import importlib.util
 import itertools
 import math
 import os
@@ -19,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 import numpy as np
 
-from jaxrl.batch import PER_TOKEN, TokenBatch
+from jaxrl.batch import BY_ROWS, TokenBatch
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {
@@ -36,6 +37,9 @@ RULES = {
 }
 DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"),
            ("kv_heads", "kv_heads"), ("d_ff", "mlp"))  # field of a model config, its logical axis
+PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as dead
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
 # ------------------------------------------------------------------------------------------- mesh
@@ -187,7 +191,7 @@ def batch_sharding(mesh: Mesh) -> Callable[[TokenBatch], TokenBatch]:
   by_rows = NamedSharding(mesh, partition_spec(("rows",)))
 
   def shardings(batch: TokenBatch) -> TokenBatch:
-    tokens = {name: getattr(batch, name) for name in PER_TOKEN}
+    tokens = {name: getattr(batch, name) for name in BY_ROWS}
     return jax.tree.map(lambda _: replicated(mesh), batch).replace(
         **jax.tree.map(lambda _: by_rows, tokens))
 
@@ -226,45 +230,101 @@ def to_host(tree: PyTree) -> PyTree:
   return jax.device_get(jax.tree.map(fetch, tree))
 
 
+def cores() -> int:
+  """Processor cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # -------------------------------------------------------------------------------------- processes
+
+
+def expects_processes(environment: Mapping[str, str] = os.environ) -> bool:
+  """Whether the environment says that this process may be one of several; see `start_distributed`.
+
+  Raises:
+    ValueError: some of the variables are set and others are not, or they are no numbers.
+  """
+  named = _named_processes(environment)
+  return named[1] > 1 if named else _found_by_jax(environment)
 
 
 def start_distributed(environment: Mapping[str, str] = os.environ) -> bool:
   """Joins the other processes of a run when the environment says that there are others.
 
   That is the case with `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and
-  `JAX_PROCESS_ID`; in a SLURM step, an Open MPI job or a TPU slice of several hosts (there JAX
-  finds the rest itself). Elsewhere, and when called again, it does nothing. Call it before anything
-  that touches a device.
+  `JAX_PROCESS_ID`; and in a SLURM step, an Open MPI job or on Cloud TPU hosts, where JAX finds the
+  rest itself, on GCE from the metadata of the machine. Elsewhere, and when called again, it does
+  nothing. Call it before anything that touches a device. A process that dies ends the others after
+  `HEARTBEAT_SECONDS` at most.
 
   Returns:
     Whether this process is one of several.
 
   Raises:
-    ValueError: some of the three variables are set and others are not.
+    ValueError: some of the three variables are set and others are not, or they are no numbers.
   """
   _give_virtual_devices_threads()
   if jax.distributed.is_initialized():
     return jax.process_count() > 1
-  found_by_jax = (
-      int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-      or int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-      or "," in environment.get("TPU_WORKER_HOSTNAMES", ""))
-  names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-  missing = [name for name in names if not environment.get(name)]
-  if not missing:
-    address, count, index = (environment[name] for name in names)
-    if int(count) > 1:
-      jax.distributed.initialize(address, num_processes=int(count), process_id=int(index))
-    return int(count) > 1
-  if found_by_jax:
-    jax.distributed.initialize()
-    return jax.process_count() > 1
-  if len(missing) < len(names):
-    present = ", ".join(name for name in names if name not in missing)
-    raise ValueError(f"{present} without {', '.join(missing)}: several processes need all of "
-                     f"{', '.join(names)}; unset them to run one")
-  return False
+  named = _named_processes(environment)
+  if named is not None:
+    address, count, index = named
+    if count > 1:
+      jax.distributed.initialize(address, num_processes=count, process_id=index,
+                                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    return count > 1
+  if not _found_by_jax(environment):
+    return False
+  try:
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  except (ValueError, OSError):  # no cluster, or no metadata to find one in
+    if _several_are_certain(environment):
+      raise
+    return False
+  return jax.process_count() > 1
+
+
+def _named_processes(environment) -> tuple[str, int, int] | None:
+  """Address, number of processes and index of this one, if the environment names them."""
+  given = {name: environment[name] for name in PROCESS_VARIABLES if environment.get(name)}
+  if len(given) == len(PROCESS_VARIABLES):
+    address, count, index = (given[name] for name in PROCESS_VARIABLES)
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+      raise ValueError(f"JAX_PROCESS_ID={index} and JAX_NUM_PROCESSES={count}: number the "
+                       "processes from 0 to one less than there are")
+    return address, int(count), int(index)
+  if given and not _found_by_jax(environment):
+    missing = ", ".join(name for name in PROCESS_VARIABLES if name not in given)
+    raise ValueError(f"{', '.join(given)} without {missing}: several processes need all of "
+                     f"{', '.join(PROCESS_VARIABLES)}; unset them to run one")
+  return None
+
+
+def _found_by_jax(environment) -> bool:
+  return _several_are_certain(environment) or _is_cloud_tpu(environment)
+
+
+def _several_are_certain(environment) -> bool:
+  def number(name):
+    value = environment.get(name, "")
+    return int(value) if value.isdecimal() else 1
+  return (number("SLURM_STEP_NUM_TASKS") > 1 or number("OMPI_COMM_WORLD_SIZE") > 1
+          or number("MEGASCALE_NUM_SLICES") > 1
+          or any("," in environment.get(name, "")
+                 for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")))
+
+
+def _is_cloud_tpu(environment) -> bool:
+  """Whether this is a TPU host on GCE, where only the metadata server knows of other hosts.
+
+  Notebook services and GKE forbid to ask it (`TPU_SKIP_MDS_QUERY`) or name the hosts.
+  """
+  named = any(environment.get(name) for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES",
+                                                 "TPU_SKIP_MDS_QUERY"))
+  wanted = environment.get("JAX_PLATFORMS", "")
+  return (not named and (not wanted or "tpu" in wanted)
+          and importlib.util.find_spec("libtpu") is not None
+          and any(os.path.exists(path) for path in TPU_DEVICES))
 
 
 def _give_virtual_devices_threads():

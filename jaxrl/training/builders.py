@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import inspect
+import math
 import pathlib
 from typing import Any
 
@@ -17,7 +18,6 @@ from jaxrl import data
 from jaxrl import objectives
 from jaxrl import rollouts as rollout_lib
 from jaxrl import sharding
-from jaxrl.batch import pack
 from jaxrl.batch import Task
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
@@ -27,20 +27,23 @@ from jaxrl.sampling import SamplingParams
 from jaxrl.training import inputs
 from jaxrl.training import learner
 from jaxrl.training import optimizers
+from jaxrl.training import processes
 from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
+from jaxrl.training.shapes import Shape
+from jaxrl.training.shapes import shape_of
 from jaxrl.training.supply import Examples
 from jaxrl.training.supply import GroupsOfRollouts
 
 KINDS = ("sft", "rl", "evaluate")
-MOST_PADDING = 2 ** 21  # tokens that a batch may be padded to before it is known how many it has
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 AT_LEAST = {  # smallest values of settings that nothing else checks
-    "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.vocabulary_chunk": 1,
+    "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.micro_batch_rows": 0,
+    "batch.vocabulary_chunk": 1,
     "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
     "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
     "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
@@ -77,6 +80,7 @@ class Parts:
   sampler: Sampler
   phases: list[Phase]
   initializing: Aside  # compiles what makes parameters
+  shapes: dict[str, Shape]  # of batches, by phase that trains
   rehearsals: dict[str, Rehearsal]  # by phase that trains
   report: Callable[[str], None]
 
@@ -113,21 +117,23 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   builder = inputs.builder(config, tokenizer)
   held_out = {split: inputs.read_tasks(builder, splits[split], config.evaluate.problems)
               for split in ("validation", "test")}
-  phases = [_phase(config, index, name, decoder) for index, name in enumerate(names)]
+  streams = sharding.cores() if mesh.size == 1 and jax.default_backend() == "cpu" else 1
+  phases = [_phase(config, index, name, decoder, streams) for index, name in enumerate(names)]
   for phase in phases:
     _check_phase(phase, mesh, held_out)
-    if phase.kind != "evaluate":
-      inputs.check_rows(builder, splits["train"], solved=phase.kind == "sft")
+  shapes = {phase.name: _shape(phase, decoder, mesh, builder, splits["train"])
+            for phase in phases if phase.kind != "evaluate"}
   _check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
   if fresh:
     rng = jax.random.key_data(jax.random.key(config.seed))
     initializing.compile(lambda: states.initializer(decoder, mesh).lower(rng).compile())
-  rehearsals = {phase.name: _rehearse(phase, mesh) for phase in phases if phase.kind != "evaluate"}
+  rehearsals = {phase.name: _rehearse(phase, mesh, shapes[phase.name])
+                for phase in phases if phase.name in shapes}
   sampler = _sampler(config, decoder, tokenizer, mesh)
   return Parts(config, mesh, sampling_mesh, tokenizer, decoder, builder, splits["train"],
                **held_out, scorer=_scorer(config, phases), sampler=sampler, phases=phases,
-               initializing=initializing, rehearsals=rehearsals, report=report)
+               initializing=initializing, shapes=shapes, rehearsals=rehearsals, report=report)
 
 
 def abstract_state(parts: Parts, phase: Phase) -> states.TrainState:
@@ -153,12 +159,10 @@ def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
   s = phase.settings
   until = s.get("until")
   sampled = phase.kind == "rl"
-  rows = s.batch.micro_batch_rows
   return PhaseRun(
       name=phase.name, steps=phase.steps, supply=_supply(parts, phase),
-      learner=parts.rehearsals[phase.name].learner, shape=_expected_shape(phase),
+      learner=parts.rehearsals[phase.name].learner, shape=parts.shapes[phase.name],
       updates_per_batch=s.rollout.updates if sampled else 1,
-      row_length=s.batch.row_length, micro_batch_rows=rows,
       mesh=parts.mesh, max_bad_steps=s.optimizer.max_bad_steps,
       max_logprob_gap=s.rollout.max_logprob_gap,
       validate=_validator(parts, phase) if parts.validation else None,
@@ -218,7 +222,7 @@ def _is_ahead(phase):
 
 
 def _sampler(config, decoder, tokenizer, mesh):
-  return Sampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
+  return processes.AgreeingSampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
 
 
 def _rollouts(parts, phase, sampler):
@@ -248,7 +252,7 @@ def _episode(settings):
 
 
 def _scorer(config, phases):
-  scorer = Scorer.from_config(_plain(config.reward))
+  scorer = processes.SharedScorer.from_config(_plain(config.reward))
   for phase in phases:
     label = phase.settings.evaluate.correct
     if label and label not in scorer.labels:
@@ -274,7 +278,7 @@ def _decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
   return DecoderConfig(**fields)
 
 
-def _phase(config, index, name, decoder):
+def _phase(config, index, name, decoder, streams):
   settings = configs.phase_config(config, name)
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:
@@ -295,7 +299,7 @@ def _phase(config, index, name, decoder):
       learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk,
-      micro_batch_rows=settings.batch.micro_batch_rows, with_behaviour=sampled)
+      with_behaviour=sampled, streams=streams)
   return Phase(index, name, kind, steps, settings, learning)
 
 
@@ -306,8 +310,8 @@ def _check_phase(phase, mesh, held_out):
     if not value >= least:
       raise ValueError(f"config.{path}={value} in phase {phase.name}; it must be at least {least}")
   rows, parts = s.batch.micro_batch_rows, mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows < 1 or rows % parts:
-    fitting = sorted({parts * max(rows // parts, 1), parts * (max(rows, 0) // parts + 1)})
+  if rows % parts:
+    fitting = sorted({parts * max(rows // parts, 1), parts * (rows // parts + 1)})
     raise ValueError(f"config.batch.micro_batch_rows={rows} does not divide over data x fsdp = "
                      f"{parts} devices: use {' or '.join(map(str, fitting))}")
   _sampling(s.rollout, ())
@@ -365,36 +369,24 @@ def _check_until(until, where):
     raise ValueError(f"{where}.every={until.every} must be a number of updates, at least 1")
 
 
-def _rehearse(phase: Phase, mesh: jax.sharding.Mesh) -> Rehearsal:
+def _shape(phase, decoder, mesh, builder, source) -> Shape:
+  tasks = inputs.first_tasks(builder, source, solved=phase.kind == "sft")
+  learning = phase.learning
+  state = states.abstract_state(decoder, mesh, learning.optimizer,
+                                with_reference=learning.needs_reference)
+  kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(state))
+  return shape_of(phase.settings, decoder, mesh, tasks, kept_bytes=kept)
+
+
+def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   """Traces the functions of a phase, so that pieces which do not fit together fail now."""
   learning = phase.learning
   state = states.abstract_state(learning.decoder, mesh, learning.optimizer,
                                 with_reference=learning.needs_reference)
   functions = learner.make_learner(learning, jax.tree.map(lambda x: x.sharding, state))
-  rows, sequences = _expected_shape(phase)
-  batch = pack([], row_length=phase.settings.batch.row_length, min_rows=rows,
-               min_sequences=sequences, rows_multiple=learning.micro_batch_rows)
+  batch = learner.to_micro_batches(shape.pack([]), shape.micro_batch_rows)
   return Rehearsal(functions, state, batch, mesh)
-
-
-def _expected_shape(phase: Phase) -> tuple[int, int]:
-  """Rows and sequences that no batch of the phase is likely to exceed.
-
-  Batches are padded up to them from the first, as a batch that is larger than all before compiles
-  anew. Only limits of the config are used; where there are none, batches grow as they come.
-  """
-  s = phase.settings
-  if phase.kind == "sft":
-    sequences, completion = s.batch.examples, s.data.max_completion_tokens
-  else:
-    sequences = s.rollout.prompts * _plain(s.rollout.episode).get("samples", 1)
-    completion = s.rollout.max_tokens
-  if not (s.data.max_prompt_tokens and completion):
-    return 1, sequences
-  longest = min(s.data.max_prompt_tokens + completion, s.batch.row_length)
-  # Packing leaves at most one row with fewer sequences than fit at their longest.
-  rows = -(-sequences // (s.batch.row_length // longest))
-  return (rows if rows * s.batch.row_length <= MOST_PADDING else 1), sequences
 
 
 def _plain(spec: Any) -> Any:

@@ -137,7 +137,7 @@ def read_tasks(builder: data.TaskBuilder, source: data.Source | None, count: int
   return found
 
 
-def check_rows(builder: data.TaskBuilder, source: data.Source, *, solved: bool) -> None:
+def first_tasks(builder: data.TaskBuilder, source: data.Source, *, solved: bool) -> list[Task]:
   """Tries the first rows of the training data, which are read only once training begins.
 
   Args:
@@ -153,6 +153,7 @@ def check_rows(builder: data.TaskBuilder, source: data.Source, *, solved: bool) 
   if all(task is None for task in first) and all(
       read(source, index) is None for index in range(len(first), len(source))):
     _refuse(builder, source, solved)
+  return [task for task in first if task is not None]
 
 
 def _refuse(builder, source, solved):

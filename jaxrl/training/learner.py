@@ -3,12 +3,14 @@
 Weights and credit are computed over the whole batch, so a loop over micro-batches adds up to the
 same gradient whatever their number. The loop's length is that of the rows in use: padding up to a
 bucketed shape costs no compute. Rows are interleaved, so that each device holds an equal part of
-every micro-batch and none has to be moved: row `j * micro_batches + i` is row j of micro-batch i.
+every micro-batch and none has to be moved: with a unit the rows of one trunk (one row where there
+are no trunks), unit `j * micro_batches + i` is unit j of micro-batch i.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ import optax
 from jaxrl import compose
 from jaxrl import sharding
 from jaxrl.advantages.chain import chain
-from jaxrl.batch import PER_TOKEN
+from jaxrl.batch import BY_ROWS
 from jaxrl.batch import TokenBatch
 from jaxrl.models import DecoderConfig
 from jaxrl.models import model_outputs
@@ -40,8 +42,9 @@ class Learning:
     learning_rate: its schedule, for the logs.
     temperature: of the distribution whose log-probabilities are meant.
     vocabulary_chunk: logits exist for this much of the vocabulary at a time.
-    micro_batch_rows: rows of one forward and backward pass.
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
+    streams: loops over micro-batches that one program runs side by side. On a CPU, where the
+      operations of a small model keep one core busy each, one per core.
   """
 
   decoder: DecoderConfig
@@ -53,8 +56,8 @@ class Learning:
   learning_rate: optax.Schedule
   temperature: float
   vocabulary_chunk: int
-  micro_batch_rows: int
   with_behaviour: bool
+  streams: int = 1
 
   @property
   def needs_reference(self) -> bool:
@@ -77,12 +80,16 @@ class Learner:
   """Jitted functions of one phase.
 
   Attributes:
-    prepare: `(state, batch) -> batch` with the signals that credit and loss read.
-    update: `(state, batch) -> (state, metrics)`; donates the state.
+    signals: `(state, batch) -> {name: array}`, what credit and loss read and no update changes.
+    update: `(state, batch) -> (state, metrics)` for a prepared batch; donates the state.
   """
 
-  prepare: Callable[[TrainState, TokenBatch], TokenBatch]
+  signals: Callable[[TrainState, TokenBatch], dict[str, jax.Array]]
   update: Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
+
+  def prepare(self, state: TrainState, batch: TokenBatch) -> TokenBatch:
+    """The batch with its signals, ready for any number of updates."""
+    return batch.with_signals(**self.signals(state, batch))
 
 
 def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
@@ -92,84 +99,87 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
   checkpoint is updated on by the same program, to the same bits.
   """
   mesh = jax.tree.leaves(state_shardings)[0].mesh
+  by_rows = jax.NamedSharding(mesh, sharding.partition_spec(("rows",)))
   return Learner(
-      jax.jit(functools.partial(_prepare, learning), out_shardings=_batch_shardings(mesh)),
-      jax.jit(functools.partial(_update, learning), donate_argnums=0,
+      jax.jit(functools.partial(_signals, learning), out_shardings=by_rows),
+      jax.jit(functools.partial(_update, learning, state_shardings.params), donate_argnums=0,
               out_shardings=(state_shardings, None)))
 
 
-def _batch_shardings(mesh: jax.sharding.Mesh) -> TokenBatch:
-  """Those of `sharding.put_batch`, one for each field, whatever signals and columns there are."""
-  by_rows = jax.NamedSharding(mesh, sharding.partition_spec(("rows",)))
-  return TokenBatch(**{field.name: by_rows if field.name in PER_TOKEN else sharding.replicated(mesh)
-                       for field in dataclasses.fields(TokenBatch)})
-
-
 def to_micro_batches(batch: TokenBatch, rows: int) -> TokenBatch:
-  """Interleaves the rows of a packed host batch for micro-batches of `rows` rows."""
+  """Interleaves the units of a packed host batch for micro-batches of `rows` rows.
+
+  Raises:
+    ValueError: a micro-batch would tear the rows of a trunk apart.
+  """
+  total, unit = batch.tokens.shape[0], batch.rows_per_trunk
+  if rows % unit or total % rows:
+    raise ValueError(f"micro-batches of {rows} rows do not divide {total} rows, {unit} to a trunk")
+
   def interleave(x):
-    return x.reshape(-1, rows, x.shape[-1]).swapaxes(0, 1).reshape(x.shape)
-  return map_tokens(interleave, batch)
+    inside = unit * len(x) // total  # rows of a unit, or its trunk
+    units = x.reshape(total // rows, rows // unit, inside, *x.shape[1:])
+    return units.swapaxes(0, 1).reshape(x.shape)
+  return map_rows(interleave, batch).replace(micro_batch_rows=rows)
 
 
-def map_tokens(function: Callable, batch: TokenBatch) -> TokenBatch:
-  """Applies a function to every per-token array of a batch."""
-  return batch.replace(**{name: jax.tree.map(function, getattr(batch, name))
-                          for name in PER_TOKEN})
+def map_rows(function: Callable, batch: TokenBatch) -> TokenBatch:
+  """Applies a function to every array that is laid out by rows, or by the trunks of rows."""
+  return batch.replace(**{name: jax.tree.map(function, getattr(batch, name)) for name in BY_ROWS})
 
 
-def _prepare(learning: Learning, state: TrainState, batch: TokenBatch) -> TokenBatch:
+def _signals(learning: Learning, state: TrainState, batch: TokenBatch) -> dict[str, jax.Array]:
+  """Signals that credit and loss read, and no update changes. -> {name: [rows, length]}"""
+  signals = {}
   if learning.needs_reference:
-    batch = batch.with_signals(**_forward(learning, state.reference, batch, frozenset(),
-                                          {"logprobs": REFERENCE}))
+    signals |= _forward(learning, state.reference, batch, frozenset(), {REFERENCE: "logprobs"})
   if learning.advantage_signals:
     names = {s: s for s in learning.advantage_signals}
-    batch = batch.with_signals(**_forward(learning, state.params, batch,
-                                          learning.advantage_signals, names))
+    signals |= _forward(learning, state.params, batch, learning.advantage_signals, names)
   if learning.with_behaviour:
-    batch = batch.with_signals(advantages=chain(learning.advantage)(batch, batch.rewards))
-  return batch
+    batch = batch.with_signals(**signals)
+    signals["advantages"] = chain(learning.advantage)(batch, batch.rewards)
+  return signals
 
 
 def _forward(learning, params, batch, signals, names):
   """Named outputs of a forward pass over all micro-batches. -> {name: [all rows, length]}"""
-  rows, count = learning.micro_batch_rows, _count(learning, batch)
-
   def one(i):
-    outputs = model_outputs(learning.decoder, params, _rows(batch, i, rows), signals=signals,
+    outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=signals,
                             temperature=learning.temperature,
                             vocabulary_chunk=learning.vocabulary_chunk)
-    return {new: getattr(outputs, old) for old, new in names.items()}
+    return {new: _by_unit(getattr(outputs, old), batch) for new, old in names.items()}
 
   def body(i, out):
     return jax.tree.map(lambda o, x: jax.lax.dynamic_update_index_in_dim(o, x, i, 1), out, one(i))
 
-  out = jax.tree.map(lambda s: jnp.zeros((rows, count, *s.shape[1:]), s.dtype),
-                     jax.eval_shape(one, 0))
-  out = jax.lax.fori_loop(0, _used(batch, rows), body, out)
-  return jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:]), out)
+  count = _micro_batches(batch)
+  zeros = jax.tree.map(lambda s: jnp.zeros((s.shape[0], count, *s.shape[1:]), s.dtype),
+                       jax.eval_shape(one, 0))
+  outs = _streams(learning, batch, body, zeros)
+  # Each stream has filled its own micro-batches and left zeros elsewhere.
+  return jax.tree.map(lambda *o: sum(o[1:], o[0]).reshape(batch.tokens.shape), *outs)
 
 
-def _update(learning: Learning, state: TrainState, batch: TokenBatch
+def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
             ) -> tuple[TrainState, dict[str, jax.Array]]:
-  rows = learning.micro_batch_rows
   weights = aggregate.loss_weights(batch, learning.aggregation, constant=learning.constant)
   # Weights travel with the rows that they belong to.
   batch = batch.with_signals(loss_weights=weights, mean_weights=aggregate.mean_weights(batch))
-  # Jitted, so that the loop below finds what `eval_shape` has traced.
-  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
+  gradient_of = jax.value_and_grad(functools.partial(_loss, learning), has_aux=True)
 
   def body(i, total):
-    (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i, rows))
-    total_loss, total_metrics, total_gap, total_gradient = total
-    add = functools.partial(jax.tree.map, lambda t, x: t + x.astype(t.dtype))
-    return (total_loss + loss, add(total_metrics, metrics), jnp.maximum(total_gap, gap),
-            add(total_gradient, gradient))
+    (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i))
+    return _add(total, (loss, metrics, gap, gradient))
 
-  (_, (metrics, _)), _ = jax.eval_shape(gradient_of, state.params, _rows(batch, 0, rows))
+  (_, (metrics, _)), _ = jax.eval_shape(gradient_of, state.params, _rows(batch, 0))
+  gradient = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+  if len(jax.tree.leaves(shardings)[0].mesh.devices.flat) > 1:
+    # XLA would be free to keep a whole sum on every device.
+    gradient = jax.lax.with_sharding_constraint(gradient, shardings)
   zeros = (jnp.zeros(()), jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics),
-           jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params))
-  loss, metrics, gap, gradient = jax.lax.fori_loop(0, _used(batch, rows), body, zeros)
+           jnp.zeros(()), gradient)
+  loss, metrics, gap, gradient = functools.reduce(_add, _streams(learning, batch, body, zeros))
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
   state, grad_norm = _apply(learning, state, loss, gradient)
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
@@ -178,6 +188,20 @@ def _update(learning: Learning, state: TrainState, batch: TokenBatch
     metrics["logprob_gap"] = gap
     metrics.setdefault("kl", metrics.get("behaviour_kl", jnp.zeros(())))
   return state, metrics
+
+
+def _add(total, more):
+  """Sums of losses, metrics and gradients; the largest of the gaps."""
+  (loss, metrics, gap, gradient), (loss_, metrics_, gap_, gradient_) = total, more
+  add = functools.partial(jax.tree.map, lambda t, x: t + x.astype(t.dtype))
+  return loss + loss_, add(metrics, metrics_), jnp.maximum(gap, gap_), add(gradient, gradient_)
+
+
+def _streams(learning, batch, body, start):
+  """What `fori_loop(..., body, start)` gives over equal shares of the micro-batches in use."""
+  used, streams = _used(batch), learning.streams
+  return [jax.lax.fori_loop(used * s // streams, used * (s + 1) // streams, body, start)
+          for s in range(streams)]
 
 
 def _loss(learning, params, rows):
@@ -214,19 +238,31 @@ def _apply(learning, state, loss, gradient):
                        skipped_steps=state.skipped_steps + bad), grad_norm
 
 
-def _count(learning, batch):
-  """Micro-batches of a batch, padding included."""
-  return batch.tokens.shape[0] // learning.micro_batch_rows
+def _micro_batches(batch):
+  """Micro-batches that a batch is interleaved for, padding included."""
+  rows = batch.tokens.shape[0]
+  return rows // (batch.micro_batch_rows or rows)
 
 
-def _rows(batch, i, rows):
+def _by_unit(x, batch):
+  """[rows, ...] -> [units, rows of a unit, ...]"""
+  return x.reshape(-1, batch.rows_per_trunk, *x.shape[1:])
+
+
+def _rows(batch, i):
   """Micro-batch `i` of an interleaved batch. [rows, length]"""
+  count = _micro_batches(batch)
+  units = len(batch.trunk_lengths) // count
+
   def take(x):
-    return jax.lax.dynamic_index_in_dim(x.reshape(rows, -1, *x.shape[1:]), i, 1, keepdims=False)
-  return map_tokens(take, batch)
+    inside = len(x) // (units * count)  # rows of a unit, or its trunk
+    mine = jax.lax.dynamic_index_in_dim(x.reshape(units, count, inside, *x.shape[1:]), i, 1, False)
+    return mine.reshape(units * inside, *x.shape[1:])
+  return map_rows(take, batch).replace(micro_batch_rows=0)
 
 
-def _used(batch, rows):
+def _used(batch):
   """Micro-batches that hold anything; packing fills the first of them first."""
-  used = jnp.any(batch.segment_ids != 0, axis=1).reshape(rows, -1)
-  return jnp.sum(jnp.any(used, axis=0))
+  used = _by_unit(jnp.any(batch.segment_ids != 0, axis=1), batch)
+  used = used.reshape(-1, _micro_batches(batch), batch.rows_per_trunk)
+  return jnp.sum(jnp.any(used, axis=(0, 2)))

@@ -8,16 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl import batch as batches
 from jaxrl import sharding
 from jaxrl.batch import TokenBatch
+from jaxrl.batch import Trajectory
 from jaxrl.evaluation import policy
+from jaxrl.training import processes
 from jaxrl.training import stored
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import Learner
 from jaxrl.training.learner import to_micro_batches
 from jaxrl.training.reporting import Reporter
+from jaxrl.training.shapes import Shape
 from jaxrl.training.state import TrainState
+from jaxrl.training.stopping import Stop
+from jaxrl.training.stopping import Stopped
 from jaxrl.training.supply import Supplied
 from jaxrl.training.supply import Supply
 
@@ -36,8 +40,8 @@ class Progress:
     phase: index of the phase in `config.phases`.
     updates: updates of all phases so far; the number of a checkpoint.
     supply: position in the data, None before the first batch and after the last.
-    shape: rows, row length and sequences of the largest batch of the phase; later ones are padded
-      to it, so that a phase soon compiles nothing more.
+    shape: rows, row length, sequences and trunk length of the largest batch of the phase; later
+      ones are padded to it, so that a phase soon compiles nothing more.
     updates_left: updates still to be made on the batch in the checkpoint's buffer.
     batch_metrics: what was logged about that batch.
     ended: the phase has reached its last update, or what it was waiting for.
@@ -48,7 +52,7 @@ class Progress:
   phase: int = 0
   updates: int = 0
   supply: dict | None = None
-  shape: tuple[int, int, int] = (1, 1, 1)
+  shape: tuple[int, int, int, int] = (1, 1, 1, 0)
   updates_left: int = 0
   batch_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   ended: bool = False
@@ -65,9 +69,7 @@ class PhaseRun:
     supply: gives batches.
     learner: jitted functions.
     updates_per_batch: optimiser updates on each batch.
-    row_length: tokens of a packed row; longer sequences raise it.
-    shape: rows and sequences that every batch is padded to at least.
-    micro_batch_rows: rows of one forward and backward pass.
+    shape: of every batch, unless more is needed.
     mesh: where batches go.
     max_bad_steps: updates in a row with a non-finite gradient before the run stops.
     max_logprob_gap: largest difference between sampler and trainer that the first update accepts.
@@ -82,9 +84,7 @@ class PhaseRun:
   supply: Supply
   learner: Learner
   updates_per_batch: int
-  row_length: int
-  shape: tuple[int, int]
-  micro_batch_rows: int
+  shape: Shape
   mesh: jax.sharding.Mesh
   max_bad_steps: int
   max_logprob_gap: float
@@ -97,8 +97,8 @@ class PhaseRun:
 
 
 def train(phase: PhaseRun, state: TrainState, progress: Progress,
-          buffer: dict[str, np.ndarray] | None, *, reporter: Reporter, checkpoints: Checkpoints
-          ) -> TrainState:
+          buffer: dict[str, np.ndarray] | None, *, reporter: Reporter, checkpoints: Checkpoints,
+          stop: Stop | None = None) -> TrainState:
   """Runs a phase to its end, saving on the way; changes `progress` in place.
 
   Args:
@@ -107,7 +107,14 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
 
   Raises:
     TrainingFailure: too many non-finite gradients in a row, or sampler and trainer disagree.
+    Stopped: `stop` was asked to; everything up to the last update is saved.
   """
+  stop = stop or Stop()
+  with stop.after_updates():
+    return _train(phase, state, progress, buffer, reporter, checkpoints, stop)
+
+
+def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
   if progress.supply is not None:
     phase.supply.set_state(stored.put_arrays(progress.supply, buffer or {}))
   batch = None
@@ -150,9 +157,14 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
     reporter.step(progress.updates, phase.name, {"phase_step": step, **metrics})
     if phase.curves_every and step % phase.curves_every == 0:
       reporter.draw()
-    if progress.ended or (phase.checkpoint_every and step % phase.checkpoint_every == 0):
+    stopping = stop.agreed(progress.updates)
+    if (progress.ended or stopping
+        or (phase.checkpoint_every and step % phase.checkpoint_every == 0)):
       progress.supply = None if progress.ended else phase.supply.get_state()
       save(checkpoints, state, progress, batch)
+    if stopping:
+      checkpoints.wait()
+      raise Stopped(f"stopped as asked after update {progress.updates}, whose checkpoint is saved")
   return state
 
 
@@ -175,7 +187,7 @@ def to_buffer(batch: TokenBatch) -> dict[str, np.ndarray]:
     if isinstance(value, dict):
       arrays |= {f"{field.name}.{name}": array for name, array in value.items()}
     else:
-      arrays[field.name] = value
+      arrays[field.name] = np.asarray(value)
   return arrays
 
 
@@ -188,25 +200,32 @@ def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
       fields[field][key] = array
     else:
       fields[field] = array
+  fields["micro_batch_rows"] = int(fields["micro_batch_rows"])
   return TokenBatch(**fields)
 
 
 def _prepare(phase, state, supplied: Supplied, progress):
-  rows, length, sequences = progress.shape
-  host = batches.pack(supplied.trajectories, min_rows=max(rows, phase.shape[0]),
-                      min_sequences=max(sequences, phase.shape[1]),
-                      row_length=max(length, phase.row_length),
-                      rows_multiple=phase.micro_batch_rows)
-  progress.shape = (*host.tokens.shape, host.num_sequences)
-  used = int((host.segment_ids != 0).sum())
-  rows = int((host.segment_ids != 0).any(axis=1).sum())
+  host = phase.shape.at_least(*progress.shape).pack(supplied.trajectories)
+  progress.shape = (*host.tokens.shape, host.num_sequences, host.trunk_tokens.shape[1])
   progress.batch_metrics = {
-      **supplied.metrics, "sequences": len(supplied.trajectories), "tokens": used,
-      "loss_tokens": int(host.loss_mask.sum()), "rows": rows, "row_length": host.tokens.shape[1],
-      "packing_efficiency": used / max(rows * host.tokens.shape[1], 1)}
-  host = to_micro_batches(host, phase.micro_batch_rows)
+      **supplied.metrics, "sequences": len(supplied.trajectories),
+      "loss_tokens": int(host.loss_mask.sum()), **packing_metrics(supplied.trajectories, host)}
+  host = to_micro_batches(host, phase.shape.micro_batch_rows)
+  processes.meet(f"the batch of update {progress.updates + 1}", processes.content_of(host))
   with jax.set_mesh(phase.mesh):
     return phase.learner.prepare(state, sharding.put_batch(host, phase.mesh))
+
+
+def packing_metrics(trajectories: list[Trajectory], host: TokenBatch) -> dict[str, float]:
+  """How much of what is computed is wanted: `tokens` of all sequences, `computed_tokens` without
+  padding (fewer where prompts are shared), and their share in the rows and trunks in use."""
+  in_use = (host.segment_ids != 0).any(axis=1)
+  rows, trunks = int(in_use.sum()), int((host.trunk_lengths > 0).sum())
+  computed = int((host.segment_ids != 0).sum() + host.trunk_lengths.sum())
+  places = rows * host.tokens.shape[1] + trunks * host.trunk_tokens.shape[1]
+  return {"tokens": sum(len(t.tokens) for t in trajectories), "computed_tokens": computed,
+          "rows": rows, "row_length": host.tokens.shape[1],
+          "packing_efficiency": computed / max(places, 1)}
 
 
 def _speed(batch_metrics, start):

@@ -67,17 +67,17 @@ class Rehearsal:
     Args:
       learner: jitted functions.
       state: abstract, as `state.abstract_state`.
-      batch: a host batch of the shape that is expected.
+      batch: a host batch of the shape that is expected, interleaved.
       mesh: that trains.
 
     Raises:
       Whatever a piece raises when it does not fit the others.
     """
     with jax.set_mesh(mesh):
-      prepare = learner.prepare.trace(state, _abstract(batch, mesh))
-      update = learner.update.trace(state, _abstract(prepare.out_info, mesh))
-    self._mesh, self._traced, self._aside = mesh, (prepare, update), Aside()
-    self.learner = Learner(self._aside.first(learner.prepare), self._aside.first(learner.update))
+      signals = learner.signals.trace(state, _abstract(batch, mesh))
+      update = learner.update.trace(state, _abstract(batch.with_signals(**signals.out_info), mesh))
+    self._mesh, self._traced, self._aside = mesh, (signals, update), Aside()
+    self.learner = Learner(self._aside.first(learner.signals), self._aside.first(learner.update))
 
   def compile(self) -> None:
     """Begins to compile in a thread, unless it has begun before."""

@@ -65,7 +65,7 @@ def learning(kind="grpo", **changes):
       decoder=DECODER, terms=[compose.build(t, objectives) for t in terms],
       advantage=[compose.build(a, advantages) for a in chain], aggregation="token_mean",
       constant=0.0, optimizer=gradient_keeper(), learning_rate=optax.constant_schedule(RATE),
-      temperature=0.8 if sampled else 1.0, vocabulary_chunk=5, micro_batch_rows=4,
+      temperature=0.8 if sampled else 1.0, vocabulary_chunk=5,
       with_behaviour=sampled), **changes})
 
 

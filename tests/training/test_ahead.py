@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl import data
 from jaxrl import sharding
-from jaxrl.batch import Task, pack
+from jaxrl.batch import Layout, Task, pack
 from jaxrl.rewards import Criterion, Scored
 from jaxrl.rollouts import Rollouts, group
 from jaxrl.sampling import Sampler, SamplingParams
@@ -21,6 +21,7 @@ from jaxrl.training import hostfile, loop, stored, transfer
 from jaxrl.training.ahead import Ahead
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import make_learner, to_micro_batches
+from jaxrl.training.shapes import Shape
 from jaxrl.training.supply import GroupsOfRollouts, Supplied
 
 ROWS, ROW_LENGTH = 8, 16
@@ -96,8 +97,7 @@ class World:
   def __init__(self, toys, mesh=None, sampling_mesh=None):
     self.toys, self.mesh = toys, mesh or toys.one_device()
     self.sampling_mesh = sampling_mesh or self.mesh
-    self.parts = toys.learning("grpo", micro_batch_rows=ROWS,
-                               optimizer=toys.gradient_keeper(0.02))
+    self.parts = toys.learning("grpo", optimizer=toys.gradient_keeper(0.02))
     shardings = toys.shardings(self.parts, self.mesh)
     self.learner = make_learner(self.parts, shardings)
     self.copy = transfer.copier(shardings.params, self.sampling_mesh)
@@ -112,7 +112,7 @@ class World:
   def phase(self, supply, updates, steps, **changes):
     return loop.PhaseRun(**dict(
         name="rl", steps=steps, supply=supply, learner=self.learner, updates_per_batch=updates,
-        row_length=ROW_LENGTH, micro_batch_rows=ROWS, mesh=self.mesh, max_bad_steps=3,
+        shape=Shape(Layout(ROW_LENGTH), ROWS), mesh=self.mesh, max_bad_steps=3,
         max_logprob_gap=1e-3, validate=None, validate_every=0, until=None, checkpoint_every=0,
         samples_every=1, curves_every=0) | changes)
 

@@ -90,7 +90,7 @@ def test_what_the_loop_gets_is_what_the_config_says(config, build, untraced):
   assert (rl.max_logprob_gap, rl.checkpoint_every, rl.samples_every, rl.curves_every,
           rl.max_bad_steps) == (0.5, 9, 11, 13, 4)
   assert (sft.checkpoint_every, rl.steps) == (config.checkpoint.every, config.rl.steps)
-  assert sft.row_length == 64
+  assert sft.shape.layout.row_length == 64
   assert (sft.supply.sampled, rl.supply.sampled) == (False, True)
 
 

@@ -191,22 +191,22 @@ def test_the_first_usable_tasks_are_read(config, tmp_path):
 @pytest.mark.parametrize("solved", [False, True])
 def test_training_rows_are_tried_first_and_leave_no_counts(config, tmp_path, solved):
   made = builder(config)
-  inputs.check_rows(made, inputs.open_split(config, "train"), solved=solved)
+  inputs.first_tasks(made, inputs.open_split(config, "train"), solved=solved)
   assert made.counts.as_dict() == {}
   config.data.update(max_completion_tokens=4)  # too short for any solution
   made = builder(config)
   source = inputs.open_split(config, "train")
   if solved:
     with pytest.raises(data.BadRow, match="rows.jsonl:1: the solution"):
-      inputs.check_rows(made, source, solved=True)
+      inputs.first_tasks(made, source, solved=True)
     config.data.on_bad_row = "skip"
     with pytest.raises(ValueError, match="not one of 10 rows is usable. The first, rows.jsonl:1"):
-      inputs.check_rows(builder(config), source, solved=True)
+      inputs.first_tasks(builder(config), source, solved=True)
   else:
-    inputs.check_rows(made, source, solved=False)
+    inputs.first_tasks(made, source, solved=False)
 
 
 def test_one_good_row_after_many_bad_ones_is_enough(config, tmp_path):
   (tmp_path / "rows.jsonl").write_text("{}\n" * 100 + '{"question": "q", "answer": "a"}\n')
   config.data.on_bad_row = "skip"
-  inputs.check_rows(builder(config), inputs.open_split(config, "train"), solved=False)
+  inputs.first_tasks(builder(config), inputs.open_split(config, "train"), solved=False)

@@ -26,7 +26,7 @@ def learners(toys):
   def get(kind, rows, **changes):
     name = (kind, rows, *sorted(changes))
     if name not in made:
-      parts = toys.learning(kind, micro_batch_rows=rows, **changes)
+      parts = toys.learning(kind, **changes)
       made[name] = parts, make_learner(parts, toys.shardings(parts, toys.one_device()))
     return made[name]
   return get

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl.batch import Layout
 from jaxrl.batch import pack
 from jaxrl.models import model_outputs
 from jaxrl.training import loop
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import make_learner
+from jaxrl.training.shapes import Shape
 from jaxrl.training.supply import Supplied
 
 STEPS, ROWS = 7, 4
@@ -73,14 +75,14 @@ class Recorder:
 @pytest.fixture(scope="module")
 def phase_of(toys):
   """`phase_of(edit, **changes)`: a phase of seven updates, two on each batch."""
-  parts = toys.learning("grpo", micro_batch_rows=ROWS, optimizer=toys.gradient_keeper(0.1))
+  parts = toys.learning("grpo", optimizer=toys.gradient_keeper(0.1))
   learner = make_learner(parts, toys.shardings(parts, toys.one_device()))
 
   def make(edit=lambda number, trajectories: None, **changes):
     return loop.PhaseRun(**{**dict(
         name="rl", steps=STEPS, supply=Supply(toys, parts, edit), learner=learner,
-        updates_per_batch=2, row_length=32, shape=(1, 1), micro_batch_rows=ROWS, mesh=toys.one_device(),
-        max_bad_steps=3, max_logprob_gap=0.01,
+        updates_per_batch=2, shape=Shape(Layout(32), ROWS), mesh=toys.one_device(), max_bad_steps=3,
+        max_logprob_gap=0.01,
         validate=None, validate_every=0, until=None, checkpoint_every=3, samples_every=0,
         curves_every=0), **changes})
   make.start = lambda: toys.start(parts)

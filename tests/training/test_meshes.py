@@ -30,7 +30,7 @@ def one_device(toys):
 
 
 def setup(toys, kind, mesh):
-  parts = toys.learning(kind, micro_batch_rows=ROWS)
+  parts = toys.learning(kind)
   learner = make_learner(parts, toys.shardings(parts, mesh))
   host = pack(toys.rollouts(), row_length=16, rows_multiple=ROWS)
   return (parts, learner, toys.start(parts, mesh),

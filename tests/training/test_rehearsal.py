@@ -31,7 +31,8 @@ def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices):
   learning = toys.learning("grpo")
   shardings = toys.shardings(learning, mesh)
   plain = updated(toys, learning, make_learner(learning, shardings), mesh)
-  expected = pack([], row_length=32, rows_multiple=4, min_rows=8, min_sequences=16)
+  expected = to_micro_batches(
+      pack([], row_length=32, rows_multiple=4, min_rows=8, min_sequences=16), 4)
   state = abstract_state(learning.decoder, mesh, learning.optimizer,
                          with_reference=learning.needs_reference)
   rehearsal = Rehearsal(make_learner(learning, shardings), state, expected, mesh)
@@ -40,8 +41,8 @@ def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices):
   rehearsal.compile()  # has begun already
   found = updated(toys, learning, rehearsal.learner, mesh)
   counter.close()
-  assert {name: counter.programs[name] for name in ("jit(_prepare)", "jit(_update)")} == {
-      "jit(_prepare)": 1, "jit(_update)": 1}
+  assert {name: counter.programs[name] for name in ("jit(_signals)", "jit(_update)")} == {
+      "jit(_signals)": 1, "jit(_update)": 1}
   toys.same_bits(found, plain)
 
 

@@ -1,0 +1,157 @@
+"""The shape of a phase's batches, decided before its first: layout, rows at a time, expected size.
+
+Batches are padded up to what is expected from the first, as a batch that is larger than all before
+compiles anew. Padding rows cost no compute, and what is expected comes from limits in the config and
+from a few prompts of the data; a batch that exceeds it is still packed, and shapes stay larger then.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import jax
+import ml_collections
+import numpy as np
+
+from jaxrl.batch import Layout, Task, TokenBatch, Trajectory
+from jaxrl.batch import bucket, first_fit_decreasing, pack
+from jaxrl.models import DecoderConfig
+
+WORTH_SHARING = 0.9  # of the work that whole sequences would take
+MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
+CPU_BLOCK = 400_000  # feed-forward activations of a micro-batch: they stay in a core's cache
+HALF = 0.5  # of the memory that parameters and optimiser leave, for a micro-batch's activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What batches of a phase look like.
+
+  Attributes:
+    layout: of rows and trunks.
+    micro_batch_rows: rows of one forward and backward pass, over all devices.
+    rows, sequences: that no batch is likely to exceed.
+  """
+
+  layout: Layout
+  micro_batch_rows: int
+  rows: int = 1
+  sequences: int = 1
+
+  def pack(self, trajectories: Sequence[Trajectory]) -> TokenBatch:
+    """A host batch of at least this shape."""
+    layout = self.layout
+    return pack(trajectories, row_length=layout.row_length, trunk_length=layout.trunk_length,
+                rows_per_trunk=layout.rows_per_trunk, rows_multiple=self.micro_batch_rows,
+                min_rows=self.rows, min_sequences=self.sequences)
+
+  def at_least(self, rows: int, row_length: int, sequences: int, trunk_length: int) -> "Shape":
+    """The same, made up to the sizes of an earlier batch."""
+    layout = dataclasses.replace(
+        self.layout, row_length=max(self.layout.row_length, row_length),
+        trunk_length=max(self.layout.trunk_length, trunk_length))
+    return dataclasses.replace(self, layout=layout, rows=max(self.rows, rows),
+                               sequences=max(self.sequences, sequences))
+
+
+def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: jax.sharding.Mesh,
+             tasks: Sequence[Task], *, kept_bytes: int = 0) -> Shape:
+  """The shape of a phase's batches.
+
+  Args:
+    settings: of the phase.
+    decoder: the model.
+    mesh: that trains.
+    tasks: some that the phase may draw.
+    kept_bytes: of parameters, optimiser and reference on one device.
+  """
+  if settings.kind == "rl":
+    known = [len(task.prompt) for task in tasks] or [max(settings.data.max_prompt_tokens, 1)]
+    prompts = [known[i % len(known)] for i in range(settings.rollout.prompts)]
+    samples = settings.rollout.episode.get("samples", 1)
+    layout = _layout_of_rollouts(settings, decoder, max(prompts), samples)
+    responses = [settings.rollout.max_tokens] * samples
+    rows = sum(_rows(layout, length, responses) for length in prompts)
+    sequences = len(prompts) * samples
+  else:
+    layout = Layout(settings.batch.row_length)
+    sequences, rows = settings.batch.examples, _rows_of_examples(settings)
+  if rows * layout.row_length > MOST_PADDING:
+    rows = 1
+  return Shape(layout, _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes), rows,
+               sequences)
+
+
+def _layout_of_rollouts(settings, decoder, prompt, samples):
+  """Whole sequences, or rows and trunks that serve full-length and shorter responses well."""
+  longest = settings.rollout.max_tokens
+  row = settings.batch.row_length
+  whole = Layout(row if row >= prompt + longest else bucket(prompt + longest))
+  if not settings.batch.share_prompts or samples < 2:
+    return whole
+  rows = dict.fromkeys(_round_up(longest * n) for n in (1, 2, 4, 8))
+  shared = [Layout(row, _round_up(prompt), 2 ** i) for row in rows for i in range(6)]
+
+  def cost(layout):
+    total = 0.0
+    for share in (1.0, 0.5):  # of the longest response, which half of them come near to
+      responses = [math.ceil(longest * share * x) for x in np.linspace(share, 1, samples)]
+      units = _rows(layout, prompt, responses) // layout.rows_per_trunk
+      tokens = units * (layout.trunk_length + layout.rows_per_trunk * layout.row_length)
+      attention = 1 + layout.row_length / (4 * decoder.d_model)  # relative to all other work
+      total += tokens * attention / (prompt + sum(responses))
+    return total
+  best = min(shared, key=cost)
+  return best if cost(best) < WORTH_SHARING * cost(whole) else whole
+
+
+def _rows(layout, prompt, responses):
+  """Rows that a prompt and its responses take, padding rows included."""
+  if not layout.trunk_length:  # other prompts fill up what is left of a row
+    return math.ceil(sum(prompt + n for n in responses) / layout.row_length)
+  unit = layout.rows_per_trunk
+  return -(-len(first_fit_decreasing(responses, layout.row_length)) // unit) * unit
+
+
+def _round_up(size, multiple=16):
+  return -(-size // multiple) * multiple
+
+
+def _rows_of_examples(settings):
+  d, length = settings.data, settings.batch.row_length
+  if not (d.max_prompt_tokens and d.max_completion_tokens):
+    return 1
+  longest = min(d.max_prompt_tokens + d.max_completion_tokens, length)
+  return len(first_fit_decreasing([longest] * settings.batch.examples, length))
+
+
+def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes):
+  """Rows at a time: those of the config, made up to whole trunks, or as many as work well."""
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  unit = devices * layout.rows_per_trunk
+  if settings.batch.micro_batch_rows:
+    return -(-settings.batch.micro_batch_rows // unit) * unit
+  per_unit = layout.rows_per_trunk * layout.row_length + layout.trunk_length
+  tokens = _tokens_at_a_time(settings, decoder, mesh, kept_bytes)
+  return unit * max(1, round(tokens / per_unit))
+
+
+def _tokens_at_a_time(settings, decoder, mesh, kept_bytes):
+  """Tokens of a micro-batch on one device."""
+  device = mesh.local_mesh.devices.flat[0]
+  if device.platform == "cpu":
+    return max(256, CPU_BLOCK // decoder.d_ff)
+  limit = (device.memory_stats() or {}).get("bytes_limit", 16 << 30)
+  room = HALF * max(limit - kept_bytes, limit // 8)
+  return max(256, int(room / _bytes_per_token(settings, decoder, mesh.shape["tensor"])))
+
+
+def _bytes_per_token(settings, decoder, tensor):
+  """Activations that the backward pass needs of one token, roughly."""
+  c, size = decoder, np.dtype(jax.numpy.dtype(decoder.dtype)).itemsize
+  inside = (3 * c.d_ff + 3 * (c.heads + c.kv_heads) * c.width) / tensor + 4 * c.d_model
+  kept = {"none": c.layers * (inside + 2 * c.d_model),
+          "dots": c.layers * (inside + 2 * c.d_model) / 2,
+          "full": c.layers * c.d_model + inside}[c.remat]
+  logits = 3 * 4 * min(settings.batch.vocabulary_chunk, math.ceil(c.vocab_size / tensor))
+  return size * kept + logits + 6 * 4 * c.d_model
