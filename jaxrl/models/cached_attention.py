@@ -70,32 +70,34 @@ class DecodeStep:
 
   Attributes:
     index: tokens in the suffix of every row so far.
-    rows: which prompt they continue.
+    turns: cosines and sines of its position, as in `rope.turns`, for every base of RoPE.
   """
 
   index: Int[Array, ""]
-  rows: Rows
+  turns: list[tuple[Float[Array, "rows one half"], Float[Array, "rows one half"]]]
 
 
 def attend(q: Float[Array, "rows kv group width"], k: Float[Array, "rows kv width"],
-           v: Float[Array, "rows kv width"], cache: LayerCache, step: DecodeStep, *,
-           window: Int[Array, ""] | None, soft_cap: float) -> Float[Array, "rows kv group width"]:
+           v: Float[Array, "rows kv width"], cache: LayerCache, rows: Rows,
+           index: Int[Array, ""], *, window: Int[Array, ""] | None, soft_cap: float
+           ) -> Float[Array, "rows kv group width"]:
   """Attention of one new token per row over its prompt, its suffix and itself.
 
   Args:
     q: scaled queries.
     k, v: of the new token, which the cache does not hold yet.
     cache: of this layer.
-    step: number of tokens in the suffixes, and where prompts are.
+    rows: which prompt each row continues.
+    index: tokens in the suffixes.
     window: tokens visible, the query included; None is all.
     soft_cap: of scores; 0 is off.
   """
   cap = (lambda x: soft_cap * jnp.tanh(x / soft_cap)) if soft_cap else lambda x: x
-  from_prefix, prefix_top, prefix_total = _attend_prefix(q, cache, step, window, cap)
-  index = jnp.arange(cache.suffix_keys.shape[-1])
-  visible = index < step.index
+  from_prefix, prefix_top, prefix_total = _attend_prefix(q, cache, rows, index, window, cap)
+  place = jnp.arange(cache.suffix_keys.shape[-1])
+  visible = place < index
   if window is not None:
-    visible &= step.index - index < window
+    visible &= index - place < window
   suffix = jnp.where(visible, cap(_batched(q, cache.suffix_keys)), NEGATIVE)
   itself = cap(jnp.sum(q * k[:, :, None], axis=-1, keepdims=True, dtype=jnp.float32))
   top = jnp.maximum(jnp.maximum(prefix_top, jnp.max(suffix, axis=-1, keepdims=True)), itself)
@@ -105,16 +107,16 @@ def attend(q: Float[Array, "rows kv group width"], k: Float[Array, "rows kv widt
   return ((rescale * from_prefix + out + itself * v[:, :, None]) / total).astype(v.dtype)
 
 
-def _attend_prefix(q, cache, step, window, cap):
+def _attend_prefix(q, cache, rows, index, window, cap):
   """Weighted sum of the prompt's values, the greatest score and the sum of weights, per row."""
-  lengths = step.rows.lengths
-  grid = step.rows.to_prompts(q)  # [prompts, samples, kv, group, width]
+  lengths = rows.lengths
+  grid = rows.to_prompts(q)  # [prompts, samples, kv, group, width]
   prompts, samples, kv, group, width = grid.shape
   flat = grid.transpose(0, 2, 1, 3, 4).reshape(prompts, kv, samples * group, width)
-  index = jnp.arange(cache.prefix_keys.shape[-1])
-  visible = index < lengths[:, None]  # [prompts, prefix]
+  place = jnp.arange(cache.prefix_keys.shape[-1])
+  visible = place < lengths[:, None]  # [prompts, prefix]
   if window is not None:
-    visible &= lengths[:, None] + step.index - index < window
+    visible &= lengths[:, None] + index - place < window
   scores = jnp.where(visible[:, None, None], cap(_batched(flat, cache.prefix_keys)), NEGATIVE)
   top = jnp.max(scores, axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
@@ -124,7 +126,7 @@ def _attend_prefix(q, cache, step, window, cap):
 
   def per_row(x):
     x = x.reshape(prompts, kv, samples, group, -1).transpose(0, 2, 1, 3, 4)
-    return step.rows.to_rows(x)
+    return rows.to_rows(x)
   return per_row(out), per_row(top), per_row(total)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
@@ -44,12 +43,9 @@ def frequencies(width: int, theta: float, scaling: Mapping[str, object]) -> np.n
 
 def turns(positions: Int[Array, "rows length"], frequency: Float[Array, "half"]
           ) -> tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]:
-  """Cosines and sines of the angles at each position, which all layers share.
-
-  They are kept from being computed again inside every layer, where each head would do it.
-  """
+  """Cosines and sines of the angles at each position, which all layers share."""
   angle = positions[..., None].astype(jnp.float32) * frequency
-  return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+  return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: Float[Array, "rows length heads width"],

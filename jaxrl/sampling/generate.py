@@ -178,22 +178,26 @@ def decode(params, prefix, state: State, rows: Rows, settings: Settings,
   compilations["decode"] += 1
   model = decoder_lib.Decoder(config)
 
+  def place(index):
+    return model.apply({"params": params}, rows, index, len(state.last), method="decode_step")
+
   def unfinished(carry):
-    state, _, _ = carry
+    state, *_ = carry
     return (state.step + 1 < first + len(uniform)) & (jnp.sum(~state.done) > least)
 
   def step(carry):
-    state, tokens, logprobs = carry
+    state, at, tokens, logprobs = carry
     suffix = _distribute(_store(state))
-    hidden, pending = model.apply({"params": params}, state.last, rows, state.step,
+    hidden, pending = model.apply({"params": params}, state.last, rows, at,
                                   _layer_caches(prefix, suffix), method="decode")
     state = state.replace(suffix=suffix, pending=pending, step=state.step + 1)
     i = state.step - first
     state, token, logprob = _extend(state, _logits(config, params, hidden), uniform[i], settings)
-    return state, tokens.at[i].set(token), logprobs.at[i].set(logprob)
+    return state, place(state.step), tokens.at[i].set(token), logprobs.at[i].set(logprob)
 
   nothing = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros(uniform.shape)
-  state, tokens, logprobs = jax.lax.while_loop(unfinished, step, (state, *nothing))
+  state, _, tokens, logprobs = jax.lax.while_loop(
+      unfinished, step, (state, place(state.step), *nothing))
   return state, _replicate((tokens, logprobs, state.done, state.step))
 
 

@@ -153,16 +153,17 @@ def test_decoding_equals_the_packed_forward_pass(config, scan_layers, rows):
         jnp.zeros((*layers, len(owners), kv_heads, width, steps)),
         jnp.zeros((*layers, len(owners), kv_heads, steps, width)))
 
-  def grown(cache, kv, step):
-    return cache.replace(suffix_keys=cache.suffix_keys.at[..., step].set(kv.keys),
-                         suffix_values=cache.suffix_values.at[..., step, :].set(kv.values))
+  def grown(cache, kv, index):
+    return cache.replace(suffix_keys=cache.suffix_keys.at[..., index].set(kv.keys),
+                         suffix_values=cache.suffix_values.at[..., index, :].set(kv.values))
 
   @jax.jit
-  def decode(tokens, step, cache):
+  def decode(tokens, index, cache):
+    step = Decoder(config).apply(params, rows, index, len(tokens), method="decode_step")
     hidden, new = Decoder(config).apply(params, tokens, rows, step, cache, method="decode")
     if scan_layers:
-      return hidden, grown(cache, new, step)
-    return hidden, [grown(c, kv, step) for c, kv in zip(cache, new)]
+      return hidden, grown(cache, new, index)
+    return hidden, [grown(c, kv, index) for c, kv in zip(cache, new)]
 
   cache = empty(prefilled) if scan_layers else [empty(kv) for kv in prefilled]
   hidden = []
