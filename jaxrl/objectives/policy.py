@@ -6,19 +6,51 @@ Both terms read `batch.signals["advantages"]`, one per token, which no gradient 
 import jax
 import jax.numpy as jnp
 
-from jaxrl.batch import ModelOutputs, TokenBatch, mean_by_sequence, to_tokens
+from jaxrl.batch import ModelOutputs, TokenBatch, mean_by_sequence, sum_by_sequence, to_tokens
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.log_ratio import cap, log_ratio
 
 
-def reinforce(outputs: ModelOutputs, batch: TokenBatch) -> TermOutput:
-  """Plain policy gradient (Williams, 1992): `loss_t = -A_t * log pi(t)`.
+def reinforce(outputs: ModelOutputs, batch: TokenBatch, *, importance_cap: float | None = None,
+              level: str = "token") -> TermOutput:
+  """Policy gradient (Williams, 1992): `loss_t = -w_t * A_t * log pi(t)`, with w_t a constant.
 
-  Unbiased when the batch comes from the current policy. Metrics: `behaviour_kl`.
+    importance_cap=None:  w_t = 1, unbiased when the batch comes from the current policy
+    level="token":        w_t = min(pi(t) / behaviour(t), importance_cap)
+    level="sequence":     w_t = min(product over the sequence's loss tokens of pi / behaviour,
+                                    importance_cap)
+
+  The weights correct for samples of an older policy (`config.rollout.staleness`). Those of whole
+  sequences leave no bias below the cap, but vary the more the longer a sequence is; those of tokens
+  take the prefix of a token as if the current policy had written it. A cap bounds the variance
+  (truncated importance sampling, Ionides, 2008) and leans towards the older policy.
+
+  Args:
+    outputs: supplies `logprobs`.
+    batch: supplies `signals["advantages"]` and `behaviour_logprobs`.
+    importance_cap: largest weight, above 0; None gives all tokens weight 1.
+    level: "token" or "sequence".
+
+  Returns:
+    Loss per token; metrics `behaviour_kl`, and with a cap `importance_weight` and `clip_fraction`
+    (tokens whose weight is the cap).
   """
+  _check_importance(importance_cap, level)
+  advantages = _advantages(batch)
   logprobs = jnp.where(batch.loss_mask, outputs.logprobs, 0)
-  drift = log_ratio(batch, outputs.logprobs, batch.behaviour_logprobs)
-  return -_advantages(batch) * logprobs, {"behaviour_kl": _behaviour_kl(drift)}
+  log_ratios = log_ratio(batch, outputs.logprobs, batch.behaviour_logprobs)
+  metrics = {"behaviour_kl": _behaviour_kl(log_ratios)}
+  if importance_cap is None:
+    return -advantages * logprobs, metrics
+  if level == "sequence":
+    log_ratios = to_tokens(batch, sum_by_sequence(batch, log_ratios))
+    log_ratios = jnp.where(batch.loss_mask, log_ratios, 0)
+  ratio = jax.lax.stop_gradient(jnp.exp(cap(log_ratios)))
+  weight = jnp.minimum(ratio, importance_cap)
+  metrics["importance_weight"] = weight
+  metrics["clip_fraction"] = jnp.where(advantages != 0, ratio > importance_cap, False).astype(
+      ratio.dtype)
+  return -weight * advantages * logprobs, metrics
 
 
 def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 0.2,
@@ -80,6 +112,14 @@ def _advantages(batch):
 
 def _behaviour_kl(log_ratios):
   return jnp.expm1(cap(log_ratios)) - log_ratios
+
+
+def _check_importance(importance_cap, level):
+  if level not in ("token", "sequence"):
+    raise ValueError(f"reinforce: level={level!r}; valid are 'token' and 'sequence'")
+  if importance_cap is not None and not importance_cap > 0:
+    raise ValueError(f"reinforce: importance_cap={importance_cap} has to be above 0; 2.0 is usual, "
+                     "None turns importance weights off")
 
 
 def _check(low, high, level, dual_clip):

@@ -1,12 +1,14 @@
 """Policy terms: float64 loops and finite differences, identities, hostile ratios."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.batch import ModelOutputs, Trajectory, pack
 from jaxrl.objectives import clipped_surrogate, reinforce
 from jaxrl.objectives.aggregate import AGGREGATIONS, loss_weights, mean_weights, sum_of_terms
 
@@ -82,6 +84,88 @@ def test_reinforce_and_its_gradient_equal_the_equation(packed, aggregation):
     one[index] = -batch.signals["advantages"][index]
     expected = packed.aggregate(batch, one, aggregation, constant=10)
     np.testing.assert_allclose(gradient.logprobs[index], expected, rtol=1e-5)
+
+
+def enumerated(logits, behaviour_logits, rewards, length):
+  """Every sequence over the vocabulary, each counting as often as the behaviour policy draws it.
+
+  Args:
+    logits, behaviour_logits: of the next token after every prefix. [prefixes, vocabulary]
+    rewards: of every sequence, in lexicographic order.
+
+  Returns:
+    The batch, and `outputs(logits)` of the policy on it.
+  """
+  vocabulary, sequences = logits.shape[1], list(itertools.product(range(logits.shape[1]),
+                                                                  repeat=length))
+  prefixes = [p for n in range(length) for p in itertools.product(range(vocabulary), repeat=n)]
+  visited = np.array([[prefixes.index(s[:t]) for t in range(length)] for s in sequences])
+  log_b = jax.nn.log_softmax(behaviour_logits)[visited, np.array(sequences)]
+  trajectories = [Trajectory(
+      tokens=[0, *s], loss_mask=np.arange(length + 1) > 0, behaviour_logprobs=[0, *b],
+      weight=len(sequences) * float(np.exp(np.sum(b))),
+      signals={"advantages": np.full(length + 1, r)}) for s, b, r in zip(sequences, log_b, rewards)]
+  batch = pack(trajectories, row_length=length + 1)
+
+  def outputs(logits):
+    found = jax.nn.log_softmax(logits)[visited, np.array(sequences)].reshape(-1)
+    flat = jnp.zeros(batch.tokens.size)
+    order = np.argsort(batch.sequence_ids[batch.loss_mask], kind="stable")
+    return ModelOutputs(logprobs=flat.at[np.flatnonzero(batch.loss_mask)[order]].set(found)
+                        .reshape(batch.tokens.shape))
+  return batch, outputs
+
+
+def expected_reward(logits, rewards, length):
+  """Of a policy, from its definition in float64."""
+  policy = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+  prefixes = [p for n in range(length)
+              for p in itertools.product(range(logits.shape[1]), repeat=n)]
+  return sum(reward * np.prod([policy[prefixes.index(s[:t]), s[t]] for t in range(length)])
+             for s, reward in zip(itertools.product(range(logits.shape[1]), repeat=length),
+                                  rewards))
+
+
+@pytest.mark.parametrize("length, level, unbiased", [
+    (1, "token", True), (3, "sequence", True), (3, "token", False), (3, None, False)])
+def test_importance_weights_make_samples_of_an_older_policy_unbiased(
+    packed, length, level, unbiased):
+  """The expectation is exact: over all sequences of a vocabulary of three."""
+  rng = np.random.default_rng(length)
+  behaviour, drift = rng.normal(size=(2, sum(3 ** n for n in range(length)), 3))
+  logits, rewards = behaviour + 0.5 * drift, rng.normal(size=3 ** length)
+  batch, outputs = enumerated(logits, behaviour, rewards, length)
+  settings = dict(importance_cap=float("inf"), level=level) if level else {}
+
+  def loss(logits):
+    return sum_of_terms([functools.partial(reinforce, **settings)])(
+        outputs(logits), batch, loss_weights(batch, "sequence_sum"), mean_weights(batch))[0]
+  gradient = jax.jit(jax.grad(loss))(jnp.asarray(logits, jnp.float32))
+  expected = packed.finite_differences(lambda x: -expected_reward(x, rewards, length), logits,
+                                       np.full(logits.shape, True))
+  error = np.abs(gradient - expected).max() / np.abs(expected).max()
+  assert error < 1e-4 if unbiased else error > 0.02
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_truncated_weights_equal_the_equation_and_pass_no_gradient(packed, level):
+  batch, outputs = packed.batch(13, noise=0.8)
+  term = functools.partial(reinforce, importance_cap=1.5, level=level)
+  (value, metrics), gradient = step(term, "sequence_mean")(outputs, batch)
+  weights = np.zeros(batch.tokens.shape)
+  for _, *at in packed.sequences(batch):
+    at = tuple(at)
+    ratio = np.exp(outputs.logprobs[at].astype(np.float64) - batch.behaviour_logprobs[at])
+    weights[at] = np.minimum(ratio if level == "token" else np.prod(ratio), 1.5)
+  scaled = -weights * batch.signals["advantages"]
+  packed.close(value, packed.aggregate(batch, scaled * outputs.logprobs, "sequence_mean"))
+  packed.close(gradient.logprobs, packed.finite_differences(
+      lambda x: packed.aggregate(batch, scaled * x, "sequence_mean"),
+      np.asarray(outputs.logprobs, np.float64), batch.loss_mask))
+  mask = (weights > 0)
+  np.testing.assert_allclose(metrics["importance_weight"], weights[mask].mean(), rtol=1e-4)
+  np.testing.assert_allclose(metrics["clip_fraction"], (weights[mask] == 1.5).mean(), rtol=1e-4)
+  assert 0.1 < metrics["clip_fraction"] < 0.9
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -169,7 +253,8 @@ def test_hostile_ratios_give_finite_losses_and_gradients(packed, name, differenc
 
 
 @pytest.mark.parametrize("term", [
-    reinforce, clipped_surrogate, functools.partial(clipped_surrogate, level="sequence")])
+    reinforce, clipped_surrogate, functools.partial(clipped_surrogate, level="sequence"),
+    functools.partial(reinforce, importance_cap=2.0, level="sequence")])
 def test_off_the_loss_mask_nothing_is_read(packed, term):
   batch, outputs = packed.batch(11)
   expected = step(term)(outputs, batch)
@@ -192,6 +277,16 @@ def test_settings_that_make_no_sense_are_refused(packed, settings, message):
   batch, outputs = packed.batch(0)
   with pytest.raises(ValueError, match=message):
     clipped_surrogate(outputs, batch, **settings)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(level="row"), "reinforce: level='row'; valid are 'token' and 'sequence'"),
+    (dict(importance_cap=0.0), "importance_cap=0.0 has to be above 0"),
+])
+def test_importance_weights_that_make_no_sense_are_refused(packed, settings, message):
+  batch, outputs = packed.batch(0)
+  with pytest.raises(ValueError, match=message):
+    reinforce(outputs, batch, **settings)
 
 
 @pytest.mark.parametrize("term", [reinforce, clipped_surrogate])
