@@ -132,16 +132,17 @@ def measure(system: str, python: str, work: common.Work, cache: str) -> dict:
   """
   script = pathlib.Path(__file__).parent / "peers" / f"on_{system}.py"
   environment = {k: v for k, v in os.environ.items()
-                 if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "OMP_NUM_THREADS")}
+                 if k not in ("XLA_FLAGS", "NPROC", "OMP_NUM_THREADS", "JAX_COMPILATION_CACHE_DIR")}
   environment |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
   if system == "jaxrl":
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
   else:
     environment.pop("PYTHONPATH", None)
-  if cache:
-    environment |= {"JAX_COMPILATION_CACHE_DIR": cache,
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  environment |= {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {
+      "JAX_ENABLE_COMPILATION_CACHE": "false"}
+  if system != "jaxrl":  # which keeps everything by itself; JAX alone keeps what took long
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
   started = dataclasses.replace(work, started=time.time(), stat=common.cpu_times())
   done = subprocess.run([python, str(script), json.dumps(dataclasses.asdict(started))],
                         env=environment, capture_output=True, text=True)

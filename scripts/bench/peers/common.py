@@ -42,8 +42,8 @@ class Work:
       are made, and no more are begun after so many seconds.
     started, stat: clock and CPU times of the machine when the process was started.
     seed: of parameters and prompts.
-    row_length, micro_batch_rows, devices: jaxrl's settings; 0 is the sequence's length, and the
-      number of CPU devices to pretend.
+    row_length, micro_batch_rows: jaxrl's settings; 0 is the length of a sequence, and its default.
+    devices: CPU devices that jaxrl pretends to have.
     micro_prompts: Tunix's prompts per gradient micro-batch; 0 is all.
   """
 
@@ -70,7 +70,7 @@ class Work:
   stat: tuple = ()
   seed: int = 0
   row_length: int = 0
-  micro_batch_rows: int = 16
+  micro_batch_rows: int = 0
   devices: int = 1
   micro_prompts: int = 4
 

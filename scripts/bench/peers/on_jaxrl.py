@@ -16,6 +16,7 @@ import common
 
 FIRST_CHARACTER = 0x20000  # from here on, a million code points are neither spaces nor surrogates
 ROWS = 512  # of data
+SFT_PROMPT = 2  # tokens: a BOS and one more; all others carry loss, EOS among them
 
 
 def even_tokens(task, completion):
@@ -33,9 +34,9 @@ def write_data(work: common.Work, path: pathlib.Path) -> None:
   """Rows with a question, and in supervised tuning a solution that makes up the whole length."""
   if work.section != "sft":
     rows = [dict(question=text(ids), answer="-") for ids in common.prompts(work, ROWS)]
-  else:  # BOS, one character of prompt, a solution and EOS: nearly all tokens carry loss
+  else:
     whole = dataclasses.replace(work, prompt_len=work.sft_len - 1)
-    rows = [dict(question=text(ids[:2]), answer=text(ids[2:]))
+    rows = [dict(question=text(ids[:SFT_PROMPT]), answer=text(ids[SFT_PROMPT:]))
             for ids in common.prompts(whole, ROWS)]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -45,15 +46,17 @@ def make_config(work: common.Work, data: pathlib.Path):
   from configs import base
   config = base.get_config()
   config.seed = work.seed
-  config.data.update(train=str(data), solution="answer", max_prompt_tokens=0,
-                     max_completion_tokens=0)
+  lengths = (SFT_PROMPT, work.sft_len - SFT_PROMPT) if work.section == "sft" else (
+      work.prompt_len, work.new_tokens)
+  config.data.update(train=str(data), solution="answer", max_prompt_tokens=lengths[0],
+                     max_completion_tokens=lengths[1])
   config.tokenizer.alphabet = text(range(common.SPECIALS, work.vocab))
   config.model.update(layers=work.layers, d_model=work.d_model, heads=work.heads,
                       kv_heads=work.kv_heads, d_ff=work.d_ff, tie_embeddings=work.tied)
   config.optimizer.update(learning_rate=1e-5)
-  longest = work.sft_len if work.section == "sft" else work.prompt_len + work.new_tokens
-  config.batch.update(examples=work.sft_batch, row_length=work.row_length or longest,
-                      micro_batch_rows=work.micro_batch_rows)
+  config.batch.update(examples=work.sft_batch, row_length=work.row_length or sum(lengths))
+  if work.micro_batch_rows:
+    config.batch.micro_batch_rows = work.micro_batch_rows
   config.rollout.update(prompts=work.prompts, max_tokens=work.new_tokens,
                         episode=dict(name="group", samples=work.samples),
                         max_rows=max(1024, work.rows))
@@ -69,10 +72,21 @@ def make_config(work: common.Work, data: pathlib.Path):
   return config
 
 
-def sampler(work, parts, params, clock):
-  """Times prompts as text -> responses as text; returns the tokens of each call."""
+def sampler(work, config, clock, workdir):
+  """Times prompts as text -> responses as text; returns the tokens of each call, and parameters."""
+  import jax
+  from jaxrl import sharding
   from jaxrl.sampling import Request
   from jaxrl.sampling import SamplingParams
+  from jaxrl.training import builders
+  from jaxrl.training import compilation
+  from jaxrl.training import state as states
+  sharding.start_distributed()
+  compilation.use_cache(config.compilation_cache, print)
+  parts = builders.build_parts(config, workdir, print)
+  parts = never_ending(parts) if full_length(work) else parts
+  params = states.initial_parameters(parts.decoder, jax.random.key_data(parts.base_key), parts.mesh)
+  params = set_countdown(params, work) if work.median_len else params
   how = SamplingParams(max_tokens=work.new_tokens, stop_ids=(parts.tokenizer.eos_id,))
   questions = [text(ids) for ids in common.prompts(work, work.prompts)]
   counts, enough = [], False
@@ -81,52 +95,77 @@ def sampler(work, parts, params, clock):
     found = parts.sampler.sample(
         params["params"], [Request(prompt, work.samples, (len(counts), i), how)
                            for i, prompt in enumerate(prompts)], parts.base_key)
-    texts = [parts.tokenizer.decode(s.tokens.tolist()) for samples in found for s in samples]
-    assert len(texts) == work.rows
+    for sample in (s for samples in found for s in samples):
+      parts.tokenizer.decode(sample.tokens.tolist())
     counts.append(sum(len(s.tokens) for samples in found for s in samples))
     enough = clock.tick()
-  return counts
+  parts.scorer.close()
+  if full_length(work) and set(counts) != {work.rows * work.new_tokens}:
+    raise RuntimeError(f"calls gave {sorted(set(counts))} tokens, not "
+                       f"{work.rows * work.new_tokens}")
+  return counts, sum(x.size for x in jax.tree.leaves(params))
 
 
-def trainer(work, parts, params, clock, workdir):
-  """Times steps of the training loop; returns the tokens of each that carry loss."""
+class Enough(Exception):
+  """Enough steps were measured."""
+
+
+def trainer(work, config, clock, workdir):
+  """Times steps of a whole run; returns the tokens of each that carry loss, and the model's parameters."""
   import jax
-  from jaxrl.training import builders
-  from jaxrl.training import loop
-  from jaxrl.training.checkpoints import Checkpoints
-  from jaxrl.training.reporting import Reporter
-  progress, counts, shapes = loop.Progress(), [], []
+  from jaxrl.training import run
+  build_parts, start_state = run.builders.build_parts, run.builders.start_state
+  counts, sizes = [], []
 
-  class Ticking(Reporter):
-    """Ends the phase once enough was measured."""
+  class Ticking(run.Reporter):
+    """Ends the run once enough was measured, before it evaluates and saves."""
 
     def step(self, step, phase, metrics):
       super().step(step, phase, metrics)
+      check_size(work, metrics)
       counts.append(int(metrics["loss_tokens"]))
-      shapes.append((int(metrics["sequences"]), int(metrics["tokens"])))
-      progress.ended = clock.tick() or progress.ended
+      if clock.tick():
+        raise Enough
 
-  phase = parts.phases[0]
-  run = builders.phase_run(parts, phase)
-  state = builders.start_state(parts, phase, params, jax.random.key_data(parts.base_key))
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-  with open(os.devnull, "w") as nowhere, Ticking(workdir, quiet=True, stream=nowhere) as reporter:
-    reporter.start_phase(phase.name, phase.kind, phase.steps)
-    loop.train(run, state, progress, None, reporter=reporter, checkpoints=checkpoints)
-  checkpoints.close()
-  check_shapes(work, shapes)
-  return counts
+  def build(*args, **kwargs):
+    parts = build_parts(*args, **kwargs)
+    return never_ending(parts) if full_length(work) else parts
+
+  def start(parts, phase, params, rng):
+    sizes.append(sum(x.size for x in jax.tree.leaves(params)))
+    return start_state(parts, phase, set_countdown(params, work) if work.median_len else params,
+                       rng)
+
+  run.Reporter, run.builders.build_parts, run.builders.start_state = Ticking, build, start
+  try:
+    run.run(config, workdir, quiet=True)
+  except Enough:
+    return counts, sizes[0]
+  raise RuntimeError(f"the run ended after {len(counts)} steps")
 
 
-def check_shapes(work, shapes):
-  """The comparison is one of equal work: refuses steps of other sizes than were asked for."""
+def full_length(work) -> bool:
+  """Whether every response shall have its full length."""
+  return not work.median_len and work.section != "sft"
+
+
+def never_ending(parts):
+  """The same parts with an EOS that no sampler draws."""
+  tokenizer = copy.copy(parts.tokenizer)
+  tokenizer.eos_id = common.NEVER
+  return dataclasses.replace(parts, tokenizer=tokenizer)
+
+
+def check_size(work, metrics):
+  """The comparison is one of equal work: refuses a step of another size than was asked for."""
+  found = int(metrics["sequences"]), int(metrics["loss_tokens"])
+  expected = work.rows, work.rows * work.new_tokens
   if work.section == "sft":
-    expected = work.sft_batch, work.sft_batch * work.sft_len
-  else:
-    expected = work.rows, work.rows * (work.prompt_len + work.new_tokens)
+    expected = work.sft_batch, work.sft_batch * (work.sft_len - SFT_PROMPT)
   if work.median_len:  # lengths are drawn
-    shapes, expected = [(sequences, None) for sequences, _ in shapes], (expected[0], None)
-  assert all(shape == expected for shape in shapes), (shapes, expected)
+    expected = work.rows, found[1]
+  if found != expected:
+    raise RuntimeError(f"a step had {found} sequences and tokens, not {expected}")
 
 
 def set_countdown(params, work):
@@ -147,32 +186,16 @@ def main():
   work = common.from_command_line()
   if work.devices > 1:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={work.devices}"
-  import jax
-  from jaxrl import sharding
-  from jaxrl.training import builders
-  from jaxrl.training import state as states
-  sharding.start_distributed()
   meter = common.CompileMeter()
+  clock = common.Clock(work, meter.read)
   with tempfile.TemporaryDirectory(prefix="jaxrl_bench_") as directory:
     workdir = pathlib.Path(directory)
     write_data(work, workdir / "data.jsonl")
-    parts = builders.build_parts(make_config(work, workdir / "data.jsonl"), workdir, print)
-    if not work.median_len and work.section != "sft":
-      tokenizer = copy.copy(parts.tokenizer)
-      tokenizer.eos_id = common.NEVER
-      parts = dataclasses.replace(parts, tokenizer=tokenizer)
-    params = states.initial_parameters(parts.decoder, jax.random.key_data(parts.base_key),
-                                       parts.mesh)
-    if work.median_len:
-      params = set_countdown(params, work)
-    clock = common.Clock(work, meter.read)
-    if work.section == "sampling":
-      counts = sampler(work, parts, params, clock)
-    else:
-      counts = trainer(work, parts, params, clock, workdir)
-    parts.scorer.close()
+    config = make_config(work, workdir / "data.jsonl")
+    section = sampler if work.section == "sampling" else trainer
+    counts, size = section(work, config, clock, workdir / "run")
   clock.result(["jaxrl", "jax", "jaxlib", "flax", "optax"], tokens=counts[work.warmup:],
-               parameters=sum(x.size for x in jax.tree.leaves(params)))
+               parameters=size)
 
 
 if __name__ == "__main__":
