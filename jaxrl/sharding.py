@@ -175,6 +175,15 @@ def constrain(x: Array, *names: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def flat(x: Array) -> Array:
+  """Merges all axes but the last, unless a mesh in context may have split them.
+
+  XLA's CPU backend reduces arrays of two axes up to ten times faster than those with more.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return x.reshape(-1, x.shape[-1]) if mesh.empty or mesh.size == 1 else x
+
+
 def axis_size(name: str) -> int:
   """Number of devices that split a logical axis on the mesh in context; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -136,9 +136,9 @@ class RMSNorm(nn.Module):
     c = self.config
     init = nn.initializers.zeros if c.norm_offset else nn.initializers.ones
     scale = self.param("scale", partitioned(init, self.axis), (x.shape[-1],), c.param_dtype)
-    x32 = x.astype(jnp.float32)
+    shape, x32 = x.shape, sharding.flat(x.astype(jnp.float32))
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 ** 2, axis=-1, keepdims=True) + c.norm_epsilon)
-    return (x32 * (scale.astype(jnp.float32) + c.norm_offset)).astype(c.dtype)
+    return (x32 * (scale.astype(jnp.float32) + c.norm_offset)).astype(c.dtype).reshape(shape)
 
 
 class Projection(nn.Module):
@@ -159,13 +159,40 @@ class Projection(nn.Module):
         out_axis=tuple(range(n, n + len(self.shape))))
     kernel = self.param("kernel", partitioned(init, *self.inputs, *self.outputs),
                         x.shape[-n:] + self.shape, c.param_dtype)
-    axes = tuple(range(x.ndim - n, x.ndim))
-    y = jax.lax.dot_general(x, kernel.astype(c.dtype), ((axes, tuple(range(n))), ((), ())))
+    y = _contract(n, x, kernel.astype(c.dtype))
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, *self.outputs), self.shape,
                         c.param_dtype)
       y = y + bias.astype(c.dtype)
     return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(n, x, kernel):
+  """Sums over the last `n` axes of `x` and the first `n` of `kernel`."""
+  axes = tuple(range(x.ndim - n, x.ndim))
+  return jax.lax.dot_general(x, kernel, ((axes, tuple(range(n))), ((), ())))
+
+
+def _contract_forward(n, x, kernel):
+  return _contract(n, x, kernel), (x, kernel)
+
+
+def _contract_backward(n, saved, to_y):
+  """As JAX derives it, but the kernel's gradient is made the way round that the kernel lies.
+
+  The other way XLA transposes it, and on a CPU the cotangent as well, which takes a third of the
+  time of a small model's backward pass.
+  """
+  x, kernel = saved
+  outputs, leading = kernel.ndim - n, tuple(range(x.ndim - n))
+  to_x = jax.lax.dot_general(to_y, kernel, (
+      (tuple(range(to_y.ndim - outputs, to_y.ndim)), tuple(range(n, kernel.ndim))), ((), ())))
+  to_kernel = jax.lax.dot_general(x, to_y, ((leading, leading), ((), ())))
+  return to_x, to_kernel
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Attention(nn.Module):

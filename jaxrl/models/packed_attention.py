@@ -5,6 +5,8 @@ row sees the trunk and, within its own row, the earlier tokens of its segment, s
 that of the visible pairs, not of the whole unit squared.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -55,73 +57,65 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
     window: tokens visible, the query included; None is all.
     soft_cap: of scores; 0 is off.
   """
-  cap = (lambda x: soft_cap * jnp.tanh(x / soft_cap)) if soft_cap else lambda x: x
-  trunk_q, q = packed.split(q)
   (trunk_k, k), (trunk_v, v) = packed.split(k), packed.split(v)
+  trunk_q, q = packed.split(q)
   (trunk_positions, positions), (trunk_ids, ids) = (
       packed.split(packed.positions), packed.split(packed.segment_ids))
-  trunk = (trunk_k, trunk_v, trunk_positions, trunk_ids) if packed.trunk_length else None
-  out = _attend_rows(q, k, v, positions, ids, trunk, window, cap)
-  if trunk is None:
-    return packed.join(trunk_q, out)
-  from_trunk = _attend_rows(trunk_q[:, None], trunk_k[:, None], trunk_v[:, None],
-                            trunk_positions[:, None], trunk_ids[:, None], None, window, cap)
-  return packed.join(from_trunk[:, 0], out)
+  run = functools.partial(_attend_rows, window=window, soft_cap=soft_cap)
+  if not packed.trunk_length:
+    return packed.join(trunk_q, run(q, k, v, positions, ids, 0))
+
+  def before(trunk, rows):  # every row with its own copy of the trunk's keys or values in front
+    trunk = jnp.broadcast_to(trunk[:, None], (*rows.shape[:2], *trunk.shape[1:]))
+    return jnp.concatenate([trunk, rows], axis=2)
+
+  out = run(q, before(trunk_k, k), before(trunk_v, v), before(trunk_positions, positions),
+            before(trunk_ids, ids), packed.trunk_length)
+  of_trunk = run(trunk_q[:, None], trunk_k[:, None], trunk_v[:, None], trunk_positions[:, None],
+                 trunk_ids[:, None], 0)
+  return packed.join(of_trunk[:, 0], out)
 
 
-def _attend_rows(q, k, v, positions, ids, trunk, window, cap):
-  """Rows over themselves and, unless it is None, their trunk. [units, rows, length, ...]"""
+def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap):
+  """Rows over their keys, of which the first `trunk` are the trunk's. [units, rows, length, ...]"""
   length = q.shape[2]
+  block = functools.partial(_attend_block, trunk=trunk, window=window, soft_cap=soft_cap)
   if length <= BLOCK:
-    return _attend_block(q, k, v, positions, ids, trunk, window, cap, 0)
+    return block(q, k, v, positions, ids)
   # A block needs no keys after it; what the backward pass needs of its scores is computed again.
-  block = jax.checkpoint(_attend_block, static_argnums=(7, 8))
+  block, ends = jax.checkpoint(block), [*range(BLOCK, length, BLOCK), length]
   return jnp.concatenate([
-      block(q[:, :, start:start + BLOCK], *(x[:, :, :start + BLOCK] for x in (k, v, positions, ids)),
-            trunk, window, cap, start)
-      for start in range(0, length, BLOCK)], axis=2)
+      block(q[:, :, start:end], *(x[:, :, :trunk + end] for x in (k, v, positions, ids)))
+      for start, end in zip([0, *ends], ends)], axis=2)
 
 
-def _attend_block(q, k, v, positions, ids, trunk, window, cap, start):
-  """Queries `start ...` of each row over its keys up to the last of them."""
+def _attend_block(q, k, v, positions, ids, *, trunk, window, soft_cap):
+  """Queries of each row over all keys up to the last of them. [units, rows, length, kv, ...]"""
   units, rows, length, kv, group, width = q.shape
-  q = q.transpose(0, 3, 1, 4, 2, 5)  # [units, kv, rows, group, length, width]
-  own = q.reshape(units, kv, rows, group * length, width)
-  k, v = k.transpose(0, 3, 1, 2, 4), v.transpose(0, 3, 1, 2, 4)  # [units, kv, rows, keys, width]
-  own_positions, own_ids = positions[:, :, start:], ids[:, :, start:]
-  visible = own_ids[..., None] == ids[:, :, None]
-  visible &= jnp.arange(start, start + length)[:, None] >= jnp.arange(ids.shape[2])
+  keys, batch = k.shape[2], units * rows
+  own = positions.shape[2] - length  # where the queries are among the keys
+  index = jnp.arange(keys)
+  visible = ids[:, :, own:, None] == ids[:, :, None]
+  visible &= index[own:, None] >= index
+  if trunk:
+    visible = jnp.where(index < trunk, (ids != 0)[:, :, None], visible)
   if window is not None:
-    visible &= own_positions[..., None] - positions[:, :, None] < window
-  scores = cap(_product(own, k, 4)).reshape(units, kv, rows, group, length, -1)
-  scores += _bias(visible)[:, None, :, None]
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  if trunk is not None:
-    trunk_k, trunk_v, trunk_positions, trunk_ids = trunk
-    trunk_k, trunk_v = trunk_k.transpose(0, 2, 1, 3), trunk_v.transpose(0, 2, 1, 3)
-    seen = (trunk_ids != 0)[:, None, None]  # [units, rows, length, trunk]
-    if window is not None:
-      seen &= own_positions[..., None] - trunk_positions[:, None, None] < window
-    flat = q.reshape(units, kv, rows * group * length, width)
-    trunk_scores = cap(_product(flat, trunk_k, 3)).reshape(*q.shape[:5], -1)
-    trunk_scores += _bias(seen)[:, None, :, None]
-    top = jnp.maximum(top, jnp.max(trunk_scores, axis=-1, keepdims=True))
+    visible &= positions[:, :, own:, None] - positions[:, :, None] < window
+  # Adding so much that softmax gives exactly 0 is cheaper than to select, in both directions.
+  bias = jnp.where(visible, jnp.float32(0), NEGATIVE).reshape(batch, 1, length, keys)
+  q = q.reshape(batch, length, kv, group, width).transpose(0, 2, 3, 1, 4)
+  k, v = (x.reshape(batch, keys, kv, width).transpose(0, 2, 1, 3) for x in (k, v))
+  scores = _product(q.reshape(batch, kv, group * length, width), k, 3)
+  scores = scores.reshape(batch, kv * group, length, keys)
+  if soft_cap:
+    scores = soft_cap * jnp.tanh(scores / soft_cap)
+  scores += bias
   # The result does not depend on what is taken off, so no gradient has to pass through it.
-  top = jax.lax.stop_gradient(top)
-  weights = jnp.exp(scores - top)
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = _product(weights.astype(v.dtype).reshape(*own.shape[:4], -1), v, 3).reshape(q.shape)
-  if trunk is not None:
-    weights = jnp.exp(trunk_scores - top)
-    total += jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype).reshape(*flat.shape[:3], -1)
-    out += _product(weights, trunk_v, 2).reshape(q.shape)
-  return (out / total).astype(v.dtype).transpose(0, 2, 4, 1, 3, 5)
-
-
-def _bias(visible):
-  """0 where visible, else so much that softmax gives exactly 0: cheaper to add than to select."""
-  return jnp.where(visible, jnp.float32(0), NEGATIVE)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+  total = jnp.sum(weights, axis=-1).reshape(batch, kv, group, length, 1)
+  out = _product(weights.astype(v.dtype).reshape(batch, kv, group * length, keys), v, 2)
+  out = (out.reshape(batch, kv, group, length, width) / total).astype(v.dtype)
+  return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
 
 
 def _product(a, b, axis):
