@@ -3,21 +3,24 @@
 import contextlib
 import json
 import math
+import pathlib
 import random
 import threading
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
 from jaxrl.batch import Layout, Task, pack
 from jaxrl.rewards import Criterion, Scored
 from jaxrl.rollouts import Rollouts, group
 from jaxrl.sampling import Sampler, SamplingParams
-from jaxrl.training import hostfile, loop, stored, transfer
+from jaxrl.training import builders, hostfile, loop, stored, transfer
 from jaxrl.training.ahead import Ahead
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import make_learner, to_micro_batches
@@ -384,3 +387,44 @@ def test_devices_that_cannot_be_shared_out_are_refused(axes, message):
   settings = dict(data=-1, fsdp=2, tensor=1, sampling=dict(fsdp=1, tensor=1) | axes)
   with pytest.raises(ValueError, match=message):
     transfer.make_meshes(settings)
+
+
+def config(staleness, **sampling):
+  """The quickstart, too small to take time, with settings of asynchronous rollouts."""
+  config = configs.load(str(pathlib.Path(__file__).parents[2] / "configs/quickstart.py"))
+  config.model.update(layers=1, d_model=16, heads=2, kv_heads=2, d_ff=16, vocab_size=16)
+  config.evaluate.problems = 2
+  config.rl.rollout = dict(staleness=staleness)
+  config.mesh.sampling.update(sampling)
+  return config
+
+
+@pytest.mark.parametrize("staleness, sampling, message", [
+    (0, dict(data=4), "config.mesh.sampling keeps 4 devices .* --config.rollout.staleness=1"),
+    (1, dict(), "config.rollout.staleness=1 in phase rl needs devices that only sample, .*"
+     "--config.mesh.sampling.data=4"),
+    (-1, dict(), "config.rollout.staleness=-1 in phase rl; it must be at least 0"),
+    (1, dict(data=1, tensor=4), "heads=2 does not divide over mesh.sampling.tensor=4: use "
+     "--config.mesh.sampling.tensor=2"),
+])
+def test_settings_that_cannot_work_are_refused(
+    monkeypatch, tmp_path, staleness, sampling, message):
+  monkeypatch.setattr(builders, "_rehearse", lambda *_: None)
+  with pytest.raises(ValueError, match=message):
+    builders.build_parts(config(staleness, **sampling), tmp_path, print)
+
+
+def test_several_processes_are_refused(monkeypatch, tmp_path):
+  monkeypatch.setattr(builders, "_rehearse", lambda *_: None)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="use --config.rollout.staleness=0 or one process"):
+    builders.build_parts(config(1, data=4), tmp_path, print)
+
+
+def test_a_config_makes_phases_that_sample_on_devices_of_their_own(monkeypatch, tmp_path):
+  monkeypatch.setattr(builders, "_rehearse", lambda *_: types.SimpleNamespace(learner=None))
+  parts = builders.build_parts(config(1, data=2, tensor=2), tmp_path, print)
+  with contextlib.closing(parts.scorer):
+    sft, rl = (builders.phase_run(parts, phase).supply for phase in parts.phases)
+  assert isinstance(rl, Ahead) and not isinstance(sft, Ahead) and not threads()
+  assert parts.mesh.size == 4 and tuple(parts.sampling_mesh.shape.values()) == (2, 1, 2)
