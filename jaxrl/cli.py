@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import sys
+import time
+import traceback
 from typing import NoReturn
 
 OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.\[\]]*)(?:=(.*))?", re.DOTALL)
@@ -24,23 +26,77 @@ def main(arguments: list[str] | None = None) -> None:
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())  # so that a config can name `my_module:my_reward`
   config = _config(options, overrides)
+  with _handling_sigterm():
+    _run(config, options)
+
+
+def _run(config, options):
+  """Runs, and ends this process with one message and a status if the run does not end well."""
+  continues = f"the same command continues {options.workdir}"
+  several = False
   try:
-    with _stopping_on_sigterm():
-      from jaxrl.training import run  # only now, for it takes seconds to load
-      run.run(config, options.workdir, quiet=options.quiet)
+    several = _join(options)
+    from jaxrl.training import run  # only now, for it takes seconds to load
+    from jaxrl.training import stopping
+    stop = stopping.Stop()
+    signal.signal(signal.SIGTERM, stop.receive)  # from here on there may be something to save
+    try:
+      run.run(config, options.workdir, quiet=options.quiet, stop=stop)
+    except stopping.Stopped as stopped:  # all processes together, so that each may end in peace
+      _fail(f"{stopped}; {continues}", code=128 + stop.number)
   except KeyboardInterrupt as stop:
-    _fail(f"interrupted; the same command continues {options.workdir}",
-          code=128 + (stop.args[0] if stop.args else signal.SIGINT))
-  except _mistakes() as error:
-    _fail(str(error))
+    _fail(f"interrupted; {continues}", code=128 + (stop.args[0] if stop.args else signal.SIGINT),
+          at_once=several)
+  except Exception as error:
+    if several:
+      _wait_for_a_verdict(error)
+    if isinstance(error, _mistakes()):
+      _fail(str(error), at_once=several)
+    if not several:
+      raise
+    traceback.print_exc()
+    _fail("stopped by the error above", at_once=True)
+
+
+def _join(options) -> bool:
+  """Joins the other processes, if there are any -> whether there are."""
+  from jaxrl import config as configs
+  from jaxrl import last_words
+  from jaxrl import sharding
+  with configs.as_config_errors():
+    if sharding.expects_processes():
+      last_words.watch(options.workdir, os.environ.get("JAX_PROCESS_ID", ""),
+                       os.environ.get("JAX_NUM_PROCESSES", ""))
+    return sharding.start_distributed()
+
+
+def _wait_for_a_verdict(error):
+  """If what failed was done with other processes, waits until JAX has noticed that one is gone.
+
+  In that case JAX ends this process, and `last_words` says which one is missing.
+  """
+  import jax
+  from jaxrl import sharding
+  causes = [error]
+  while causes[-1] is not None:
+    causes.append(causes[-1].__cause__ or causes[-1].__context__)
+  found = next((c for c in causes if isinstance(c, jax.errors.JaxRuntimeError)), None)
+  if found is None or "RESOURCE_EXHAUSTED" in str(found):
+    return
+  seconds = sharding.HEARTBEAT_SECONDS + 10
+  print(f"jaxrl: process {jax.process_index()} of {jax.process_count()}: what the processes do "
+        f"together failed ({str(found).splitlines()[0][:200]}); in up to {seconds} s it will be "
+        "known whether one of them is gone", file=sys.stderr, flush=True)
+  time.sleep(seconds)
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm():
-  """Makes SIGTERM, by which schedulers take a machine back, act as Ctrl-C does."""
-  def stop(number, _):
+def _handling_sigterm():
+  """Makes SIGTERM, by which schedulers take a machine back, act as Ctrl-C does until it is known
+  what to save; and puts back what was there before."""
+  def interrupt(number, _):
     raise KeyboardInterrupt(number)
-  before = signal.signal(signal.SIGTERM, stop)
+  before = signal.signal(signal.SIGTERM, interrupt)
   try:
     yield
   finally:
@@ -99,10 +155,15 @@ def _mistakes():
   from jaxrl.rollouts import EpisodeFailure
   from jaxrl.training.checkpoints import CheckpointError
   from jaxrl.training.loop import TrainingFailure
+  from jaxrl.training.processes import Diverged
   return (ConfigError, BadRow, RewardFailure, EpisodeFailure, CheckpointError, TrainingFailure,
-          FloatingPointError, OSError)
+          Diverged, FloatingPointError, OSError)
 
 
-def _fail(message, code=1) -> NoReturn:
-  print(f"jaxrl: {message}", file=sys.stderr)
+def _fail(message, code=1, at_once=False) -> NoReturn:
+  """Ends the process; `at_once` without waiting for others, who may wait for this one."""
+  print(f"jaxrl: {message}", file=sys.stderr, flush=True)
+  if at_once:
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)

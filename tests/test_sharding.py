@@ -1,6 +1,7 @@
 """Meshes change where arrays are and nothing else. The suite has 8 virtual CPU devices."""
 
 import functools
+import importlib.util
 import os
 import socket
 import subprocess
@@ -212,12 +213,56 @@ def test_one_process_starts_alone(environment, monkeypatch):
 
 @pytest.mark.parametrize("environment", [
     dict(SLURM_STEP_NUM_TASKS="2"), dict(OMPI_COMM_WORLD_SIZE="4"),
+    dict(MEGASCALE_NUM_SLICES="2", TPU_WORKER_HOSTNAMES="a"),
     dict(TPU_WORKER_HOSTNAMES="a,b", JAX_COORDINATOR_ADDRESS="a:1")])
 def test_clusters_that_jax_knows_are_left_to_it(environment, monkeypatch):
   calls = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+  assert sharding.expects_processes(environment)
   sharding.start_distributed(environment)
-  assert calls == [((), {})]
+  assert calls == [((), {"heartbeat_timeout_seconds": sharding.HEARTBEAT_SECONDS})]
+
+
+def no_cluster(*_, **__):
+  raise ValueError("coordinator_address should be defined.")  # as JAX says it
+
+
+def no_metadata(*_, **__):
+  raise ConnectionError("metadata.google.internal")  # one of requests' is an OSError too
+
+
+@pytest.fixture
+def tpu_host(monkeypatch, tmp_path):
+  """A machine with a TPU and nothing in its environment that tells of other hosts."""
+  (tmp_path / "accel0").touch()
+  monkeypatch.setattr(sharding, "TPU_DEVICES", (str(tmp_path / "accel0"),))
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.mark.parametrize("environment, asked", [
+    ({}, True), (dict(JAX_PLATFORMS="tpu,cpu"), True), (dict(JAX_PLATFORMS="cpu"), False),
+    (dict(TPU_SKIP_MDS_QUERY="1"), False), (dict(TPU_WORKER_HOSTNAMES="localhost"), False)])
+def test_a_tpu_host_on_gce_asks_for_others_unless_it_is_known_to_be_alone(
+    tpu_host, monkeypatch, environment, asked):
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
+  assert not sharding.start_distributed(environment)  # nobody else was found
+  assert calls == [()] * asked
+
+
+@pytest.mark.parametrize("failure", [no_cluster, no_metadata])
+def test_a_tpu_host_without_a_cluster_is_one_process(tpu_host, monkeypatch, failure):
+  monkeypatch.setattr(jax.distributed, "initialize", failure)
+  assert not sharding.start_distributed({})
+  with pytest.raises((ValueError, OSError)):  # but it is no such thing where others are certain
+    sharding.start_distributed(dict(SLURM_STEP_NUM_TASKS="2"))
+
+
+@pytest.mark.parametrize("index, count", [("2", "2"), ("-1", "2"), ("first", "2"), ("0", "two")])
+def test_processes_are_numbered_from_0(index, count):
+  with pytest.raises(ValueError, match=f"JAX_PROCESS_ID={index} and JAX_NUM_PROCESSES={count}"):
+    sharding.start_distributed(dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES=count,
+                                    JAX_PROCESS_ID=index))
 
 
 def test_half_an_environment_is_refused():

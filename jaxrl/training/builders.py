@@ -222,7 +222,8 @@ def _is_ahead(phase):
 
 
 def _sampler(config, decoder, tokenizer, mesh):
-  return processes.AgreeingSampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows, decode=tokenizer.decode)
+  return processes.AgreeingSampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows,
+                                   decode=tokenizer.decode)
 
 
 def _rollouts(parts, phase, sampler):

@@ -1,8 +1,9 @@
 """Checkpoints of a run: written in the background, verified when read, never silently wrong.
 
 One checkpoint is `<directory>/<step>/` with two items: `state`, the device arrays, in Orbax's own
-format, and `host`, what every process keeps beside them (see `hostfile`), including the shape and
-the fingerprint of every device array. A checkpoint is restored only if all of this agrees.
+format, and `host`, what the run keeps beside them (see `hostfile`), including the shape and the
+fingerprint of every device array. A checkpoint is restored only if all of this agrees. It does not
+matter how many processes saved it, how many restore it, or on which mesh.
 
 Names beside the steps: `<step>.damaged` is a checkpoint that could not be restored, moved out of
 the way; `<step>.replaced` is the old version of a step that is being saved anew, deleted once the
@@ -12,18 +13,18 @@ new one is complete and put back if the run dies before that.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import json
 import pathlib
 import shutil
 from typing import Any
 
 from flax import traverse_util
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl.training import hostfile, orbax_noise
+from jaxrl.training import hostfile, orbax_noise, processes
 from jaxrl.training.fingerprint import fingerprint
 
 DAMAGED, REPLACED = ".damaged", ".replaced"
@@ -69,11 +70,16 @@ class Checkpoints:
     self._keep = keep
     self._report = report
     self._in_flight: int | None = None
+    self._abandoned = False
     orbax_noise.silence_logs()
     if jax.process_index() == 0:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._put_back_replaced()
-    _barrier("jaxrl checkpoints opened")
+    processes.meet("checkpoints are opened")
+    if processes.meet("checkpoints can be opened", flag=int(not self.directory.is_dir())):
+      raise CheckpointError(
+          f"process 0 made {self.directory}, but not every process sees it: with several processes "
+          "--workdir must be on a file system that all of them share")
     self._manager = self._open()
 
   def save(self, step: int, state: Any, host: Mapping[str, Any],
@@ -85,8 +91,8 @@ class Checkpoints:
     Args:
       step: names the checkpoint; the newest is the one with the largest step.
       state: pytree of `jax.Array` (any sharding), NumPy arrays and scalars, Python numbers.
-      host: JSON-able; see `hostfile.plain`. Every process stores its own.
-      buffer: more NumPy arrays, not necessarily the same from save to save. Every process its own.
+      host: JSON-able; see `hostfile.plain`. Stored as process 0 has it, as is `buffer`.
+      buffer: more NumPy arrays, not necessarily the same from save to save.
       force: replace a checkpoint of the same step (the old one stays until the new is complete).
 
     Returns:
@@ -108,7 +114,6 @@ class Checkpoints:
     hostfile.refuse_unstorable(arrays)
     record = {
         "step": step,
-        "processes": jax.process_count(),
         "host": hostfile.plain(host),
         "has_buffer": buffer is not None,
         "state": _describe(leaves),
@@ -139,7 +144,9 @@ class Checkpoints:
       CheckpointError: no checkpoint is intact; or the checkpoint is of another model or optimiser.
     """
     self.wait()
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    processes.meet(f"restoring the newest of the checkpoints {steps}", repr(steps).encode())
+    for step in steps:
       try:
         with orbax_noise.quiet_about_abandoned_reads(_Damaged):
           return self._restore(step, abstract_state)
@@ -183,10 +190,13 @@ class Checkpoints:
     Raises:
       CheckpointError: the save in flight could not be written.
     """
+    if self._abandoned:
+      return
     try:
       self.wait()
     finally:
-      self._manager.close()
+      if not self._abandoned:
+        self._manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
@@ -195,12 +205,8 @@ class Checkpoints:
   def _restore(self, step: int, abstract_state: Any | Callable) -> Restored:
     """Restores one checkpoint, or raises `_Damaged`, or `CheckpointError` for another model's."""
     with _agreeing_on_damage():
-      record, arrays = hostfile.read(self.directory / str(step) / "host", jax.process_index())
-    if record["processes"] != jax.process_count():
-      raise CheckpointError(
-          f"checkpoint of step {step} in {self.directory} was saved by {record['processes']} "
-          f"processes, each with its own share of the data; there are {jax.process_count()} now: "
-          "start as many")
+      record, arrays = hostfile.read(self.directory / str(step) / "host")
+    processes.meet(f"restoring checkpoint {step}", json.dumps(record, sort_keys=True).encode())
     if callable(abstract_state):
       abstract_state = abstract_state(record["host"])
     leaves = _leaves(abstract_state)
@@ -250,7 +256,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       shutil.rmtree(moved, ignore_errors=True)
       (self.directory / str(step)).rename(moved)
-    _barrier(f"jaxrl checkpoint moved {step}")
+    processes.meet(f"checkpoint {step} is moved")
     self._manager.reload()
     return moved
 
@@ -269,12 +275,15 @@ class Checkpoints:
       yield
     except Exception as error:
       step, self._in_flight = self._in_flight, None
-      with contextlib.suppress(Exception):  # it may raise the same error again
-        self._manager.close()
+      self._abandoned = jax.process_count() > 1  # the others may be anywhere: no doing it together
+      if not self._abandoned:
+        with contextlib.suppress(Exception):  # it may raise the same error again
+          self._manager.close()
       if jax.process_index() == 0:
         self._put_back_replaced()
-      self._manager = self._open()
-      last = self.latest_step()
+      if not self._abandoned:
+        self._manager = self._open()
+      last = max((int(p.name) for p in self.directory.glob("*") if p.name.isdigit()), default=None)
       intact = "there is no earlier one" if last is None else (
           f"the last complete one is of step {last}, and the same command continues from it")
       raise CheckpointError(
@@ -298,10 +307,7 @@ def _agreeing_on_damage() -> Iterator[None]:
       raise
     known = isinstance(error, hostfile.Unreadable)
     problem = str(error) if known else f"{type(error).__name__}: {_first_line(error)}"
-  sound = not problem
-  if jax.process_count() > 1:
-    sound = bool(multihost_utils.process_allgather(np.asarray(sound)).all())
-  if not sound:
+  if processes.meet("a checkpoint is read", flag=int(bool(problem))):
     raise _Damaged(problem or "another process could not read it")
 
 
@@ -359,7 +365,3 @@ def _first_line(error: BaseException) -> str:
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0][:300]
 
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

@@ -1,7 +1,7 @@
-"""What one process keeps on the host, in two files that cannot be read back wrong.
+"""What a run keeps on the host, in two files that cannot be read back wrong.
 
-`<process>.json` holds a JSON record, `<process>.npz` NumPy arrays; the record carries the CRC-32 of
-itself and of the other file.
+`0.json` holds a JSON record, `0.npz` NumPy arrays; the record carries the CRC-32 of itself and of
+the other file. It is the same in all processes, so that process 0 writes it for all.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 
+RECORD, ARRAYS = "0.json", "0.npz"
+
+
 class Unreadable(Exception):
   """A file is missing, torn or altered; the message names it and says how it shows."""
 
 
-def write(directory: pathlib.Path, process: int, record: Mapping[str, Any],
-          arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes the record and the arrays of one process. See `plain` for what a record may hold."""
+def write(directory: pathlib.Path, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+          ) -> None:
+  """Writes the record and the arrays. See `plain` for what a record may hold."""
   refuse_unstorable(arrays)
-  data = directory / f"{process}.npz"
+  data = directory / ARRAYS
   with open(data, "wb") as file:  # bfloat16 and its like are no NumPy types: store their bytes
     np.savez(file, **{_member(i): np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                       for i, array in enumerate(arrays.values())})
@@ -35,16 +38,16 @@ def write(directory: pathlib.Path, process: int, record: Mapping[str, Any],
       "arrays_crc32": zlib.crc32(data.read_bytes()),
   }
   text = json.dumps({"crc32": zlib.crc32(_canonical(body)), **body}, indent=1)
-  (directory / f"{process}.json").write_text(text, encoding="utf-8")
+  (directory / RECORD).write_text(text, encoding="utf-8")
 
 
-def read(directory: pathlib.Path, process: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Reads back what `write` wrote.
 
   Raises:
     Unreadable: either file is missing or differs from what was written.
   """
-  path, data = directory / f"{process}.json", directory / f"{process}.npz"
+  path, data = directory / RECORD, directory / ARRAYS
   try:
     content = json.loads(path.read_bytes())
     claimed = content.pop("crc32")
@@ -103,13 +106,14 @@ def _member(index: int) -> str:
 
 
 class HostHandler(ocp.CheckpointHandler):
-  """Writes each process's host record; Orbax calls it between making a step and committing it."""
+  """Writes the host record; Orbax calls it between making a step and committing it."""
 
   def save(self, directory, args: "HostSave"):
-    write(pathlib.Path(directory), jax.process_index(), args.record, args.arrays)
+    if jax.process_index() == 0:
+      write(pathlib.Path(directory), args.record, args.arrays)
 
   def restore(self, directory, args: "HostRestore | None" = None):
-    return read(pathlib.Path(directory), jax.process_index())
+    return read(pathlib.Path(directory))
 
 
 @ocp.args.register_with_handler(HostHandler, for_save=True)
@@ -124,4 +128,4 @@ class HostSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(HostHandler, for_restore=True)
 @dataclasses.dataclass
 class HostRestore(ocp.args.CheckpointArgs):
-  """Nothing to say: a process reads its own record."""
+  """Nothing to say: there is one record."""

@@ -17,35 +17,42 @@ from jaxrl.evaluation import policy
 from jaxrl.training import builders
 from jaxrl.training import compilation
 from jaxrl.training import loop
+from jaxrl.training import processes
 from jaxrl.training import state as states
 from jaxrl.training.builders import Parts
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.loop import Progress
 from jaxrl.training.reporting import Reporter
+from jaxrl.training.stopping import Stop
+from jaxrl.training.stopping import Stopped
 
 START = "start"  # the moment of the first evaluation
 FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False
-        ) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False,
+        stop: Stop | None = None) -> dict[str, Any]:
   """Runs all phases of a config, or what is left of them; the same call continues a killed run.
 
   Args:
     config: as `configs/base.py`, complete.
     workdir: where everything that the run leaves behind goes.
     quiet: plain log lines instead of a progress bar.
+    stop: where to hear that the run shall stop.
 
   Returns:
     The contents of `summary.json`.
 
   Raises:
     ConfigError: a bad config, row or tokenizer, before anything is computed.
-    TrainingFailure, RewardFailure, EpisodeFailure, CheckpointError: the run cannot go on.
+    TrainingFailure, RewardFailure, EpisodeFailure, CheckpointError, Diverged: the run cannot go on.
+    Stopped: `stop` was asked to; the same call continues.
   """
-  sharding.start_distributed()
-  workdir = pathlib.Path(workdir)
+  with configs.as_config_errors():
+    sharding.start_distributed()
+  workdir, stop = pathlib.Path(workdir), stop or Stop()
   plain = configs.to_dict(config)
+  processes.meet("the start of a run, with its config", json.dumps(plain, sort_keys=True).encode())
   with configs.as_config_errors():
     _check_workdir(workdir, plain)
   with Reporter(workdir, quiet=quiet) as reporter:
@@ -58,14 +65,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
       checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                                 report=reporter.note)
       try:
-        return _run(parts, checkpoints, reporter)
+        with stop.patient_if_several():
+          return _run(parts, checkpoints, reporter, stop)
       finally:
         checkpoints.close()
     finally:
       parts.scorer.close()
 
 
-def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
+def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   restored = checkpoints.restore_latest(
       lambda host: builders.abstract_state(parts, parts.phases[host["phase"]]))
   progress, state, buffer = Progress(), None, None
@@ -101,7 +109,7 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
     if state is None:
       state = builders.start_state(parts, phase, params, rng)
     if phase.kind != "evaluate":
-      state = _train(parts, phase, state, progress, buffer, reporter, checkpoints)
+      state = _train(parts, phase, state, progress, buffer, reporter, checkpoints, stop)
     if phase.name not in progress.evaluations:
       began = time.perf_counter()
       progress.evaluations[phase.name] = _evaluate(parts, phase, state.params, progress.updates,
@@ -111,6 +119,9 @@ def _run(parts: Parts, checkpoints, reporter) -> dict[str, Any]:
       loop.save(checkpoints, state, progress)
     reporter.summary(summary(parts, progress, checkpoints.directory.parent))
     reporter.draw()
+    if stop.agreed(progress.updates) and phase is not parts.phases[-1]:
+      checkpoints.wait()
+      raise Stopped(f"stopped as asked after phase {phase.name}, whose checkpoint is saved")
   checkpoints.wait()
   return reporter.finish(summary(parts, progress, checkpoints.directory.parent))
 
@@ -125,12 +136,12 @@ def _finished(parts, progress, workdir) -> dict[str, Any] | None:
   return written if len(written["phases"]) == len(parts.phases) else None
 
 
-def _train(parts, phase, state, progress, buffer, reporter, checkpoints):
+def _train(parts, phase, state, progress, buffer, reporter, checkpoints, stop):
   phase_run = builders.phase_run(parts, phase)
   reporter.start_phase(phase.name, phase.kind, phase.steps, int(state.step))
   with contextlib.closing(phase_run.supply):
     state = loop.train(phase_run, state, progress, buffer, reporter=reporter,
-                       checkpoints=checkpoints)
+                       checkpoints=checkpoints, stop=stop)
   reporter.end_phase()
   refused = {k: n for k, n in parts.builder.counts.as_dict().items() if k != "ok"}
   if refused:

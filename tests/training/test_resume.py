@@ -85,8 +85,10 @@ def run(place, name):
   return log.read_text()
 
 
-def stop_when(place, name, condition, number=signal.SIGKILL):
+def stop_when(place, name, condition, number=signal.SIGKILL, times=1):
   """Starts, sends the signal as soon as the condition holds -> (exit code, output).
+
+  A second one is sent when the first has been noticed.
 
   Args:
     condition: of the run's directory and of what the process has said so far.
@@ -98,6 +100,11 @@ def stop_when(place, name, condition, number=signal.SIGKILL):
     assert time.monotonic() < deadline
     time.sleep(0.002)
   process.send_signal(number)
+  if times == 2:
+    while "a second signal stops it at once" not in log.read_text():
+      assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+      time.sleep(0.002)
+    process.send_signal(number)
   return process.wait(timeout=60), log.read_text()
 
 
@@ -145,7 +152,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(place):
   host = json.loads((workdir / "checkpoints/7/host/0.json").read_text())["record"]["host"]
   assert (host["phase"], host["updates_left"]) == (1, 1)  # between two updates on a batch
 
-  code, output = stop_when(place, "killed", lambda _, said: "rl 4/7" in said, signal.SIGTERM)
+  code, output = stop_when(place, "killed", lambda _, said: "rl 4/7" in said, signal.SIGTERM, 2)
   assert "continuing phase rl after update 7" in output
   assert code == 128 + signal.SIGTERM
   assert "jaxrl: interrupted; the same command continues killed" in output
@@ -153,9 +160,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(place):
 
   assert newest(workdir) == 7
   truncate(workdir / "checkpoints" / "7")
-  output = run(place, "killed")
+  code, output = stop_when(place, "killed", lambda _, said: "rl 1/7" in said, signal.SIGTERM)
   assert "checkpoint of step 7 is damaged" in output and "falling back to step 4" in output
   assert "continuing phase sft after update 4" in output
+  assert code == 128 + signal.SIGTERM and newest(workdir) >= 6
+  assert (f"jaxrl: stopped as asked after update {newest(workdir)}, whose checkpoint is saved; the "
+          "same command continues killed") in output
+  assert f"continuing phase rl after update {newest(workdir)}" in run(place, "killed")
 
   jax.tree.map(np.testing.assert_array_equal, final_arrays(workdir), final_arrays(place / "whole"))
   assert record(workdir) == record(place / "whole")
