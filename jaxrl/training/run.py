@@ -104,7 +104,7 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
       progress.seconds[phase.name] = time.perf_counter() - began
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, state, buffer = state.params, None, None
-      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1),
+      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0),
                                      ended=False, updates_left=0, batch_metrics={})
     if state is None:
       state = builders.start_state(parts, phase, params, rng)
