@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
       row_length=128,  # tokens per packed row; longer sequences raise it
       micro_batch_rows=0,  # per forward and backward pass; 0 is as many as suit cache or memory
       share_prompts=True,  # compute the prompt of a group once, where that saves a tenth or more
-      vocabulary_chunk=4096)  # logits exist for this much of the vocabulary at a time
+      vocabulary_chunk=0)  # tokens of it whose logits exist at a time; 0: 1024 on a CPU, else 8192
 
   config.rollout = dict(
       prompts=16, episode=dict(name="group", samples=8),  # tasks per batch, what is done on each

@@ -25,7 +25,7 @@ def get_config(variant: str = ""):
 
   config.model.update(layers=8, d_model=512, heads=8, kv_heads=4, d_ff=1536, dtype="bfloat16",
                       scan_layers=True, remat="dots")
-  config.batch.update(examples=128, row_length=1024, micro_batch_rows=16)
+  config.batch.update(examples=128, row_length=1024)
   config.optimizer.update(learning_rate=2e-4, b2=0.99, warmup_steps=20, clip_norm=1.0)
   config.rollout.update(prompts=64, episode=dict(name="group", samples=16), max_tokens=320,
                         max_rows=1024, max_logprob_gap=1.0)
@@ -53,7 +53,7 @@ def _smoke(config):
   config.tokenizer.vocab_size = 1024
   config.model.update(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=384, dtype="float32",
                       scan_layers=False, remat="none")
-  config.batch.update(examples=32, row_length=288, micro_batch_rows=2)
+  config.batch.update(examples=32, row_length=288)
   config.rollout.update(prompts=8, episode=dict(name="group", samples=8), max_tokens=160,
                         max_logprob_gap=0.05)
   config.evaluate.update(problems=32, samples=4, k=4)

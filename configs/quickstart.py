@@ -15,7 +15,7 @@ def get_config():
   config.tokenizer.alphabet = "0123456789+="
 
   config.model.update(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=384)
-  config.batch.update(row_length=64, micro_batch_rows=16)
+  config.batch.row_length = 64
   config.optimizer.update(learning_rate=1e-3, b2=0.99, warmup_steps=20)
   config.rollout.update(prompts=32, episode=dict(name="group", samples=8), max_tokens=8,
                         filter_zero_variance=True)

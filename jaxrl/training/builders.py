@@ -43,7 +43,7 @@ KINDS = ("sft", "rl", "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 AT_LEAST = {  # smallest values of settings that nothing else checks
     "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.micro_batch_rows": 0,
-    "batch.vocabulary_chunk": 1,
+    "batch.vocabulary_chunk": 0,
     "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
     "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
     "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
@@ -117,8 +117,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   builder = inputs.builder(config, tokenizer)
   held_out = {split: inputs.read_tasks(builder, splits[split], config.evaluate.problems)
               for split in ("validation", "test")}
-  streams = sharding.cores() if mesh.size == 1 and jax.default_backend() == "cpu" else 1
-  phases = [_phase(config, index, name, decoder, streams) for index, name in enumerate(names)]
+  phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
   for phase in phases:
     _check_phase(phase, mesh, held_out)
   shapes = {phase.name: _shape(phase, decoder, mesh, builder, splits["train"])
@@ -279,14 +278,14 @@ def _decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
   return DecoderConfig(**fields)
 
 
-def _phase(config, index, name, decoder, streams):
+def _phase(config, index, name, decoder, mesh):
   settings = configs.phase_config(config, name)
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:
     raise ValueError(f"config.{name}.kind={kind!r}{compose.nearest(kind, KINDS)}")
   if kind != "evaluate" and steps < 1:
     raise ValueError(f"config.{name}.steps={steps}; a phase of kind {kind} needs at least 1")
-  sampled = kind == "rl"
+  sampled, on_cpu = kind == "rl", mesh.devices.flat[0].platform == "cpu"
   # An evaluation makes no updates; its optimiser is only part of the state's shape.
   optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
   learning = learner.Learning(
@@ -299,8 +298,8 @@ def _phase(config, index, name, decoder, streams):
       optimizer=optimizers.build(settings.optimizer, optimizer_steps),
       learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
       temperature=settings.rollout.temperature if sampled else 1.0,
-      vocabulary_chunk=settings.batch.vocabulary_chunk,
-      with_behaviour=sampled, streams=streams)
+      vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
+      with_behaviour=sampled, streams=sharding.cores() if on_cpu and mesh.size == 1 else 1)
   return Phase(index, name, kind, steps, settings, learning)
 
 

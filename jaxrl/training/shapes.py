@@ -153,5 +153,5 @@ def _bytes_per_token(settings, decoder, tensor):
   kept = {"none": c.layers * (inside + 2 * c.d_model),
           "dots": c.layers * (inside + 2 * c.d_model) / 2,
           "full": c.layers * c.d_model + inside}[c.remat]
-  logits = 3 * 4 * min(settings.batch.vocabulary_chunk, math.ceil(c.vocab_size / tensor))
+  logits = 3 * 4 * min(settings.batch.vocabulary_chunk or 8192, math.ceil(c.vocab_size / tensor))
   return size * kept + logits + 6 * 4 * c.d_model
