@@ -6,6 +6,7 @@ Real processes of the command line with four virtual devices each, on one machin
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -221,7 +222,7 @@ def test_two_processes_compute_what_one_does_and_leave_the_same_files(one, two):
 
 def test_sigterm_to_one_process_stops_all_at_one_update_and_the_run_goes_on_in_any_number(
     place, one, two):
-  """Saved by two processes between two updates on a batch; continued by two, and by one."""
+  """Saved between two updates on a batch; continued by two, and by one on another mesh."""
   running = Running(place, "asked", 2, SLEEP="0.3").until(lambda said: "rl 2/4" in said)
   running.processes[1].send_signal(signal.SIGTERM)
   assert running.wait() == [128 + signal.SIGTERM] * 2, running.all_said()
@@ -248,11 +249,11 @@ def test_sigterm_to_one_process_stops_all_at_one_update_and_the_run_goes_on_in_a
   close_records(record(alone.workdir), record(one.workdir))
 
 
-def test_what_one_process_saved_two_continue_on_another_mesh(place, one):
+def test_what_one_process_saved_two_continue(place, one, two):
   running = Running(place, "grows", 1).until(lambda said: "sft 1/3" in said)
   running.processes[0].send_signal(signal.SIGTERM)
   assert running.wait() == [128 + signal.SIGTERM], running.all_said()
-  grown = Running(place, "grows", 2, "--config.mesh.data=1", "--config.mesh.fsdp=4").succeed()
+  grown = Running(place, "grows", 2).succeed()
   assert "continuing phase sft after update" in grown.said()
   close_arrays(final_arrays(grown.workdir), final_arrays(one.workdir))
   close_records(record(grown.workdir), record(one.workdir))
@@ -280,6 +281,21 @@ def test_a_killed_process_stops_the_other_within_a_minute_and_with_one_line(plac
   assert expected in said.splitlines()[-1] and "the same command on all processes" in said
   assert "Check failure stack trace" not in said
 
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_its_earlier_checkpoints_intact(place, one):
+  """No file may grow beyond 30 kB from some moment on; those of a checkpoint would."""
+  large = ("--config.model.d_model=64", "--config.model.d_ff=256", "--config.checkpoint.every=1")
+  running = Running(place, "full", 1, *large, SLEEP="0.3").until(lambda said: "rl 2/4" in said)
+  resource.prlimit(running.processes[0].pid, resource.RLIMIT_FSIZE, (30_000, -1))
+  assert running.wait() == [1], running.all_said()
+  intact = sorted(int(p.name) for p in (running.workdir / "checkpoints").iterdir())
+  said = " ".join(running.said().splitlines()[-2:])
+  assert f"jaxrl: checkpoint of step {intact[-1] + 1} could not be written to" in said, said
+  assert "Check the free space" in said and "No earlier checkpoint is lost" in said
+  assert f"is of step {intact[-1]}, and the same command continues from it" in said
+  again = Running(place, "full", 1, *large).succeed()
+  assert f"continuing phase rl after update {intact[-1]}" in again.said()
 
 
 TALK = """
