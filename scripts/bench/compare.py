@@ -6,15 +6,15 @@
 
 A row is a kind of step at some shape. It is measured in rounds: in each, every system runs once, in
 a process of its own, so that memory and compilation are its own. A round that other processes
-disturbed is made again; a row that never gets quiet is marked, not quoted, and makes the exit status
-1. Times are medians over the steps of all rounds.
+disturbed is made again; a row that never gets quiet is marked, not quoted, and makes the exit
+status 1. Times are medians over the steps of all rounds.
 
-Rows: `sampling` (prompts as text to responses as text), `grpo` (a whole step: data, sampling, reward
-in Python, advantage, reference, update, metrics), `grpo_no_reference`, `sft`, `start` (from starting
-the process to the end of the first GRPO step, once with an empty compilation cache and once with a
-full one). `grpo:vocab=16384:samples=32` is a row at another shape. With `median_len`, responses have
-log-normally distributed lengths, forced on all systems alike by the model's parameters (see
-`peers/common.py`).
+Rows: `sampling` (prompts as text to responses as text), `grpo` (a whole step: data, sampling,
+reward in Python, advantage, reference, update, metrics), `grpo_no_reference`, `sft`, `start` (from
+starting the process to the end of the first GRPO step, once with an empty compilation cache and
+once with a full one). `grpo:vocab=16384:samples=32` is a row at another shape. With `median_len`,
+responses have log-normally distributed lengths, forced on all systems alike by the model's
+parameters (see `peers/common.py`).
 """
 
 import argparse
@@ -71,7 +71,7 @@ def parse_arguments(arguments=None):
   parser.add_argument("--picture", type=pathlib.Path,
                       help=f"and a picture here; {PICTURE} for the default rows")
   parser.add_argument("--rounds", type=int, default=2)
-  parser.add_argument("--repeats", type=int, default=2, help="times that a disturbed round is redone")
+  parser.add_argument("--repeats", type=int, default=2, help="of a disturbed round")
   parser.add_argument("--max-other-cpu", type=float, default=0.05,
                       help="share of CPU time of other processes that a round may have")
   parser.add_argument("--wait-quiet", type=float, default=20.0, metavar="SECONDS",
@@ -178,7 +178,7 @@ class Session:
     return found, other
 
   def rounds(self, row: Row) -> tuple[dict[str, list], float, bool]:
-    """Results of each round by system, the largest share of others, and whether it was too large."""
+    """Results of each round by system, the largest share of others, whether it was too large."""
     kept, worst, disturbed = {system: [] for system in self.systems}, 0.0, False
     for _ in range(self.arguments.rounds):
       tries = [self.round(row)]
@@ -216,14 +216,13 @@ class Session:
     for one in found:
       for library, gflops in one["gflops"].items():
         best[library] = max(gflops, best.get(library, 0.0))
-    bandwidth = {size: max(one["bandwidth"][size] for one in found) for size in found[0]["bandwidth"]}
+    bandwidth = {size: max(one["bandwidth"][size] for one in found)
+                 for size in found[0]["bandwidth"]}
     return {"gflops": best, "bandwidth_gb_s": bandwidth}
 
 
 def rows_of(row: Row, kept: dict, limits: dict) -> list[dict]:
   """The results of a row as they are written; a `start` makes three."""
-  peak = {system: max(r["peak_rss_mb"] for rounds in found for r in rounds)
-          for system, found in kept.items()}
   shape = {name: getattr(row.work, name) for name in SHAPE}
   if row.kind != "start":
     seconds = {system: statistics.median(s for rounds in found for s in rounds[0]["steps_s"])
@@ -232,15 +231,18 @@ def rows_of(row: Row, kept: dict, limits: dict) -> list[dict]:
                                 {int(k): v for k, v in limits["bandwidth_gb_s"].items()})
     tokens = {system: statistics.mean(t for rounds in found for t in rounds[0]["tokens"])
               for system, found in kept.items()}
+    peak = {system: max(rounds[0]["peak_rss_mb"] for rounds in found)
+            for system, found in kept.items()}
     return [_result(row.name, shape, seconds, limit, peak, tokens=tokens)]
 
   def median(figure, index):
     return {system: statistics.median(rounds[index][figure] for rounds in found)
             for system, found in kept.items() if figure in found[0][0]}
   suffix = row.name.removeprefix("start")
-  return [_result(f"cold_start{suffix}", shape, median("first_step_s", 0), None, peak),
-          _result(f"cold_compile{suffix}", shape, median("compile_s", 0), None, peak),
-          _result(f"second_start{suffix}", shape, median("first_step_s", -1), None, peak)]
+  cold, second = median("peak_rss_mb", 0), median("peak_rss_mb", -1)
+  return [_result(f"cold_start{suffix}", shape, median("first_step_s", 0), None, cold),
+          _result(f"cold_compile{suffix}", shape, median("compile_s", 0), None, cold),
+          _result(f"second_start{suffix}", shape, median("first_step_s", -1), None, second)]
 
 
 def _result(name, shape, seconds, limit, peak, **more):

@@ -1,4 +1,4 @@
-"""The least work that a row of the comparison takes, counted, and the time that a machine needs for it.
+"""The least work that a row of the comparison takes, and the time that a machine needs for it.
 
 Counted are the matrix products that any implementation has to make: prompts once per group, causal
 attention over visible tokens only, logits of response tokens only, two backward products for each

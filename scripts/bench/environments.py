@@ -43,5 +43,5 @@ def _holds(python: pathlib.Path, requirements: Sequence[str]) -> bool:
 def _run(command, name):
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
-    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}\nInstall it by hand, or "
-                       f"leave {name} out with --systems")
+    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}\nInstall it by hand, "
+                       f"or leave {name} out with --systems")

@@ -32,13 +32,14 @@ DIMENSIONS = {  # settings -> label and points
 def parse_arguments(arguments=None):
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--dimensions", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS))
-  parser.add_argument("--out", type=pathlib.Path, default=compare.ROOT / "results/bench/growth.json")
+  parser.add_argument("--out", type=pathlib.Path,
+                      default=compare.ROOT / "results/bench/growth.json")
   parser.add_argument("--picture", type=pathlib.Path, default=compare.ROOT / "docs/growth.png")
   parser.add_argument("--iters", type=int, default=3)
   parser.add_argument("--warmup", type=int, default=2)
   parser.add_argument("--max-other-cpu", type=float, default=0.05)
   parser.add_argument("--wait-quiet", type=float, default=20.0, metavar="SECONDS")
-  parser.add_argument("--repeats", type=int, default=2, help="times that a disturbed point is redone")
+  parser.add_argument("--repeats", type=int, default=2, help="of a disturbed point")
   parser.add_argument("--quote-disturbed", action="store_true")
   return parser.parse_args(arguments)
 
@@ -60,7 +61,7 @@ def point(work: common.Work, arguments) -> dict:
 
 
 def draw(content: dict, path: pathlib.Path) -> None:
-  """Small multiples: time and memory over each dimension, against growth in proportion."""
+  """Small multiples: time and memory over each dimension, time against growth in proportion."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot
@@ -74,7 +75,7 @@ def draw(content: dict, path: pathlib.Path) -> None:
     for axes, (key, label, colour) in zip(grid[:, column], figures):
       ys = [p[key] for p in points]
       axes.plot(xs, ys, "o-", color=colour, markersize=4)
-      if xs:
+      if xs and key == "step_s" and name != "devices":  # which all share the same cores
         axes.plot(xs, [ys[0] * x / xs[0] for x in xs], ":", color="grey", linewidth=1)
       axes.set_xscale("log", base=2)
       axes.set_yscale("log")

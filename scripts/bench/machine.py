@@ -1,4 +1,4 @@
-"""This machine: its name, whether it is quiet, and how fast it multiplies matrices and moves memory.
+"""This machine: its name, whether it is quiet, how fast it multiplies matrices and moves memory.
 
 `python machine.py` measures the limits with whichever of NumPy, JAX and PyTorch are at hand and
 prints them as one line of JSON.
@@ -58,7 +58,7 @@ def wait_until_quiet(limit: float, share: float, *, look: float = 1.0) -> bool:
 
 
 def matmul_gflops() -> dict[str, float]:
-  """float32 GFLOP/s of a large matrix product on all cores, by library; what is missing is left out."""
+  """float32 GFLOP/s of a large matrix product on all cores, by library that is at hand."""
   found = {}
   for library, prepare in (("numpy", _numpy), ("jax", _jax), ("torch", _torch)):
     try:
@@ -70,7 +70,7 @@ def matmul_gflops() -> dict[str, float]:
 
 
 def bandwidth() -> dict[int, float]:
-  """GB/s read and written together by copies on all cores, by the megabytes that they go through."""
+  """GB/s read and written together by copies on all cores, by megabytes that they go through."""
   with ThreadPoolExecutor(cores()) as pool:
     return {size: _copy_rate(pool, int(1e6 * size)) / 1e9 for size in MEGABYTES}
 

@@ -16,8 +16,8 @@ def write(content: Mapping[str, Any], stem: pathlib.Path, *, quote_disturbed: bo
   Args:
     content: `machine`, `date`, `limits`, `versions` and `rows`, see `compare.main`.
     stem: path without a suffix.
-    quote_disturbed: show the figures of disturbed rows too. Otherwise these are neither in the table
-      nor in the JSON.
+    quote_disturbed: show the figures of disturbed rows too. Otherwise these are neither in the
+      table nor in the JSON.
 
   Returns:
     The table.
@@ -89,9 +89,9 @@ def draw(content: Mapping[str, Any], path: pathlib.Path, *, quote_disturbed: boo
   for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
-  left.legend(fontsize=8, loc="best")
+  figure.legend(fontsize=8, loc="lower center", ncols=len(systems) + 1, frameon=False)
   figure.suptitle(content["machine"], fontsize=9)
-  figure.tight_layout()
+  figure.tight_layout(rect=(0, 0.25 / figure.get_figheight(), 1, 1))  # room for the legend
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=130)
   pyplot.close(figure)
@@ -99,7 +99,8 @@ def draw(content: Mapping[str, Any], path: pathlib.Path, *, quote_disturbed: boo
 
 def _withheld(row):
   """A row without its figures."""
-  return {**row, "jaxrl_s": None, "peers": {}, "ratio": None, "times_limit": None, "peak_rss_mb": {}}
+  return {**row, "jaxrl_s": None, "peers": {}, "ratio": None, "times_limit": None,
+          "peak_rss_mb": {}}
 
 
 def _number(value, digits):

@@ -1,4 +1,4 @@
-"""The comparison's own arithmetic and its jaxrl side; peers and timings are left to runs by hand."""
+"""The comparison's own arithmetic and its jaxrl side; peers and timings are run by hand."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def test_other_processes_are_what_the_machine_did_beyond_our_own_time():
   before, after = common.parse_stat(stat(1000, 5000)), common.parse_stat(stat(1000 + 6 * hz,
                                                                               5000 + 4 * hz))
   assert common.other_share(before, after, own=5.0) == pytest.approx(0.1)
-  assert common.other_share(before, after, own=6.5) == 0.0  # ticks are coarse; less than none is none
+  assert common.other_share(before, after, own=6.5) == 0.0  # ticks are coarse
 
 
 def test_waiting_for_a_disk_is_not_being_busy():

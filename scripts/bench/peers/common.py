@@ -127,8 +127,8 @@ def countdown(work: Work) -> tuple[np.ndarray, np.ndarray]:
   """Embeddings that make any of the systems sample responses of log-normally distributed length.
 
   With output projections of zero in all blocks, a model's next token depends on its last one alone.
-  Here token `SPECIALS + k` is followed by `SPECIALS + k - 1`, and so down to EOS; the first token of
-  a response, behind a prompt that ends in the last id of the vocabulary, is drawn with the
+  Here token `SPECIALS + k` is followed by `SPECIALS + k - 1`, and so down to EOS; the first token
+  of a response, behind a prompt that ends in the last id of the vocabulary, is drawn with the
   probability of the length that it stands for. No system can take a short cut: all matrices keep
   their shapes.
 
@@ -139,8 +139,8 @@ def countdown(work: Work) -> tuple[np.ndarray, np.ndarray]:
     ValueError: the vocabulary has too few tokens to count down from `new_tokens`.
   """
   if work.new_tokens + SPECIALS > work.vocab:
-    raise ValueError(f"vocab={work.vocab}: counting down from new_tokens={work.new_tokens} needs at "
-                     f"least {work.new_tokens + SPECIALS}")
+    raise ValueError(f"vocab={work.vocab}: counting down from new_tokens={work.new_tokens} needs "
+                     f"at least {work.new_tokens + SPECIALS}")
   rng, vocab, width = np.random.default_rng(work.seed), work.vocab, work.d_model
   inputs = rng.normal(size=(vocab, width))
   inputs[:, 0] = 0.0  # the first axis belongs to the start token alone
@@ -164,7 +164,8 @@ def cpu_times() -> tuple[float, float]:
 
 def parse_stat(text: str) -> tuple[float, float]:
   """As `cpu_times`, of the contents of /proc/stat; waiting for a disk is not being busy."""
-  user, nice, system, idle, wait, interrupt, soft, stolen = map(int, text.split("\n")[0].split()[1:9])
+  fields = text.split("\n")[0].split()[1:9]
+  user, nice, system, idle, wait, interrupt, soft, stolen = map(int, fields)
   busy = user + nice + system + interrupt + soft + stolen
   ticks = os.sysconf("SC_CLK_TCK")
   return busy / ticks, (busy + idle + wait) / ticks
@@ -257,8 +258,8 @@ class Clock:
     """Prints the result.
 
     Its `steps_s` are seconds of each measured step, `other_cpu` the share of other processes
-    meanwhile, `first_step_s` and `start_other_cpu` the same from the start of the process to the end
-    of its first step; then peak memory, versions, and whatever else is given.
+    meanwhile, `first_step_s` and `start_other_cpu` the same from the start of the process to the
+    end of its first step; then peak memory, versions, and whatever else is given.
     """
     ends = self._ends[self.work.warmup - 1:]
     steps = [] if not self.work.iters else [b - a for a, b in zip(ends, ends[1:])]

@@ -111,7 +111,7 @@ class Enough(Exception):
 
 
 def trainer(work, config, clock, workdir):
-  """Times steps of a whole run; returns the tokens of each that carry loss, and the model's parameters."""
+  """Times steps of a whole run; returns the tokens of each that carry loss, and parameters."""
   import jax
   from jaxrl.training import run
   build_parts, start_state = run.builders.build_parts, run.builders.start_state

@@ -1,8 +1,8 @@
 """TRL's side of the comparison: transformers' `generate` and TRL's trainers, called as users would.
 
-Called as `common.py` says, in an environment of its own. float32 and without gradient checkpointing,
-which is faster for it here than its defaults; every response has its full length. A step ends where
-the trainer says so, so data, generation, reward, update and callbacks are all in it.
+Called as `common.py` says, in an environment of its own. float32 and without gradient
+checkpointing, which is faster for it here than its defaults; every response has its full length. A
+step ends where the trainer says so, so data, generation, reward, update and callbacks are in it.
 """
 
 import os

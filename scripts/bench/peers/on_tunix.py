@@ -1,9 +1,9 @@
-"""google-tunix's side of the comparison: its own model, sampler and trainers, called as users would.
+"""google-tunix's side of the comparison: its own model, sampler and trainers, used as users would.
 
-Called as `common.py` says, in an environment of its own. Model, prompts, reward and number of tokens
-are those of the other systems; every response has its full length, the KV cache exactly the size
-needed. Tunix begins with MLP kernels of zero, so these are filled. `micro_prompts=4` is what was
-fastest for it, and smallest, at the default shapes.
+Called as `common.py` says, in an environment of its own. Model, prompts, reward and number of
+tokens are those of the other systems; every response has its full length, the KV cache exactly the
+size needed. Tunix begins with MLP kernels of zero, so these are filled. `micro_prompts=4` is
+what was fastest for it, and smallest, at the default shapes.
 """
 
 import common
