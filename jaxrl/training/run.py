@@ -103,7 +103,7 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
                                               START)
       progress.seconds[phase.name] = time.perf_counter() - began
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
-      params, state, buffer = state.params, None, None
+      params, rng, state, buffer = state.params, state.rng, None, None
       progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0),
                                      ended=False, updates_left=0, batch_metrics={})
     if state is None:

@@ -1,0 +1,153 @@
+"""Compiled programs: kept on disk, read back, mended; and none after the first updates of a run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import zlib
+
+import jax
+import pytest
+
+from jaxrl.training import compilation
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+import json, random
+from configs import base
+
+def get_config():
+  draw = random.Random(0)
+  with open("rows.jsonl", "w") as file:
+    for _ in range(200):
+      digits = "".join(draw.choice("0123456789") for _ in range(draw.randint(3, 14)))
+      file.write(json.dumps(dict(question=digits, answer=digits[0])) + chr(10))
+  config = base.get_config()
+  config.data.update(train="rows.jsonl", max_prompt_tokens=16)
+  config.tokenizer.alphabet = "0123456789"
+  config.model.update(layers=1, d_model=16, heads=2, kv_heads=1, d_ff=32)
+  config.batch.update(row_length=64, micro_batch_rows=2)
+  config.rollout.update(prompts=4, episode=dict(name="group", samples=4), max_tokens=32)
+  config.checkpoint.every = 0
+  config.log.update(samples_every=0, curves_every=0)
+  config.phases = ("rl",)
+  config.rl = dict(kind="rl", steps=20)
+  return config
+"""
+
+
+def run(place, name, *arguments, **environment):
+  """A run of the command line on one device -> (what it said, summary, rows of metrics)."""
+  (place / "varying.py").write_text(CONFIG)
+  environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
+                              "JAX_ENABLE_COMPILATION_CACHE": "true", **environment}
+  ended = subprocess.run(
+      [sys.executable, "-m", "jaxrl", "run", "--config=varying.py", f"--workdir={name}", "--quiet",
+       *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=900)
+  said = ended.stdout + ended.stderr
+  assert ended.returncode == 0, said
+  rows = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
+  return said, json.loads((place / name / "summary.json").read_text()), rows
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+  """The first run of a user: (directory, summary, rows)."""
+  place = tmp_path_factory.mktemp("first")
+  said, summary, rows = run(place, "first", XDG_CACHE_HOME=str(place / "cache"))
+  assert "compil" not in said
+  return place, summary, rows
+
+
+def test_lengths_that_vary_compile_nothing_after_the_first_updates(first):
+  _, _, rows = first
+  assert len({row["response_tokens"] for row in rows}) > 10 and len(rows) == 20
+  assert len({row["tokens"] for row in rows}) > 10
+  assert rows[0]["compilations"] > 0 and rows[0]["compile_seconds"] > 0
+  assert [row["compilations"] for row in rows[5:]] == [rows[5]["compilations"]] * 15
+
+
+def test_a_second_run_reads_every_program_from_disk_even_after_damage(first):
+  place, summary, rows = first
+  assert 0 < summary["compile"]["count"] and summary["compile"]["from_disk"] == 0
+  entries = sorted((place / "cache/jaxrl/programs").rglob("*-cache"))
+  assert len(entries) == summary["compile"]["count"]
+  os.truncate(entries[0], entries[0].stat().st_size // 2)  # as a kill leaves it
+  said, again, same = run(place, "second", XDG_CACHE_HOME=str(place / "cache"))
+  assert again["compile"]["count"] - again["compile"]["from_disk"] == 1
+  assert "cache" not in said and "Traceback" not in said
+  assert [row["loss"] for row in same] == [row["loss"] for row in rows]
+  assert zlib.decompress(entries[0].read_bytes())  # and is whole again
+
+
+def test_a_place_that_cannot_be_written_is_reported_and_stops_nothing(tmp_path):
+  (tmp_path / "file").touch()
+  said, summary, _ = run(tmp_path, "run", "--config.rl.steps=1", "--config.optimizer.warmup_steps=0",
+                         f"--config.compilation_cache={tmp_path}/file/programs")
+  assert "compiled programs are not kept for the next start" in said
+  assert "--config.compilation_cache=DIR" in said
+  assert summary["compile"]["from_disk"] == 0
+
+
+@pytest.fixture
+def settings():
+  """Lets a test turn the cache on; what it changes in JAX is put back."""
+  names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir",
+           "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update("jax_enable_compilation_cache", True)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_the_cache_is_the_users_own_unless_the_config_or_jax_names_another(settings, tmp_path):
+  home = {"XDG_CACHE_HOME": str(tmp_path / "home")}
+  own = compilation.use_cache("", print, home)
+  assert own.parent == tmp_path / "home/jaxrl/programs" and own.stat().st_mode & 0o077 == 0
+  assert jax.config.jax_compilation_cache_dir == str(own)
+  named = compilation.use_cache(str(tmp_path / "named"), print, home)
+  assert named == tmp_path / "named"
+  given = home | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "given")}
+  assert compilation.use_cache("off", print, given) == tmp_path / "given"
+  assert compilation.use_cache("off", print, home) is None
+  jax.config.update("jax_enable_compilation_cache", False)
+  assert compilation.use_cache("", print, home) is None
+
+
+def test_other_kinds_of_cpu_have_programs_of_their_own(monkeypatch):
+  text = "processor : 0\nmodel : 1\nflags : {}\ncpu MHz : {}\n\nprocessor : 1\n"
+  keys = []
+  for flags, clock in (("sse avx2", 2400), ("sse avx2", 3100), ("sse avx2 avx512f", 2400)):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda _, f=flags, c=clock: text.format(f, c))
+    keys.append(compilation.machine_key())
+  assert keys[0] == keys[1] != keys[2]
+
+
+def test_only_entries_that_are_half_written_are_dropped_and_each_is_read_once(tmp_path):
+  whole = zlib.compress(bytes(range(256)) * 40)
+  for name in ("a", "b", "c"):
+    (tmp_path / f"{name}-cache").write_bytes(whole)
+  (tmp_path / "b-cache").write_bytes(whole[:-5])
+  (tmp_path / "notes.txt").write_text("no entry")
+  assert compilation.drop_broken(tmp_path) == ["b-cache"]
+  old = (tmp_path / "checked").stat().st_mtime - 10
+  (tmp_path / "a-cache").write_bytes(b"seen to be whole before")
+  os.utime(tmp_path / "a-cache", (old, old))
+  (tmp_path / "c-cache").write_bytes(b"")
+  assert compilation.drop_broken(tmp_path) == ["c-cache"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cache", "checked", "notes.txt"]
+
+
+def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
+  for age, name in enumerate(("now/x", "now/y", "before/z")):
+    path = tmp_path / f"{name}-cache"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(bytes(100))
+    os.utime(path, (1000 - age, 500))
+  compilation.trim(tmp_path, 300)
+  assert len(list(tmp_path.rglob("*-cache"))) == 3
+  compilation.trim(tmp_path, 150)
+  assert [p.name for p in tmp_path.rglob("*-cache")] == ["x-cache"]
+  assert not (tmp_path / "before").exists()
