@@ -1,7 +1,7 @@
 """Says in one line why a process ended that JAX ended because another one was missing.
 
 JAX notices within its heartbeat time-out that a process of a run is gone, and then aborts the
-others from C++, wherever they are: nothing in Python runs any more, and what is left on the terminal
+others from C++, wherever they are: nothing in Python runs any more, and what the terminal shows
 is a page of stack traces. So a small process (this file, which loads nothing) reads what C++ writes
 to standard error and passes it on, except for those pages; what Python writes goes past it.
 """
