@@ -234,8 +234,7 @@ def test_sigterm_to_one_process_stops_all_at_one_update_and_the_run_goes_on_in_a
   assert "jaxrl: SIGTERM: a checkpoint is saved" in running.said(1)
   host = json.loads((running.workdir / f"checkpoints/{newest}/host/0.json").read_text())
   assert (newest, host["record"]["host"]["updates_left"]) == (SFT + 3, 1)
-  assert sorted(p.name for p in (running.workdir / f"checkpoints/{newest}/host").iterdir()) == [
-      "0.json", "0.npz"]
+  assert not list((running.workdir / f"checkpoints/{newest}/host").glob("1.*"))
   shutil.copytree(running.workdir, place / "asked_of_one")
 
   again = Running(place, "asked", 2).succeed()
