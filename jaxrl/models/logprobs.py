@@ -86,7 +86,8 @@ def _as_chunks(vocabulary, chunks):
 def _chunk_logits(hidden, table, index, vocab, temperature, cap):
   """Logits of one chunk, its embeddings, and its token ids. [..., size], [size, width], [size]"""
   embeddings = lax.dynamic_index_in_dim(table, index, 1, keepdims=False)
-  embeddings = sharding.constrain(embeddings, "vocab", None)
+  # What devices gather from one another is of the dtype that is multiplied.
+  embeddings = sharding.constrain(embeddings.astype(hidden.dtype), "vocab", None)
   logits = token_logits(hidden, embeddings, temperature=temperature, soft_cap=cap)
   ids = jnp.arange(table.shape[0]) * table.shape[1] + index
   if table.shape[0] * table.shape[1] > vocab:
@@ -148,6 +149,8 @@ def _backward_rule(chunks, cap, entropy, saved, cotangents):
     to_logprob = jnp.zeros(targets.shape, jnp.float32)
   table = _as_chunks(vocabulary, chunks)
   rows = tuple(range(hidden.ndim - 1))
+  parts = sharding.axis_size("vocab")
+  parts = 1 if table.shape[0] % parts else parts
 
   def step(carry, index):
     to_hidden, to_table = carry
@@ -161,17 +164,33 @@ def _backward_rule(chunks, cap, entropy, saved, cotangents):
     if cap:
       to_logits *= 1 - jnp.clip(logits * temperature / cap, -1, 1) ** 2  # finite on padding
     to_logits = (to_logits / temperature).astype(hidden.dtype)
-    to_hidden += jnp.einsum("...v,vd->...d", to_logits, embeddings.astype(hidden.dtype),
-                            preferred_element_type=jnp.float32)
+    to_hidden += _sums_by_device(to_logits, embeddings, parts)
     to_embeddings = jnp.tensordot(to_logits, hidden, (rows, rows),
                                   preferred_element_type=jnp.float32)
     return to_hidden, lax.dynamic_update_index_in_dim(to_table, to_embeddings, index, 1)
 
-  start = (jnp.zeros(hidden.shape, jnp.float32),
+  start = (jnp.zeros((parts, *hidden.shape), jnp.float32),
            sharding.constrain(jnp.zeros(table.shape, jnp.float32), "vocab", None, "embed"))
   to_hidden, to_table = _visit(step, start, chunks)
+  to_hidden = to_hidden[0] if parts == 1 else jnp.sum(to_hidden, axis=0)
   to_vocabulary = to_table.reshape(-1, hidden.shape[-1])[:vocabulary.shape[0]]
   return to_hidden.astype(hidden.dtype), to_vocabulary.astype(vocabulary.dtype), None, None
+
+
+def _sums_by_device(to_logits, embeddings, parts):
+  """`to_logits @ embeddings`, the share of each device that holds a part of the vocabulary.
+
+  The shares are added up once, after all chunks: summed here, every chunk would send an array of
+  the size of the hidden states between devices. -> [parts, ..., width]
+  """
+  if parts == 1:
+    return jnp.einsum("...v,vd->...d", to_logits, embeddings,
+                      preferred_element_type=jnp.float32)[None]
+  shares = jnp.einsum("...pv,pvd->p...d", to_logits.reshape(*to_logits.shape[:-1], parts, -1),
+                      embeddings.reshape(parts, -1, embeddings.shape[-1]),
+                      preferred_element_type=jnp.float32)
+  return sharding.constrain(shares, "vocab", *["rows"][:shares.ndim - 2],
+                            *[None] * (shares.ndim - 2))
 
 
 _logprobs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

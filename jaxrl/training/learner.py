@@ -154,6 +154,8 @@ def _forward(learning, params, batch, signals, names):
     return jax.tree.map(lambda o, x: jax.lax.dynamic_update_index_in_dim(o, x, i, 1), out, one(i))
 
   count = _micro_batches(batch)
+  if count == 1:
+    return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), one(0))
   zeros = jax.tree.map(lambda s: jnp.zeros((s.shape[0], count, *s.shape[1:]), s.dtype),
                        jax.eval_shape(one, 0))
   outs = _streams(learning, batch, body, zeros)
@@ -168,18 +170,19 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
   batch = batch.with_signals(loss_weights=weights, mean_weights=aggregate.mean_weights(batch))
   gradient_of = jax.value_and_grad(functools.partial(_loss, learning), has_aux=True)
 
-  def body(i, total):
+  def one(i):
     (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i))
-    return _add(total, (loss, metrics, gap, gradient))
+    gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+    if _devices(shardings) > 1:  # else XLA would be free to keep whole sums on every device
+      gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+    return loss, metrics, gap, gradient
 
-  (_, (metrics, _)), _ = jax.eval_shape(gradient_of, state.params, _rows(batch, 0))
-  gradient = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
-  if len(jax.tree.leaves(shardings)[0].mesh.devices.flat) > 1:
-    # XLA would be free to keep a whole sum on every device.
-    gradient = jax.lax.with_sharding_constraint(gradient, shardings)
-  zeros = (jnp.zeros(()), jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), metrics),
-           jnp.zeros(()), gradient)
-  loss, metrics, gap, gradient = functools.reduce(_add, _streams(learning, batch, body, zeros))
+  if _micro_batches(batch) == 1:  # no second copy of the gradient
+    sums = [one(0)]
+  else:
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+    sums = _streams(learning, batch, lambda i, total: _add(total, one(i)), zeros)
+  loss, metrics, gap, gradient = functools.reduce(_add, sums)
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
   state, grad_norm = _apply(learning, state, loss, gradient)
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
@@ -193,8 +196,12 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
 def _add(total, more):
   """Sums of losses, metrics and gradients; the largest of the gaps."""
   (loss, metrics, gap, gradient), (loss_, metrics_, gap_, gradient_) = total, more
-  add = functools.partial(jax.tree.map, lambda t, x: t + x.astype(t.dtype))
+  add = functools.partial(jax.tree.map, jnp.add)
   return loss + loss_, add(metrics, metrics_), jnp.maximum(gap, gap_), add(gradient, gradient_)
+
+
+def _devices(shardings):
+  return jax.tree.leaves(shardings)[0].mesh.size
 
 
 def _streams(learning, batch, body, start):
