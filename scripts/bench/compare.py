@@ -167,14 +167,13 @@ class Session:
     """Every system once. Returns their results and the largest share of other processes."""
     found, other = {}, 0.0
     for system in self.systems:
-      # Whatever cache a system keeps by itself, it must not find it filled.
+      # A cache that is kept from run to run must not be found filled. jaxrl always keeps one.
       with tempfile.TemporaryDirectory(prefix="bench_cache_") as cache:
-        found[system] = [self._one(row, system, cache if system == "jaxrl" else "")]
-        other = max(other, self._other(row, found[system][0]))
-        if row.kind == "start" and system != "trl":  # it compiles nothing, so keeps nothing
-          for _ in range(1 if system == "jaxrl" else 2):  # to fill the cache, and to use it
-            found[system].append(self._one(row, system, cache))
-            other = max(other, self._other(row, found[system][-1]))
+        keeps = system == "jaxrl" or row.kind == "start"
+        again = row.kind == "start" and system != "trl"  # which compiles nothing
+        found[system] = [self._one(row, system, cache if keeps else "")
+                         for _ in range(2 if again else 1)]
+      other = max(other, *(self._other(row, one) for one in found[system]))
     return found, other
 
   def rounds(self, row: Row) -> tuple[dict[str, list], float, bool]:

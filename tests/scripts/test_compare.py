@@ -118,6 +118,32 @@ def test_a_disturbed_round_is_made_again_and_then_marked(monkeypatch):
   assert session.rounds(arguments.rows[0])[1:] == (0.2, True)
 
 
+def test_an_invocation_leaves_rows_of_all_systems_behind(monkeypatch, tmp_path):
+  calls = []
+
+  def measure(system, python, work, cache):
+    calls.append((system, work.section, bool(cache)))
+    again = calls.count(calls[-1]) == 2  # reads programs from disk
+    return {"steps_s": [1.0] * work.iters, "other_cpu": 0.0, "start_other_cpu": 0.0, "tokens": [8],
+            "first_step_s": {"jaxrl": 6.0, "tunix": 9.0, "trl": 12.0}[system] / (1 + again),
+            **({} if system == "trl" else {"compile_s": 2.0}), "peak_rss_mb": 500.0,
+            "versions": {"jaxrl": "1", "google-tunix": "2", "trl": "3"}}
+  monkeypatch.setattr(compare, "measure", measure)
+  monkeypatch.setattr(compare.environments, "interpreter", lambda name, directory: name)
+  monkeypatch.setattr(compare.Session, "limits", lambda session: {
+      "gflops": {"numpy": 400.0}, "bandwidth_gb_s": {"2": 50.0, "512": 20.0}})
+  assert compare.main(["--rows", "sft", "start", "--rounds", "1", "--wait-quiet", "0",
+                       "--out", str(tmp_path / "out"), "--picture", str(tmp_path / "out.png")]) == 0
+  rows = {row["row"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+  assert list(rows) == ["sft", "cold_start", "cold_compile", "second_start"]
+  assert rows["cold_start"]["peers"] == {"tunix": 9.0, "trl": 12.0}
+  assert rows["cold_compile"]["peers"] == {"tunix": 2.0}
+  assert rows["second_start"]["jaxrl_s"] == 3.0 and rows["second_start"]["ratio"] == 1.5
+  assert (tmp_path / "out.png").stat().st_size > 0
+  # Whoever keeps programs from run to run finds none at first.
+  assert calls[:3] == [("jaxrl", "sft", True), ("tunix", "sft", False), ("trl", "sft", False)]
+
+
 def result(**changes):
   return {"row": "grpo", "shape": {}, "jaxrl_s": 0.5, "peers": {"tunix": 1.2, "trl": 1.0},
           "ratio": 2.0, "limit_s": 0.25, "times_limit": 2.0, "disturbed": False,

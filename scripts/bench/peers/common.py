@@ -65,7 +65,7 @@ class Work:
   d_ff: int = 384
   warmup: int = 2
   iters: int = 5
-  seconds: float = 30.0
+  seconds: float = 12.0
   started: float = 0.0
   stat: tuple = ()
   seed: int = 0
