@@ -39,7 +39,7 @@ def markdown(result: dict) -> str:
       "Per device. Arguments are XLA's, exactly; temporaries are those of XLA's CPU backend, which "
       "keeps float32 copies and attention scores, beside an estimate from the shapes. FLOPs and "
       "collectives count every run of every loop; the ratios are those of the model that fills the "
-      "other tables, to the program. Collective bytes are of whole arrays: the ones gathered, "
+      "other tables, to the program (which may skip blocks of attention that nothing sees). Collective bytes are of whole arrays: the ones gathered, "
       "reduced or scattered.\n",
       compiled(result["compiled"]),
       "## Where it stops scaling\n",
@@ -60,7 +60,8 @@ def markdown(result: dict) -> str:
       "## A GRPO step: on the same devices in turn, or on devices of their own\n",
       "Sampling is the bound for samples of equal length; a long tail adds idle time to it, which "
       "is what sampling on devices of their own hides. `moving` is the time to bring new weights to "
-      "them; `gathering` the same on shared devices.\n",
+      "them; `gathering` the same on shared devices. Trainers of their own are half of all "
+      "devices, a quarter or an eighth.\n",
       steps(result["steps"])]
   return "\n".join(parts)
 
