@@ -6,6 +6,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -35,9 +36,10 @@ def _run(config, options):
   continues = f"the same command continues {options.workdir}"
   several = False
   try:
-    several = _join(options)
-    from jaxrl.training import run  # only now, for it takes seconds to load
-    from jaxrl.training import stopping
+    with _loading():
+      several = _join(options)
+      from jaxrl.training import run  # only now, for it takes seconds to load
+      from jaxrl.training import stopping
     stop = stopping.Stop()
     signal.signal(signal.SIGTERM, stop.receive)  # from here on there may be something to save
     try:
@@ -101,6 +103,18 @@ def _handling_sigterm():
     yield
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _loading():
+  """Collects no garbage meanwhile: modules leave none, and to look for it, then and whenever else
+  something is collected, takes time at every start."""
+  gc.disable()
+  try:
+    yield
+    gc.freeze()
+  finally:
+    gc.enable()
 
 
 def _parser():

@@ -59,7 +59,10 @@ def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The jitted function from raw data of a PRNG key to random parameters."""
   def init(rng):
     return nn.unbox(init_parameters(config, jax.random.wrap_key_data(rng)))
-  return jax.jit(init, out_shardings=parameter_shardings(config, mesh))
+  # It runs once, and in full its many draws take a CPU as long to compile as an update.
+  cpu = mesh.devices.flat[0].platform == "cpu"
+  options = {"xla_backend_optimization_level": 1} if cpu else None
+  return jax.jit(init, out_shardings=parameter_shardings(config, mesh), compiler_options=options)
 
 
 @functools.lru_cache(maxsize=8)
