@@ -74,6 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
       filter_zero_variance=False,  # replace groups of equal rewards, drawing at most
       max_resample=2,  # times again
       max_rows=1024,  # sampled together on the device
+      weights_dtype="", cache_dtype="",  # float32 | bfloat16 | int8, for sampling; "" is the model's
       max_failure_rate=0.1,  # of episodes, before the run stops
       max_logprob_gap=0.05)  # between sampler and trainer at the first update of a phase
   config.reward = dict(

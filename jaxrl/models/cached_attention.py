@@ -15,20 +15,32 @@ NEGATIVE = -1e30  # a score that softmax turns into exactly 0, without the NaN o
 
 @flax.struct.dataclass
 class KeyValues:
-  """New keys and values of one layer (or of all, stacked in front)."""
+  """Keys and values of one layer (or of all, stacked in front).
 
-  keys: Float[Array, "rows kv_heads length width"]
-  values: Float[Array, "rows kv_heads length width"]
+  Attributes:
+    keys, values: new ones are [rows, kv_heads, length, width], those of one token [rows, kv_heads,
+      width]. In a cache keys are transposed: [rows, kv_heads, width, length].
+    key_scales, value_scales: what integers are multiplied with, per token and head, or None.
+      [rows, kv_heads, length]
+  """
+
+  keys: Float[Array, "..."] | Int[Array, "..."]
+  values: Float[Array, "..."] | Int[Array, "..."]
+  key_scales: Float[Array, "..."] | None = None
+  value_scales: Float[Array, "..."] | None = None
 
 
 @flax.struct.dataclass
 class LayerCache:
-  """Keys and values of one layer (or of all, stacked in front) while sampling."""
+  """Keys and values of one layer (or of all, stacked in front) while sampling.
 
-  prefix_keys: Float[Array, "prompts kv_heads width prefix"]
-  prefix_values: Float[Array, "prompts kv_heads prefix width"]
-  suffix_keys: Float[Array, "rows kv_heads width suffix"]
-  suffix_values: Float[Array, "rows kv_heads suffix width"]
+  Attributes:
+    prefix: of each prompt.
+    suffix: of each row, without its prompt.
+  """
+
+  prefix: KeyValues
+  suffix: KeyValues
 
 
 @flax.struct.dataclass
@@ -93,41 +105,54 @@ def attend(q: Float[Array, "rows kv group width"], k: Float[Array, "rows kv widt
     soft_cap: of scores; 0 is off.
   """
   cap = (lambda x: soft_cap * jnp.tanh(x / soft_cap)) if soft_cap else lambda x: x
-  from_prefix, prefix_top, prefix_total = _attend_prefix(q, cache, rows, index, window, cap)
-  place = jnp.arange(cache.suffix_keys.shape[-1])
+  from_prefix, prefix_top, prefix_total = _attend_prefix(q, cache.prefix, rows, index, window, cap)
+  place = jnp.arange(cache.suffix.keys.shape[-1])
   visible = place < index
   if window is not None:
     visible &= index - place < window
-  suffix = jnp.where(visible, cap(_batched(q, cache.suffix_keys)), NEGATIVE)
+  suffix = jnp.where(visible, cap(_scores(q, cache.suffix)), NEGATIVE)
   itself = cap(jnp.sum(q * k[:, :, None], axis=-1, keepdims=True, dtype=jnp.float32))
   top = jnp.maximum(jnp.maximum(prefix_top, jnp.max(suffix, axis=-1, keepdims=True)), itself)
   suffix, itself, rescale = jnp.exp(suffix - top), jnp.exp(itself - top), jnp.exp(prefix_top - top)
   total = rescale * prefix_total + jnp.sum(suffix, axis=-1, keepdims=True) + itself
-  out = _batched(suffix.astype(v.dtype), cache.suffix_values)
+  out = _mixture(suffix, cache.suffix, v.dtype)
   return ((rescale * from_prefix + out + itself * v[:, :, None]) / total).astype(v.dtype)
 
 
-def _attend_prefix(q, cache, rows, index, window, cap):
+def _attend_prefix(q, prefix, rows, index, window, cap):
   """Weighted sum of the prompt's values, the greatest score and the sum of weights, per row."""
   lengths = rows.lengths
   grid = rows.to_prompts(q)  # [prompts, samples, kv, group, width]
   prompts, samples, kv, group, width = grid.shape
   flat = grid.transpose(0, 2, 1, 3, 4).reshape(prompts, kv, samples * group, width)
-  place = jnp.arange(cache.prefix_keys.shape[-1])
+  place = jnp.arange(prefix.keys.shape[-1])
   visible = place < lengths[:, None]  # [prompts, prefix]
   if window is not None:
     visible &= lengths[:, None] + index - place < window
-  scores = jnp.where(visible[:, None, None], cap(_batched(flat, cache.prefix_keys)), NEGATIVE)
+  scores = jnp.where(visible[:, None, None], cap(_scores(flat, prefix)), NEGATIVE)
   top = jnp.max(scores, axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
   # Where a window hides the whole prompt all weights are 1, and `attend` scales them to 0.
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  out = _batched(weights.astype(q.dtype), cache.prefix_values)
+  out = _mixture(weights, prefix, q.dtype)
 
   def per_row(x):
     x = x.reshape(prompts, kv, samples, group, -1).transpose(0, 2, 1, 3, 4)
     return rows.to_rows(x)
   return per_row(out), per_row(top), per_row(total)
+
+
+def _scores(q, cache):
+  """Products of queries with keys. [..., queries, length]"""
+  scores = _batched(q, cache.keys.astype(q.dtype))
+  return scores if cache.key_scales is None else scores * cache.key_scales[..., None, :]
+
+
+def _mixture(weights, cache, dtype):
+  """Sums of values with the weights of each query. [..., queries, width]"""
+  if cache.value_scales is not None:
+    weights = weights * cache.value_scales[..., None, :]
+  return _batched(weights.astype(dtype), cache.values.astype(dtype))
 
 
 def _batched(a, b):

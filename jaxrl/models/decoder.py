@@ -160,6 +160,8 @@ class Projection(nn.Module):
     kernel = self.param("kernel", partitioned(init, *self.inputs, *self.outputs),
                         x.shape[-n:] + self.shape, c.param_dtype)
     y = _contract(n, x, kernel.astype(c.dtype))
+    if self.has_variable("scales", "kernel"):  # of integers, see sampling.precision
+      y = y * self.get_variable("scales", "kernel").astype(c.dtype)
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, *self.outputs), self.shape,
                         c.param_dtype)
@@ -298,7 +300,8 @@ class Decoder(nn.Module):
       block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
     if c.scan_layers:
       self.blocks = nn.scan(
-          block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+          block, variable_axes={"params": 0, "scales": 0}, split_rngs={"params": True},
+          length=c.layers,
           in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
           metadata_params={nn.PARTITION_NAME: "layers"})(c)
     else:

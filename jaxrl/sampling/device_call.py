@@ -33,21 +33,24 @@ class DeviceCall:
     waited: seconds spent waiting for the device.
   """
 
-  def __init__(self, config: DecoderConfig, params, requests: Sequence[Request],
+  def __init__(self, config: DecoderConfig, variables, requests: Sequence[Request],
                slots: Sequence[Slot], width: int, base_key: jax.Array, mesh: Mesh | None,
-               dispatch: threading.Lock):
+               dispatch: threading.Lock, ladder: compaction.Ladder,
+               cache_dtype: str = ""):
     """Reads the prompts and draws the first tokens.
 
     Args:
-      config, params: the model.
+      config, variables: the model, see `precision.reduced`.
+      cache_dtype: one of `precision.DTYPES`.
       requests: all of them; slots point into them.
       slots: of this call.
       width: rows per slot.
       base_key: of the run.
       mesh: that prompts are distributed over, or None. On several devices rows stay where they are.
       dispatch: held while programs are started, so that two threads do not compile the same one.
+      ladder: of the sampler.
     """
-    self._config, self._params, self._base_key = config, params, base_key
+    self._config, self._variables, self._base_key = config, variables, base_key
     self._mesh, self._dispatch, self._width = mesh, dispatch, width
     self._movable = mesh is None or mesh.size == 1
     packed = pack(requests, slots, width, mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
@@ -60,6 +63,11 @@ class DeviceCall:
     longest = int(self.settings.max_tokens.max())
     self._chunk = bucket(min(longest, CHUNK), MIN_CAPACITY)
     self._capacity = bucket(min(longest, FIRST_CAPACITY), MIN_CAPACITY)
+    # Everything that shapes depend on at first.
+    self._kind = (packed.prompts.tokens.shape, width, self._chunk, self._capacity,
+                  self.settings.stop_ids.shape)
+    self._ladder = ladder
+    ladder.start(self._kind)
     self._ids = np.arange(len(packed.padding))  # of the rows that the device computes
     self.tokens = np.zeros((0, len(packed.padding)), np.int32)
     self.logprobs = np.zeros((0, len(packed.padding)), np.float32)
@@ -67,14 +75,16 @@ class DeviceCall:
     self._draw_numbers(0)
     with self._dispatch:
       self._prefix, self._state, output = generate.prefill(
-          params, self._put(packed.prompts), self._on_device, self._put(packed.padding),
-          self._uniform, config=config, capacity=self._capacity)
+          variables, self._put(packed.prompts), self._on_device, self._put(packed.padding),
+          self._uniform, config=config, capacity=self._capacity, cache_dtype=cache_dtype)
     self._read(output)
 
   @property
-  def alive(self) -> bool:
-    """Whether any sample is still under way."""
-    return not self._done.all()
+  def under_way(self) -> np.ndarray:
+    """Which samples have not ended. [rows]"""
+    found = np.zeros(self.tokens.shape[1], bool)
+    found[self._ids[~self._done]] = True
+    return found
 
   def end(self, rows: Collection[int]) -> None:
     """Ends samples whatever the device thinks of them."""
@@ -92,12 +102,16 @@ class DeviceCall:
     if self._step + 1 == self._first + self._chunk:
       self._draw_numbers(self._step + 1)
     last = self._first + self._chunk - 1  # tokens that will have been read
+    rows = len(self._ids)
     with self._dispatch:
       if last > self._capacity:
-        self._capacity = bucket(last, MIN_CAPACITY)
-        self._state = generate.grow(self._state, capacity=self._capacity)
+        longer = self._ladder.capacity(self._kind, rows, self._capacity, last)
+        self._ladder.used(self._kind, "grow", rows, self._capacity, longer)
+        self._state, self._capacity = generate.grow(self._state, capacity=longer), longer
+        least = self._fewest()
+      self._ladder.used(self._kind, "decode", rows, self._capacity)
       self._state, output = generate.decode(
-          self._params, self._prefix, self._state, self._places, self._on_device, self._uniform,
+          self._variables, self._prefix, self._state, self._places, self._on_device, self._uniform,
           np.int32(self._first), np.int32(least), config=self._config)
     self._read(output)
 
@@ -105,20 +119,22 @@ class DeviceCall:
     if not self._movable:
       return 0
     limits = self.settings.max_tokens[self._ids][~self._done]
-    return compaction.fewest(len(self._ids), int(limits.max()) - self._step - 1)
+    return self._ladder.fewest(self._kind, len(self._ids), self._capacity,
+                               int(limits.max()) - self._step - 1)
 
   def _shrink(self, rows):
     """Goes on with fewer rows: those alive, and as many others as there is room for."""
     keep = np.sort(np.argsort(self._done, kind="stable")[:rows]).astype(np.int32)
-    self._ids, self._done = self._ids[keep], self._done[keep]
     owners, lengths = self._owners[keep], np.asarray(self._rows.lengths)
     with self._dispatch:
+      self._ladder.used(self._kind, "shrink", len(self._done), self._capacity)
       if rows <= len(lengths):  # each row has a copy of its prompt: no more to read than before
         self._prefix = generate.select_prompts(self._prefix, owners)
         self._rows, self._owners = Rows(lengths[owners]), np.arange(rows)
       else:
         self._rows, self._owners = compaction.places(owners, lengths, self._width), owners
       self._state = generate.shrink(self._state, keep)
+    self._ids, self._done = self._ids[keep], self._done[keep]
     self._places = self._rows
     self._on_device = jax.tree.map(lambda x: x[self._ids], self.settings)
     self._uniform = np.asarray(self._all_uniform)[:, self._ids]

@@ -19,6 +19,7 @@ from jaxrl.models import decoder as decoder_lib
 from jaxrl.models import token_logits
 from jaxrl.models.cached_attention import KeyValues, LayerCache, Rows
 from jaxrl.sampling import draw as draw_lib
+from jaxrl.sampling import precision
 
 compilations = collections.Counter()  # jit runs a Python body once for each program it compiles
 
@@ -108,19 +109,20 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
   return _replicate(numbers.reshape(length, -1))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def prefill(params, prompts: Prompts, settings: Settings, padding: Bool[Array, "rows"],
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "cache_dtype"))
+def prefill(variables, prompts: Prompts, settings: Settings, padding: Bool[Array, "rows"],
             uniform: Float[Array, "length rows"], *, config: decoder_lib.DecoderConfig,
-            capacity: int):
+            capacity: int, cache_dtype: str = ""):
   """Reads the prompts and draws the first token of every sample.
 
   Args:
-    params: of `Decoder(config)`.
+    variables: of `Decoder(config)`, made by `precision.reduced`.
     prompts: each has as many rows, one after the other.
     settings: of each row.
     padding: rows that nobody asked for.
     uniform: the first draws the first token.
     capacity: initial length of the suffix cache.
+    cache_dtype: of keys and values, one of `precision.DTYPES`.
 
   Returns:
     The prompts' keys [prompts, kv_heads, width, prefix] and values [prompts, kv_heads, prefix,
@@ -133,20 +135,21 @@ def prefill(params, prompts: Prompts, settings: Settings, padding: Bool[Array, "
   index = jnp.arange(shape[1])
   valid = index < prompts.lengths[:, None]
   hidden, prefix = model.apply(
-      {"params": params}, prompts.tokens, jnp.broadcast_to(index, shape), valid.astype(jnp.int32))
-  prefix = _distribute(_each(lambda kv: KeyValues(kv.keys.swapaxes(-1, -2), kv.values), prefix))
+      variables, prompts.tokens, jnp.broadcast_to(index, shape), valid.astype(jnp.int32))
+  prefix = _each(functools.partial(precision.stored, dtype=cache_dtype), prefix)
+  prefix = _distribute(_each(lambda kv: kv.replace(keys=kv.keys.swapaxes(-1, -2)), prefix))
   last = jnp.take_along_axis(hidden, prompts.lengths[:, None, None] - 1, axis=1)[:, 0]
-  logits = jnp.repeat(_logits(config, params, last), rows // shape[0], axis=0)
+  logits = jnp.repeat(_logits(config, variables, last), rows // shape[0], axis=0)
 
-  def empty(layer, *, tokens):
+  def empty(layer, *, length):
     *layers, _, kv_heads, _, width = layer.values.shape
-    def zeros(*shape):
-      return jnp.zeros((*layers, rows, kv_heads, *shape), layer.values.dtype)
-    if tokens is None:
-      return KeyValues(zeros(width), zeros(width))
-    return KeyValues(zeros(width, tokens), zeros(tokens, width))
-  suffix, pending = (_distribute(_each(functools.partial(empty, tokens=tokens), prefix))
-                     for tokens in (capacity, None))
+    def zeros(like, *shape):
+      return None if like is None else jnp.zeros((*layers, rows, kv_heads, *shape), like.dtype)
+    scales = (zeros(scale, *length) for scale in (layer.key_scales, layer.value_scales))
+    return KeyValues(zeros(layer.keys, width, *length), zeros(layer.values, *length, width),
+                     *scales)
+  suffix, pending = (_distribute(_each(functools.partial(empty, length=length), prefix))
+                     for length in ((capacity,), ()))
   state = State(suffix=suffix, pending=pending, last=jnp.zeros(rows, jnp.int32), done=padding,
                 step=jnp.int32(0))
   state, tokens, logprobs = _extend(state, logits, uniform[0], settings)
@@ -154,13 +157,13 @@ def prefill(params, prompts: Prompts, settings: Settings, padding: Bool[Array, "
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("state",))
-def decode(params, prefix, state: State, rows: Rows, settings: Settings,
+def decode(variables, prefix, state: State, rows: Rows, settings: Settings,
            uniform: Float[Array, "length rows"], first: Int[Array, ""], least: Int[Array, ""], *,
            config: decoder_lib.DecoderConfig):
   """Draws the tokens up to `first + length` of every sample; stops when few samples are left.
 
   Args:
-    params: of `Decoder(config)`.
+    variables: of `Decoder(config)`, made by `precision.reduced`.
     prefix: the prompts' cache.
     state: as returned by `prefill` or `decode`; its buffers are reused. The suffix cache must have
       room for all but the last of the tokens.
@@ -179,7 +182,7 @@ def decode(params, prefix, state: State, rows: Rows, settings: Settings,
   model = decoder_lib.Decoder(config)
 
   def place(index):
-    return model.apply({"params": params}, rows, index, len(state.last), method="decode_step")
+    return model.apply(variables, rows, index, len(state.last), method="decode_step")
 
   def unfinished(carry):
     state, *_ = carry
@@ -188,11 +191,12 @@ def decode(params, prefix, state: State, rows: Rows, settings: Settings,
   def step(carry):
     state, at, tokens, logprobs = carry
     suffix = _distribute(_store(state))
-    hidden, pending = model.apply({"params": params}, state.last, rows, at,
-                                  _layer_caches(prefix, suffix), method="decode")
+    hidden, pending = model.apply(variables, state.last, rows, at,
+                                  _each(LayerCache, prefix, suffix), method="decode")
+    pending = _each(_as_stored, state.pending, pending)
     state = state.replace(suffix=suffix, pending=pending, step=state.step + 1)
     i = state.step - first
-    state, token, logprob = _extend(state, _logits(config, params, hidden), uniform[i], settings)
+    state, token, logprob = _extend(state, _logits(config, variables, hidden), uniform[i], settings)
     return state, place(state.step), tokens.at[i].set(token), logprobs.at[i].set(logprob)
 
   nothing = jnp.zeros(uniform.shape, jnp.int32), jnp.zeros(uniform.shape)
@@ -210,8 +214,7 @@ def grow(state: State, *, capacity: int) -> State:
     widths = [(0, 0)] * x.ndim
     widths[axis] = 0, capacity - x.shape[axis]
     return jnp.pad(x, widths)
-  longer = _each(lambda kv: KeyValues(pad(kv.keys, -1), pad(kv.values, -2)), state.suffix)
-  return state.replace(suffix=_distribute(longer))
+  return state.replace(suffix=_distribute(_each(functools.partial(_by_length, pad), state.suffix)))
 
 
 @jax.jit
@@ -246,9 +249,9 @@ def _extend(state, logits, uniform, settings):
   return state.replace(last=tokens, done=done), tokens, logprobs
 
 
-def _logits(config, params, hidden):
+def _logits(config, variables, hidden):
   """Soft-capped logits in float32."""
-  vocabulary = decoder_lib.Decoder(config).apply({"params": params}, method="vocabulary")
+  vocabulary = decoder_lib.Decoder(config).apply(variables, method="vocabulary")
   vocabulary = sharding.constrain(vocabulary.astype(hidden.dtype), "vocab", None)
   logits = token_logits(hidden, vocabulary, soft_cap=config.logit_soft_cap)
   return sharding.constrain(logits, "rows", None)
@@ -261,16 +264,23 @@ def _store(state):
   a buffer that is only written to is updated in place, else XLA copies the whole cache every step.
   """
   index = jnp.maximum(state.step - 1, 0)  # at step 0 there are none yet, and index 0 is not visible
-  put = jax.lax.dynamic_update_index_in_dim
 
-  def one(suffix, new):
-    return KeyValues(put(suffix.keys, new.keys, index, suffix.keys.ndim - 1),
-                     put(suffix.values, new.values, index, suffix.values.ndim - 2))
-  return _each(one, state.suffix, state.pending)
+  def put(cache, axis, new):
+    return jax.lax.dynamic_update_index_in_dim(cache, new, index, cache.ndim + axis)
+
+  return _each(functools.partial(_by_length, put), state.suffix, state.pending)
 
 
-def _layer_caches(prefix, suffix):
-  return _each(lambda p, s: LayerCache(p.keys, p.values, s.keys, s.values), prefix, suffix)
+def _by_length(function, cache, *others):
+  """`function(array, axis of the tokens, array of others...)` of each array of a cache."""
+  scales = None if cache.key_scales is None else -1
+  axes = KeyValues(keys=-1, values=-2, key_scales=scales, value_scales=scales)
+  return jax.tree.map(function, cache, axes, *others)
+
+
+def _as_stored(old, new):
+  """New keys and values in the precision of old ones."""
+  return precision.stored(new, old.keys.dtype.name if old.keys.dtype != new.keys.dtype else "")
 
 
 def _each(function, *layers):

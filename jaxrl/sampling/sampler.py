@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from jaxrl.models.decoder import DecoderConfig
-from jaxrl.sampling import generate
+from jaxrl.sampling import generate, precision
 from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout
+from jaxrl.sampling.compaction import Ladder
 from jaxrl.sampling.device_call import DeviceCall
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
@@ -61,7 +62,8 @@ class Sampler:
   """
 
   def __init__(self, config: DecoderConfig, *, mesh: Mesh | None = None, max_rows: int = 1024,
-               streams: int | None = None, decode: Callable[[list[int]], str] | None = None):
+               streams: int | None = None, decode: Callable[[list[int]], str] | None = None,
+               weights_dtype: str = "", cache_dtype: str = ""):
     """
     Args:
       config: of the model.
@@ -72,9 +74,18 @@ class Sampler:
         elsewhere and on several devices, whose processes must agree on the order of calls.
       decode: token ids to text, for stop strings. Text must only grow with more tokens (an
         incomplete last character aside).
+      weights_dtype, cache_dtype: of matrices, and of keys and values; one of `precision.DTYPES`.
+
+    Raises:
+      ValueError: a value out of range.
     """
     if max_rows < 1:
       raise ValueError(f"sampling.max_rows={max_rows}: at least 1 row is needed")
+    for name, dtype in (("weights_dtype", weights_dtype), ("cache_dtype", cache_dtype)):
+      if dtype not in precision.DTYPES:
+        raise ValueError(f"config.rollout.{name}={dtype!r} is none of {precision.DTYPES}; \"\" is the "
+                         "model's own")
+    self._weights_dtype, self._cache_dtype = weights_dtype, cache_dtype
     self._config = config
     self._mesh = mesh
     self._max_rows = max_rows
@@ -86,17 +97,20 @@ class Sampler:
                        "1 elsewhere")
     self._streams = streams
     self._dispatch = threading.Lock()  # so that two threads do not compile the same program
+    self._ladder = Ladder()
     self._decode = decode
     self.statistics = Statistics()
 
-  def sample(self, params, requests: Sequence[Request], base_key: jax.Array
-             ) -> list[list[Sample]]:
+  def sample(self, params, requests: Sequence[Request], base_key: jax.Array, *,
+             on_done: Callable[[int, list[Sample]], None] | None = None) -> list[list[Sample]]:
     """`n` samples for every request, in their order.
 
     Args:
       params: of `Decoder(config)`, with whatever sharding they have.
       requests: any mixture of prompts, numbers of samples and settings.
       base_key: a typed threefry key (`jax.random.key(seed)`), the same for a whole run.
+      on_done: is given the index of a request and its samples as soon as all of them have ended,
+        while others may still be under way; from any thread.
 
     Raises:
       ValueError: a request that cannot be served.
@@ -105,25 +119,31 @@ class Sampler:
     began, compiled = time.perf_counter(), generate.compilations.total()
     self._check(requests, base_key)
     self.statistics = Statistics()
-    results = [[None] * request.n for request in requests]
+    results = _Results(requests, on_done)
     widest = max((request.n for request in requests), default=1)
     # A request with many samples may take the rows of several streams, so as not to be read twice.
     streams = max(1, min(self._streams, self._max_rows // max(widest, MIN_STREAM_ROWS)))
     calls = list(layout(requests, self._max_rows // streams, streams))
 
+    def context():
+      return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
+    with context():
+      variables = {"params": params}
+      if self._weights_dtype:
+        variables = precision.reduced(params, dtype=self._weights_dtype)
+
     def run(call):
-      with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-        return self._run(params, requests, *call, base_key)
+      with context():
+        return self._run(variables, requests, *call, base_key, results)
 
     with ThreadPoolExecutor(streams) as pool:
       outcomes = list(map(run, calls) if streams == 1 else pool.map(run, calls))
-    for (slots, _), (samples, statistics) in zip(calls, outcomes):
+    for statistics in outcomes:
       self.statistics.add(statistics)
-      for slot, row in zip(slots, samples):
-        results[slot.request][slot.first:slot.first + slot.count] = row
     self.statistics.seconds = time.perf_counter() - began
     self.statistics.compilations = generate.compilations.total() - compiled
-    return results
+    return results.samples
 
   def _check(self, requests, base_key):
     if not (isinstance(base_key, jax.Array) and jnp.issubdtype(base_key.dtype, jax.dtypes.prng_key)
@@ -141,37 +161,62 @@ class Sampler:
         raise ValueError(f"request {request.key}: stop_strings={request.params.stop_strings} need "
                          "a sampler that can decode: Sampler(..., decode=tokenizer.decode)")
 
-  def _run(self, params, requests, slots, width, base_key):
-    """Samples of one device call, per slot, and what it cost."""
-    call = DeviceCall(self._config, params, requests, slots, width, base_key, self._mesh,
-                      self._dispatch)
+  def _run(self, variables, requests, slots, width, base_key, results):
+    """Makes the samples of one device call; returns what it cost."""
+    call = DeviceCall(self._config, variables, requests, slots, width, base_key, self._mesh,
+                      self._dispatch, self._ladder, self._cache_dtype)
     ids, limits = call.settings.stop_ids, call.settings.max_tokens
     strings = StopStrings(self._decode, requests, slots, width)
-    checked = 0
+    checked, open_slots = 0, dict(enumerate(slots))
     while True:
       if strings.pending:
         strings.search(call.tokens, checked, lengths(call.tokens, ids, limits))
         checked = len(call.tokens)
         call.end(strings.found)
-      if not call.alive:
+      under_way = call.under_way
+      for place, slot in list(open_slots.items()):
+        rows = range(place * width, place * width + slot.count)
+        if not under_way[rows].any():
+          ended = lengths(call.tokens[:, rows], ids[rows], limits[rows])
+          samples = cut(call.tokens[:, rows], call.logprobs[:, rows], ended, ids[rows],
+                        range(slot.count), {row - rows.start: strings.found[row] for row in rows
+                                            if row in strings.found})
+          results.add(open_slots.pop(place), samples)
+      if not open_slots:
         break
       call.advance()
-    samples = cut(call.tokens, call.logprobs, lengths(call.tokens, ids, limits), ids, slots, width,
-                  strings.found)
-    _check_finite(requests, slots, samples)
-    return samples, Statistics(
+    return Statistics(
         device_seconds=call.waited, calls=1, slots=call.computed,
         prompt_tokens=sum(len(requests[slot.request].prompt) for slot in slots),
-        tokens=sum(len(sample.tokens) for row in samples for sample in row))
+        tokens=sum(results.tokens(slot) for slot in slots))
 
 
-def _check_finite(requests, slots, samples):
-  for slot, row in zip(slots, samples):
-    if not all(np.isfinite(sample.logprobs).all() for sample in row):
+class _Results:
+  """Samples by request, filled by several threads."""
+
+  def __init__(self, requests, on_done):
+    self.samples = [[None] * request.n for request in requests]
+    self._requests, self._on_done, self._lock = requests, on_done, threading.Lock()
+    self._missing = [request.n for request in requests]
+
+  def add(self, slot, samples):
+    """Takes the samples of a slot; hands the request on if they were its last."""
+    if not all(np.isfinite(sample.logprobs).all() for sample in samples):
       raise FloatingPointError(
-          f"request {requests[slot.request].key}: the model returned log-probabilities that are "
-          "not finite, so its parameters probably hold NaN or infinite values; go back to an "
+          f"request {self._requests[slot.request].key}: the model returned log-probabilities that "
+          "are not finite, so its parameters probably hold NaN or infinite values; go back to an "
           "earlier checkpoint or lower the learning rate")
+    with self._lock:
+      self.samples[slot.request][slot.first:slot.first + slot.count] = samples
+      self._missing[slot.request] -= slot.count
+      complete = not self._missing[slot.request]
+    if complete and self._on_done:
+      self._on_done(slot.request, self.samples[slot.request])
+
+  def tokens(self, slot):
+    """Tokens of all samples of a slot."""
+    mine = self.samples[slot.request][slot.first:slot.first + slot.count]
+    return sum(len(sample.tokens) for sample in mine)
 
 
 def _cores():

@@ -72,24 +72,20 @@ def lengths(tokens: np.ndarray, stop_ids: np.ndarray, max_tokens: np.ndarray) ->
 
 
 def cut(tokens: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray, stop_ids: np.ndarray,
-        slots: Sequence[Slot], width: int, found: dict[int, tuple[int, int]]
-        ) -> list[list[Sample]]:
-  """The samples of every slot.
+        rows: Sequence[int], found: dict[int, tuple[int, int]]) -> list[Sample]:
+  """The samples of some rows, which have ended.
 
   Args:
     tokens, logprobs: [time, rows]
     lengths: as returned by `lengths`.
     stop_ids: [rows, ids]
-    slots: one per prompt that is not padding.
-    width: rows of each slot.
+    rows: which of them.
     found: stop strings, as in `StopStrings.found`.
   """
-  tokens, logprobs = tokens.T, logprobs.T
-
   def one(row):
     length, text_end = found.get(row, (lengths[row], None))
-    stopped = row in found or tokens[row, length - 1] in stop_ids[row]
-    return Sample(tokens[row, :length].copy(), logprobs[row, :length].copy(),
+    stopped = row in found or tokens[length - 1, row] in stop_ids[row]
+    return Sample(tokens[:length, row].copy(), logprobs[:length, row].copy(),
                   "stop" if stopped else "length", text_end)
 
-  return [[one(p * width + s) for s in range(slot.count)] for p, slot in enumerate(slots)]
+  return [one(row) for row in rows]

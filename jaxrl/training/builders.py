@@ -222,7 +222,8 @@ def _is_ahead(phase):
 
 def _sampler(config, decoder, tokenizer, mesh):
   return processes.AgreeingSampler(decoder, mesh=mesh, max_rows=config.rollout.max_rows,
-                                   decode=tokenizer.decode)
+                                   weights_dtype=config.rollout.weights_dtype,
+                                   cache_dtype=config.rollout.cache_dtype, decode=tokenizer.decode)
 
 
 def _rollouts(parts, phase, sampler):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl.batch import Trajectory, pack
-from jaxrl.models import (Decoder, DecoderConfig, LayerCache, Rows, init_parameters,
+from jaxrl.models import (Decoder, DecoderConfig, KeyValues, LayerCache, Rows, init_parameters,
                           unbox)
 from jaxrl.models import rope
 
@@ -149,13 +149,14 @@ def test_decoding_equals_the_packed_forward_pass(config, scan_layers, rows):
   def empty(kv):
     layers, (_, kv_heads, length, width) = kv.keys.shape[:-4], kv.keys.shape[-4:]
     return LayerCache(
-        kv.keys.swapaxes(-1, -2), kv.values,
-        jnp.zeros((*layers, len(owners), kv_heads, width, steps)),
-        jnp.zeros((*layers, len(owners), kv_heads, steps, width)))
+        KeyValues(kv.keys.swapaxes(-1, -2), kv.values),
+        KeyValues(jnp.zeros((*layers, len(owners), kv_heads, width, steps)),
+                  jnp.zeros((*layers, len(owners), kv_heads, steps, width))))
 
   def grown(cache, kv, index):
-    return cache.replace(suffix_keys=cache.suffix_keys.at[..., index].set(kv.keys),
-                         suffix_values=cache.suffix_values.at[..., index, :].set(kv.values))
+    suffix = cache.suffix
+    return cache.replace(suffix=KeyValues(suffix.keys.at[..., index].set(kv.keys),
+                                          suffix.values.at[..., index, :].set(kv.values)))
 
   @jax.jit
   def decode(tokens, index, cache):

@@ -13,7 +13,8 @@ from scipy import special, stats
 
 from jaxrl import sharding
 from jaxrl.models.decoder import Decoder, DecoderConfig
-from jaxrl.sampling import Request, Sampler, SamplingParams, batching, device_call, stopping
+from jaxrl.sampling import (Request, Sampler, SamplingParams, batching, compaction, device_call,
+                            precision, stopping)
 
 VOCAB = 12
 PLAIN = DecoderConfig(vocab_size=VOCAB, layers=1, d_model=8, heads=2, kv_heads=2, d_ff=8)
@@ -190,6 +191,88 @@ def test_a_cache_that_grows_gives_the_samples_of_one_that_need_not(monkeypatch):
   assert_same(grown, sampler(DIALECT).sample(parameters(DIALECT), [request], KEY)[0])
 
 
+def long_tailed(rng, n, most):
+  """Lengths whose maximum may be 16 times their median. [n]"""
+  return np.clip(np.round(most / 16 * rng.lognormal(sigma=1.2, size=n)), 1, most).astype(int)
+
+
+def test_few_rows_are_wasted_on_long_tailed_lengths_and_soon_nothing_is_compiled(monkeypatch):
+  monkeypatch.setattr(compaction, "LEARNING", 2)
+  tailed, rng, wasted, compiled = Sampler(PLAIN, streams=1), np.random.default_rng(0), [], []
+  for _ in range(6):
+    requests = [ask([1, i % 10], key=(i,), max_tokens=int(length))
+                for i, length in enumerate(long_tailed(rng, 64, 64))]
+    samples = flat(tailed.sample(parameters(PLAIN), requests, KEY))
+    assert [len(sample.tokens) for sample in samples] == [r.params.max_tokens for r in requests]
+    wasted.append(tailed.statistics.waste)
+    compiled.append(tailed.statistics.compilations)
+  assert np.mean(wasted) < 0.15 and sum(compiled) < 50
+  assert not any(compiled[2:])
+
+
+@pytest.mark.parametrize("config", [PLAIN, DIALECT], ids=["plain", "dialect"])
+def test_rows_that_are_moved_together_give_the_samples_of_each_alone(config, monkeypatch):
+  """24 and then 6 of 36 rows are left; the last have a copy of their prompt each."""
+  requests = [ask([1] * (i + 1), n=6, key=(i,), max_tokens=limit, stop_ids=(3,) * (i == 1))
+              for i, limit in enumerate((60, 40, 40, 5, 5, 5))]
+  moved = Sampler(config, streams=1)
+  together = flat(moved.sample(parameters(config), requests, KEY))
+  assert moved.statistics.slots < 36 * 10 + 24 * 40 + 8 * 20
+  monkeypatch.setattr(compaction, "MOVE", np.inf)
+  still = Sampler(config, streams=1)
+  assert_same(together, flat(still.sample(parameters(config), requests, KEY)))
+  assert still.statistics.slots == 36 * 60
+
+
+def test_stop_strings_are_found_in_rows_that_have_moved(monkeypatch):
+  monkeypatch.setattr(device_call, "CHUNK", 16)
+  requests = [ask([1, i], n=6, key=(i,), max_tokens=limit, stop_strings=("ba", "dg"))
+              for i, limit in enumerate((60, 60, 60, 5, 5, 5))]
+  moved = Sampler(PLAIN, streams=1, decode=spell)
+  together = flat(moved.sample(parameters(PLAIN), requests, KEY))
+  assert any(sample.finish == "stop" and len(sample.tokens) > 20 for sample in together)
+  monkeypatch.setattr(compaction, "MOVE", np.inf)
+  still = Sampler(PLAIN, streams=1, decode=spell)
+  assert_same(together, flat(still.sample(parameters(PLAIN), requests, KEY)))
+  assert moved.statistics.slots < still.statistics.slots
+
+
+@pytest.mark.parametrize("config", [PLAIN, DIALECT], ids=["plain", "dialect"])
+@pytest.mark.parametrize("dtypes, bound", [
+    (("float32", "float32"), 1e-5), (("bfloat16", ""), 0.1), (("int8", ""), 0.1),
+    (("", "bfloat16"), 0.1), (("", "int8"), 0.1)])
+def test_reduced_precision_changes_the_log_probabilities_of_samples_a_little(
+    config, dtypes, bound):
+  reduced = Sampler(config, weights_dtype=dtypes[0], cache_dtype=dtypes[1])
+  gaps = []
+  for request, samples in zip(MIXED, reduced.sample(parameters(config), MIXED, KEY)):
+    for sample in samples:
+      logits = uncached_logits(config, [*request.prompt, *sample.tokens])
+      logits = logits[len(request.prompt) - 1:-1]
+      logprobs = special.log_softmax(logits / (request.params.temperature or 1.0), axis=-1)
+      expected = np.take_along_axis(logprobs, sample.tokens[:, None], axis=-1)[:, 0]
+      gaps.append(np.abs(sample.logprobs - expected))
+  gap = np.concatenate(gaps).mean()
+  assert gap < bound and (bound < 1e-3 or gap > 1e-4)
+
+
+@given(st.integers(0, 1000), st.sampled_from([(0,), (1,), (0, 1)]))
+def test_quantised_numbers_are_off_by_half_a_step_at_most(seed, axes):
+  x = np.random.default_rng(seed).standard_t(2, size=(5, 4, 3)).astype(np.float32)
+  integers, scale = precision.quantise(x, axes)
+  scale = np.expand_dims(np.asarray(scale), axes)
+  np.testing.assert_allclose(scale, np.abs(x).max(axis=axes, keepdims=True) / 127, rtol=1e-6)
+  assert (np.abs(np.asarray(integers, np.float32) * scale - x) <= 0.501 * scale).all()
+
+
+def test_sizes_of_moved_rows_are_a_ladder():
+  rungs = [128]
+  while rungs[-1]:
+    rungs.append(compaction.rung_below(rungs[-1]))
+  assert rungs == [128, 96, 80, 64, 48, 40, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1, 0]
+  assert [compaction.rung_below(rows) for rows in (36, 7, 9, 100)] == [32, 6, 8, 96]
+
+
 def test_other_settings_lengths_and_counts_in_the_same_buckets_compile_nothing():
   def run(requests):
     sampler().sample(parameters(PLAIN), requests, KEY)
@@ -281,6 +364,8 @@ def test_buckets_hold_their_size_and_waste_at_most_a_third(size):
     (lambda: sampler().sample({}, [ask([1], max_tokens=1, stop_strings=("x",))], KEY), "decode="),
     (lambda: sampler().sample({}, [ask([1], max_tokens=1)], jax.random.PRNGKey(0)), "typed"),
     (lambda: Sampler(PLAIN, max_rows=0), "max_rows=0"),
+    (lambda: Sampler(PLAIN, weights_dtype="int4"), "rollout.weights_dtype='int4'"),
+    (lambda: Sampler(PLAIN, cache_dtype="half"), "rollout.cache_dtype='half'"),
 ])
 def test_what_cannot_be_served_is_refused_with_a_remedy(make, message):
   with pytest.raises(ValueError, match=message):
