@@ -9,8 +9,8 @@ each in a process of its own, so that none is short of another's memory:
            bandwidth's roofline: all weights, each prompt's cache once for its samples, and each
            sample's own cache, per step (goal: 60% at 256 rows).
   train    tokens/s and MFU of `Learner.update` on packed rows, float32 parameters and Adam,
-           bfloat16 activations (goal: 45% at 1.5B and 4096 tokens). MFU counts 6 FLOPs per parameter
-           and token and causal attention within sequences; nothing that is computed twice.
+           bfloat16 activations (goal: 45% at 1.5B and 4096 tokens). MFU counts 6 FLOPs per
+           parameter and token and causal attention within sequences; nothing twice.
   grpo     seconds of a GRPO step with a reference: sampling, reference, update, and the rest
            (rewards, packing, moving the batch).
   torch    the same decoding and training by `transformers` and torch on the same chip, where they
@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> dict:
     raise SystemExit(f"--models: no {', '.join(sorted(unknown))}; there are "
                      f"{', '.join(scaling_model.SHAPES)}")
   if unknown := set(sections) - set(SECTIONS):
-    raise SystemExit(f"--sections: no {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    raise SystemExit(f"--sections: no {', '.join(sorted(unknown))}; there are "
+                     f"{', '.join(SECTIONS)}")
   limits = run_child(argv, "limits", "", args.timeout)
   if "error" in limits:
     raise SystemExit(f"measuring the device failed:\n{limits['error']}")

@@ -44,9 +44,9 @@ def markdown(result: dict) -> str:
            else "chips.py has no data sheet of it")
   lines = [
       f"# {result['device']['kind']} ({result['device']['platform']})\n",
-      f"Measured by `scripts/bench/accelerator.py`: bfloat16 products {_tera(limits['matmul_flops'])} "
-      f"TFLOP/s, copies {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s; {sheet}. Shares are of the data "
-      "sheet / of the measured limit. Random weights; medians of "
+      "Measured by `scripts/bench/accelerator.py`: bfloat16 products "
+      f"{_tera(limits['matmul_flops'])} TFLOP/s, copies "
+      f"{limits['copy_bytes_per_s'] / 1e9:.0f} GB/s; {sheet}. Shares are of the data sheet / of the measured limit. Random weights; medians of "
       f"{s['repeats']} calls. jax {result['versions']['jax']}.\n"]
   for name, sections in result["models"].items():
     lines.append(f"## {name}\n")
@@ -67,8 +67,8 @@ def _decode(found, sections, s):
     rows.append([row["rows"], f"{row['decode_tokens_per_s']:.0f}", f"{row['tokens_per_s']:.0f}",
                  _shares(row["roofline"]), f"{peer:.0f}" if peer else "-",
                  f"{row['decode_tokens_per_s'] / peer:.2f}" if peer else "-", _mark(row)])
-  return (f"Prompts of {s['prompt']} tokens, {s['samples']} samples each, {s['response']} tokens per "
-          f"sample; goal {DECODE_GOAL:.0%} of the roofline at 256 rows.\n\n" + _table(
+  return (f"Prompts of {s['prompt']} tokens, {s['samples']} samples each, {s['response']} tokens "
+          f"per sample; goal {DECODE_GOAL:.0%} of the roofline at 256 rows.\n\n" + _table(
               ["rows", "decoding tokens/s", "with prefill", "roofline", "torch decoding tokens/s",
                "ratio", ""], rows))
 
@@ -81,8 +81,8 @@ def _train(found, sections, s):
     rows.append(["torch", f"{peer['tokens_per_s']:.0f}", f"{peer['step_s']:.3f}",
                  _shares(peer["mfu"]), "", ""])
   return (f"{found['rows']} rows of {s['row_length']} tokens in sequences of {s['sequence']}, "
-          f"{found['micro_batch_rows']} rows at a time, remat {s['remat']}; goal {TRAIN_GOAL:.0%} for "
-          "1.5B parameters and rows of 4096.\n\n"
+          f"{found['micro_batch_rows']} rows at a time, remat {s['remat']}; goal {TRAIN_GOAL:.0%} "
+          "for 1.5B parameters and rows of 4096.\n\n"
           + _table(["", "tokens/s", "step s", "MFU", "peak MB", ""], rows))
 
 

@@ -159,8 +159,9 @@ class Run:
                  vocabulary_chunk=args.chunk, examples=examples)
     rollout = dict(prompts=args.grpo_prompts, max_tokens=args.response,
                    episode=dict(name="group", samples=args.samples))
-    self.parts, phase = phases.build(shape, kind, {"batch": batch, "rollout": rollout, "model": dict(
-        dtype="bfloat16", remat=args.remat, scan_layers=section in args.scan.split(","))})
+    decoder = dict(dtype="bfloat16", remat=args.remat, scan_layers=section in args.scan.split(","))
+    self.parts, phase = phases.build(
+        shape, kind, {"batch": batch, "rollout": rollout, "model": decoder})
     abstract = builders.abstract_state(self.parts, phase)
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     tasks = [Task(id=str(i), prompt=[0] * prompt) for i in range(args.grpo_prompts)]

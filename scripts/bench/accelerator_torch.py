@@ -1,8 +1,8 @@
 """The measurements of `accelerator.py` that run `transformers` on torch, on the same shapes.
 
-Decoding is `generate` with a dynamic cache and SDPA attention, all samples of a prompt in one batch.
-Training is forward, backward and fused AdamW under bfloat16 autocast with float32 parameters, on the
-same number of sequences; checkpointed where jaxrl rematerialises fully.
+Decoding is `generate` with a dynamic cache and SDPA attention, all samples of a prompt in one
+batch. Training is forward, backward and fused AdamW under bfloat16 autocast with float32
+parameters, on the same number of sequences; checkpointed where jaxrl rematerialises fully.
 """
 
 import argparse

@@ -64,7 +64,8 @@ class Machine:
     passes = 2 if op == "all-reduce" else 1
     if not self.host:
       # A mesh axis uses some dimensions of the torus, each a ring in both directions.
-      dimensions = max(1, min(self.torus, self.torus + 1 - shared_torus, round(math.log2(size) / 2)))
+      free = self.torus + 1 - shared_torus
+      dimensions = max(1, min(self.torus, free, round(math.log2(size) / 2)))
       rate = self.link_rate * dimensions / self.torus
       hops = dimensions * (size ** (1 / dimensions) - 1) / 2
       return sent / rate + passes * hops * self.hop_seconds

@@ -108,7 +108,8 @@ def first_group(rest: str) -> tuple[int, ...]:
     return tuple(map(int, match[1].split(",")))
   if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
     return tuple(_ids(match[3])[:int(match[2])].tolist())
-  match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", rest)
+  match = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}",
+                    rest)
   if not match:
     return ()
   axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}

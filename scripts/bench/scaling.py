@@ -12,15 +12,15 @@ row of the report says which it is, and compiled rows carry the ratio of scaled 
 Step times are rooflines: what v5p and H100 could do at their peaks (`chips.py` has the figures
 and their sources), not measurements. They assume fused attention, that collectives of weights and
 gradients run beside the compute, and that those of activations do not; columns show a step without
-anything side by side, and one with attention scores in memory. On TPU, device ids that are neighbours share a dimension of the
-torus; on GPU, eight neighbours share a host.
+anything side by side, and one with attention scores in memory. On TPU, device ids that are
+neighbours share a dimension of the torus; on GPU, eight neighbours share a host.
 
 The program is taken as XLA partitioned it, before the CPU's own passes (which make float32 of
 bfloat16). The temporary bytes are those of the CPU's buffers, usually more than a TPU or GPU needs;
 an estimate from the shapes stands beside them.
 
-Writes results/bench/scaling.json, results/bench/scaling.md and docs/scaling.png. Meshes are compiled
-in the order of their use to the report until `--budget-seconds` are spent.
+Writes results/bench/scaling.json, results/bench/scaling.md and docs/scaling.png. Two meshes of each
+model and kind of update are always compiled, more until `--budget-seconds` are spent.
 """
 
 import argparse
@@ -34,8 +34,8 @@ import sys
 import tempfile
 import time
 
-import hlo
 import chips
+import hlo
 import scaling_decode as decode
 import scaling_model as model
 import scaling_report as report
@@ -277,7 +277,8 @@ class Compiler:
       if found is None:
         print(f"  {job.name} {job.load.kind} {job.mesh}: out of time", flush=True)
         return None
-      print(f"  {job.name} {job.load.kind} {job.mesh}: {found['compile_seconds']:.0f} s", flush=True)
+      seconds = found["compile_seconds"]
+      print(f"  {job.name} {job.load.kind} {job.mesh}: {seconds:.0f} s", flush=True)
       self.rows[job] = found
     return self.rows[job]
 
@@ -374,7 +375,8 @@ def rollouts(args: argparse.Namespace, machines: list[chips.Machine], devices: l
       {"model": name, "machine": machine.name, **dataclasses.asdict(decode.decoding(
           model.SHAPES[name], machine, rows, tensor, args.prompt + args.response // 2, args.prompt,
           args.samples))}
-      for name in names for machine in machines for tensor in (1, 2, 4, 8) for rows in DECODING_ROWS]
+      for name in names for machine in machines for tensor in (1, 2, 4, 8)
+      for rows in DECODING_ROWS]
   steps = [apart_or_together(predictors[name, "grpo"], machine, n, args.rows, work)
            for name in names if (name, "grpo") in predictors for machine in machines
            for n in devices]

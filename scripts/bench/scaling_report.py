@@ -5,6 +5,9 @@ import itertools
 import json
 import pathlib
 
+SERIES = ("model", "kind", "machine", "scaling")  # rows that agree in these differ in devices
+SECONDS = ("compute_s", "hbm_s", "weights_s", "tensor_s", "step_s", "serial_s",
+           "step_with_scores_s")
 GOOD = 0.8  # efficiency below which a series counts as having stopped scaling
 
 
@@ -29,8 +32,8 @@ def markdown(result: dict) -> str:
   parts = [
       "# Scaling of updates and rollouts\n",
       "Made by `python scripts/bench/scaling.py` in "
-      f"{result['seconds']:.0f} s on a CPU, without allocating the models. Nothing here was timed on "
-      "an accelerator: programs were compiled and counted, times are rooflines at the machines' "
+      f"{result['seconds']:.0f} s on a CPU, without allocating the models. Nothing here was timed "
+      "on an accelerator: programs were compiled and counted, times are rooflines at the machines' "
       "peaks. A mesh is data x fsdp x tensor.\n",
       f"Rows of {s['length']} tokens; llama-3 shapes, scanned and fully rematerialised layers, "
       "bfloat16 activations, float32 parameters and Adam. `scripts/bench/scaling.py` says how "
@@ -39,8 +42,8 @@ def markdown(result: dict) -> str:
       "Per device. Arguments are XLA's, exactly; temporaries are those of XLA's CPU backend, which "
       "keeps float32 copies and attention scores, beside an estimate from the shapes. FLOPs and "
       "collectives count every run of every loop; the ratios are those of the model that fills the "
-      "other tables, to the program (which may skip blocks of attention that nothing sees). Collective bytes are of whole arrays: the ones gathered, "
-      "reduced or scattered.\n",
+      "other tables, to the program (which may skip blocks of attention that nothing sees). "
+      "Collective bytes are of whole arrays: the ones gathered, reduced or scattered.\n",
       compiled(result["compiled"]),
       "## Where it stops scaling\n",
       f"Strong: {s['rows']} rows ({s['rows'] * s['length'] / 1e6:.1f} M tokens) per update; weak: "
@@ -59,8 +62,8 @@ def markdown(result: dict) -> str:
       decoding(result["decoding"]),
       "## A GRPO step: on the same devices in turn, or on devices of their own\n",
       "Sampling is the bound for samples of equal length; a long tail adds idle time to it, which "
-      "is what sampling on devices of their own hides. `moving` is the time to bring new weights to "
-      "them; `gathering` the same on shared devices. Trainers of their own are half of all "
+      "is what sampling on devices of their own hides. `moving` is the time to bring new weights "
+      "to them; `gathering` the same on shared devices. Trainers of their own are half of all "
       "devices, a quarter or an eighth.\n",
       steps(result["steps"])]
   return "\n".join(parts)
@@ -84,7 +87,7 @@ def compiled(rows: Sequence[dict]) -> str:
 def stops(rows: Sequence[dict]) -> str:
   """One line per series: from where, how far, and what holds it back."""
   lines = []
-  for (name, kind, machine, scaling), group in _grouped(rows, "model", "kind", "machine", "scaling"):
+  for (name, kind, machine, scaling), group in _grouped(rows, *SERIES):
     group = sorted(group, key=lambda r: r["devices"])
     good = list(itertools.takewhile(lambda r: r["efficiency"] >= GOOD, group))
     end, after = good[-1], group[len(good)] if len(good) < len(group) else None
@@ -115,14 +118,14 @@ def why(row: dict) -> str:
 
 def series(rows: Sequence[dict]) -> Iterator[str]:
   """A table per model, kind of update and machine."""
-  for (name, kind, machine, scaling), group in _grouped(rows, "model", "kind", "machine", "scaling"):
+  for (name, kind, machine, scaling), group in _grouped(rows, *SERIES):
     yield f"### {name} {kind} on {machine}, {scaling} scaling\n"
     yield table(
         ["devices", "mesh", "rows x micro-batches", "memory GB", "with scores GB", "compute s",
-         "HBM s", "weights s", "tensor s", "step s", "serial s", "with scores s", "MFU at most", "efficiency", "bound", "source"],
+         "HBM s", "weights s", "tensor s", "step s", "serial s", "with scores s", "MFU at most",
+         "efficiency", "bound", "source"],
         [[r["devices"], _mesh(r), _load(r), _giga(r["memory_bytes"]),
-          _giga(r["memory_with_scores_bytes"]), *(f"{r[k]:.3g}" for k in ("compute_s", "hbm_s", "weights_s", "tensor_s", "step_s",
-                                    "serial_s", "step_with_scores_s")),
+          _giga(r["memory_with_scores_bytes"]), *(f"{r[key]:.3g}" for key in SECONDS),
           f"{r['mfu_at_most']:.0%}", f"{r['efficiency']:.2f}", r["bound"], r["source"]]
          for r in sorted(group, key=lambda r: r["devices"])])
 
