@@ -120,6 +120,11 @@ class Scorer:
     return list(self._labels)
 
   @property
+  def has_workers(self) -> bool:
+    """Whether judging leaves this process free."""
+    return self._pool is not None
+
+  @property
   def counts(self) -> dict[str, int]:
     """Totals so far: samples, scored, failed, unscorable, and the last two as `label/failed`.
 
@@ -129,8 +134,12 @@ class Scorer:
     names += [f"{label}/{status}" for label in self._labels for status in ("failed", "unscorable")]
     return {name: self._counts[name] for name in names}
 
-  def score(self, pairs: Sequence[tuple["Task", "Trajectory"]]) -> list[Scored]:
+  def score(self, pairs: Sequence[tuple["Task", "Trajectory"]], *, among: int = 0) -> list[Scored]:
     """Judges samples; the order of the result is that of `pairs`. May be called from any thread.
+
+    Args:
+      pairs: what is judged.
+      among: samples that these are a part of, for the rate of failures; 0 is these alone.
 
     Raises:
       RewardFailure: too many samples failed, or none could be scored.
@@ -140,7 +149,7 @@ class Scorer:
     with self._lock:
       found = [{} for _ in pairs]
       failures = set()
-      total = max(len(self._failures) + len(pairs), FEWEST)
+      total = max(len(self._failures) + max(len(pairs), among), FEWEST)
       allowed = self._max_failure_rate * total - sum(self._failures)
 
       def note(index, label, outcome):

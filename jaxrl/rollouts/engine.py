@@ -1,7 +1,9 @@
 """Runs many episodes together: each is a coroutine, and the sampler is their event loop.
 
 An episode asks for samples and scores with `await`. When every live episode waits, all requests are
-served in one batched call. What an episode gets never depends on which others run beside it: each
+served in one batched call. Where rewards are judged in worker processes, what has ended is judged
+while the rest is still being sampled. What an episode gets never depends on which others run beside
+it, or on when: each
 sampled row has its own PRNG key made of (phase, step, episode, branch, request, row). Branches are
 the asyncio tasks that an episode starts (`asyncio.gather`, `asyncio.create_task`), numbered in the
 order in which it starts them, so it does not matter either which of them is the first to ask.
@@ -13,6 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 import concurrent.futures
 import contextvars
 import dataclasses
+import functools
 import traceback
 from typing import Any
 
@@ -55,6 +58,7 @@ class _Pending:
   future: asyncio.Future
   request: Request | None = None  # for samples
   pairs: Sequence[tuple[Task, Trajectory]] = ()  # for scores
+  judged: concurrent.futures.Future | None = None  # these scores, if they were begun early
 
 
 class EpisodeContext:
@@ -218,20 +222,25 @@ class _Session:
     self.rollouts, self.params, self.base_key = rollouts, params, base_key
     self.key, self.step = key, step
     self.pending: list[_Pending] = []
-    self.over = False
+    self.over, self.episodes = False, 0
+    # Several processes must agree on the order of what they do together, scores among it.
+    early = rollouts.scorer.has_workers and jax.process_count() == 1
+    self.judge = concurrent.futures.ThreadPoolExecutor(1, "jaxrl-judge") if early else None
+    self.ended: list[tuple[list, concurrent.futures.Future]] = []  # pairs of episodes, judged early
 
   def post(self, episode: int, **request) -> asyncio.Future:
     """Queues a request; the future resolves when the batch it joins has been served."""
     if self.over:  # nobody would serve it; the episode is being cancelled and must not go on
       raise asyncio.CancelledError
     future = asyncio.get_running_loop().create_future()
-    self.pending.append(_Pending(episode, future, **request))
+    self.pending.append(_Pending(episode, future, judged=self._judge_early(request.get("pairs")),
+                                 **request))
     self.changed.set()
     return future
 
   async def serve(self, tasks, first_episode) -> list[list[Trajectory] | BaseException]:
     """Runs all episodes to their end; a failing one yields its exception."""
-    self.changed = asyncio.Event()
+    self.changed, self.episodes = asyncio.Event(), len(tasks)
     asyncio.get_running_loop().set_task_factory(_start_branch)
     episodes = {first_episode + i: asyncio.ensure_future(self._run(first_episode + i, task))
                 for i, task in enumerate(tasks)}
@@ -243,15 +252,19 @@ class _Session:
         batch = [p for p in self.pending
                  if not p.future.done() and not episodes[p.episode].done()]
         self.pending = []
-        self._serve_scores([p for p in batch if p.request is None])
-        self._serve_samples([p for p in batch if p.request is not None])
+        await self._serve_scores([p for p in batch if p.request is None])
+        await self._serve_samples([p for p in batch if p.request is not None])
       outcomes = await asyncio.gather(*episodes.values(), return_exceptions=True)
+      for pairs, judged in self.ended:
+        _record(pairs, await asyncio.wrap_future(judged))
       kept = [(task, t) for task, outcome in zip(tasks, outcomes) if isinstance(outcome, list)
               for t in outcome if not t.evidence]
       self._score(kept)
       return outcomes
     finally:
       self.over = True
+      if self.judge:
+        self.judge.shutdown(wait=False, cancel_futures=True)
       for episode in episodes.values():
         episode.cancel()
 
@@ -276,27 +289,60 @@ class _Session:
       for t in trajectories:
         t.task_id = task.id
         t.group += episode * GROUPS_PER_EPISODE
+      pairs = [(task, t) for t in trajectories if not t.evidence]
+      if judged := self._judge_early(pairs):
+        self.ended.append((pairs, judged))
       return trajectories
     finally:
       self.changed.set()
 
-  def _serve_samples(self, pending):
+  async def _serve_samples(self, pending):
     if not pending:
       return
-    results = self.rollouts.sampler.sample(self.params["params"], [p.request for p in pending],
-                                           self.base_key)
-    for p, result in zip(pending, results):
-      p.future.set_result(result)
+    sample = functools.partial(self.rollouts.sampler.sample, self.params["params"],
+                               [p.request for p in pending], self.base_key)
+    if self.judge is None:
+      for p, result in zip(pending, sample()):
+        p.future.set_result(result)
+      return
+    # In a thread, so that episodes whose samples have ended can go on to be judged. None of them is
+    # sampled for before all others wait again, so what is batched together stays the same.
+    loop = asyncio.get_running_loop()
 
-  def _serve_scores(self, pending):
-    self._score([pair for p in pending for pair in p.pairs])
+    def deliver(index, samples):
+      loop.call_soon_threadsafe(_resolve, pending[index].future, samples)
+    results = await loop.run_in_executor(None, functools.partial(sample, on_done=deliver))
+    for p, result in zip(pending, results):
+      _resolve(p.future, result)
+
+  async def _serve_scores(self, pending):
+    self._score([pair for p in pending if not p.judged for pair in p.pairs])
     for p in pending:
-      p.future.set_result(None)
+      if p.judged:
+        _record(p.pairs, await asyncio.wrap_future(p.judged))
+      _resolve(p.future, None)
+
+  def _judge_early(self, pairs):
+    """Begins to judge in a thread, if there are workers to do it meanwhile."""
+    if not (self.judge and pairs):
+      return None
+    return self.judge.submit(self.rollouts.scorer.score, pairs, among=len(pairs) * self.episodes)
 
   def _score(self, pairs):
-    for (_, trajectory), scored in zip(pairs, self.rollouts.scorer.score(pairs) if pairs else ()):
-      trajectory.reward, trajectory.scored = scored.reward, scored.scored
-      trajectory.evidence = dict(scored.evidence)
+    if pairs:
+      _record(pairs, self.rollouts.scorer.score(pairs))
+
+
+def _record(pairs, scores):
+  """Writes what was found about trajectories into them."""
+  for (_, trajectory), scored in zip(pairs, scores):
+    trajectory.reward, trajectory.scored = scored.reward, scored.scored
+    trajectory.evidence = dict(scored.evidence)
+
+
+def _resolve(future, result):
+  if not future.done():  # an episode may have given up on it
+    future.set_result(result)
 
 
 def _start_branch(loop, coroutine, *, context=None, **options):

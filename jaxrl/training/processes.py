@@ -100,17 +100,17 @@ def content_of(batch: TokenBatch) -> bytes:
 class SharedScorer(scorers.Scorer):
   """A scorer of which process 0 judges for all: no two processes can see different rewards."""
 
-  def score(self, pairs: Sequence[tuple]) -> list[scorers.Scored]:
+  def score(self, pairs: Sequence[tuple], *, among: int = 0) -> list[scorers.Scored]:
     """As `Scorer.score`; what it raises in process 0 is raised in all."""
     if jax.process_count() == 1:
-      return super().score(pairs)
+      return super().score(pairs, among=among)
     pairs = list(pairs)
     meet(f"{len(pairs)} samples to score",
          repr([(task.id, completion.text) for task, completion in pairs]).encode())
     scored, refusal, failure = None, None, None
     if jax.process_index() == 0:
       try:
-        scored = super().score(pairs)
+        scored = super().score(pairs, among=among)
       except scorers.RewardFailure as error:
         refusal = error
       except Exception as error:
@@ -131,8 +131,8 @@ class SharedScorer(scorers.Scorer):
 class AgreeingSampler(Sampler):
   """A sampler that all processes must ask for the same; it compares before devices are involved."""
 
-  def sample(self, params: Any, requests: Sequence[Request], base_key: jax.Array
-             ) -> list[list[Sample]]:
+  def sample(self, params: Any, requests: Sequence[Request], base_key: jax.Array,
+             **how) -> list[list[Sample]]:
     """As `Sampler.sample`.
 
     Raises:
@@ -141,4 +141,4 @@ class AgreeingSampler(Sampler):
     if jax.process_count() > 1:
       asked = [(list(map(int, r.prompt)), r.n, tuple(r.key), r.params) for r in requests]
       meet(f"{len(requests)} requests to sample", repr(asked).encode())
-    return super().sample(params, requests, base_key)
+    return super().sample(params, requests, base_key, **how)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxrl.batch import Layout, Task, TokenBatch, Trajectory
 from jaxrl.batch import bucket, first_fit_decreasing, pack
 from jaxrl.models import DecoderConfig
+from jaxrl.models import packed_attention
 
 WORTH_SHARING = 0.9  # of the work that whole sequences would take
 MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
@@ -132,21 +133,21 @@ def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes):
   if settings.batch.micro_batch_rows:
     return -(-settings.batch.micro_batch_rows // unit) * unit
   per_unit = layout.rows_per_trunk * layout.row_length + layout.trunk_length
-  tokens = _tokens_at_a_time(settings, decoder, mesh, kept_bytes)
+  tokens = _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes)
   return unit * max(1, round(tokens / per_unit))
 
 
-def _tokens_at_a_time(settings, decoder, mesh, kept_bytes):
+def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):
   """Tokens of a micro-batch on one device."""
   device = mesh.local_mesh.devices.flat[0]
   if device.platform == "cpu":
     return max(256, CPU_BLOCK // decoder.d_ff)
   limit = (device.memory_stats() or {}).get("bytes_limit", 16 << 30)
   room = HALF * max(limit - kept_bytes, limit // 8)
-  return max(256, int(room / _bytes_per_token(settings, decoder, mesh.shape["tensor"])))
+  return max(256, int(room / _bytes_per_token(settings, decoder, layout, mesh.shape["tensor"])))
 
 
-def _bytes_per_token(settings, decoder, tensor):
+def _bytes_per_token(settings, decoder, layout, tensor):
   """Activations that the backward pass needs of one token, roughly."""
   c, size = decoder, np.dtype(jax.numpy.dtype(decoder.dtype)).itemsize
   inside = (3 * c.d_ff + 3 * (c.heads + c.kv_heads) * c.width) / tensor + 4 * c.d_model
@@ -154,4 +155,8 @@ def _bytes_per_token(settings, decoder, tensor):
           "dots": c.layers * (inside + 2 * c.d_model) / 2,
           "full": c.layers * c.d_model + inside}[c.remat]
   logits = 3 * 4 * min(settings.batch.vocabulary_chunk or 8192, math.ceil(c.vocab_size / tensor))
-  return size * kept + logits + 6 * 4 * c.d_model
+  # Scores and weights of attention; the backward pass makes those of long rows and under
+  # rematerialisation again, one layer at a time.
+  scores = 2 * 4 * c.heads / tensor * (layout.trunk_length + layout.row_length)
+  again = c.remat == "full" or layout.row_length > packed_attention.BLOCK
+  return size * kept + logits + 6 * 4 * c.d_model + scores * (1 if again else c.layers)

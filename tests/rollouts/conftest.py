@@ -29,13 +29,18 @@ class FakeSampler:
   def __init__(self):
     self.calls = []
     self.error = None
+    self.after_delivery = lambda index: None  # called while the rest is "still being sampled"
 
-  def sample(self, params, requests, base_key):
+  def sample(self, params, requests, base_key, *, on_done=None):
     assert params is PARAMS["params"]
     self.calls.append(list(requests))
     if self.error:
       raise self.error
-    return [[self._one(r, i, base_key) for i in range(r.n)] for r in requests]
+    results = [[self._one(r, i, base_key) for i in range(r.n)] for r in requests]
+    for index in range(len(results) - 1 if on_done else 0):
+      on_done(index, results[index])
+      self.after_delivery(index)
+    return results
 
   def _one(self, request, row, base_key):
     identity = repr((base_key, request.key, row, list(request.prompt), request.params))
@@ -48,13 +53,14 @@ class FakeScorer:
   """1 for a completion of an even sum of letters; what `broken(text)` holds for has no reward."""
 
   labels = ["even"]
+  has_workers = False
 
   def __init__(self):
     self.calls = []
     self.error = None
     self.broken = lambda text: False
 
-  def score(self, pairs):
+  def score(self, pairs, *, among=0):
     self.calls.append([(task.id, t.text) for task, t in pairs])
     if self.error:
       raise self.error

@@ -451,3 +451,39 @@ def test_a_run_inside_a_running_event_loop_is_the_same(world):
 
 def test_no_tasks_give_no_trajectories(world):
   assert world.run(group(2), 0) == [] and not world.sampler.calls
+
+
+def test_what_has_ended_is_judged_while_the_rest_is_sampled(world, tasks_of):
+  """The sampler goes on only once the first group has been judged."""
+  world.scorer.has_workers = True
+  judged = threading.Event()
+  score = world.scorer.score
+
+  def noted(pairs, **options):
+    judged.set()
+    return score(pairs, **options)
+  world.scorer.score = noted
+  waited = []
+  world.sampler.after_delivery = lambda index: waited.append(judged.wait(TIMEOUT))
+  result = world.run(group(4), tasks_of(3))
+  assert waited == [True, True]
+  assert [t.evidence["even"].score for t in result] == [t.reward for t in result]
+  assert len(world.scorer.calls) == 3
+
+
+@pytest.mark.parametrize("episode", [group(3), many_turns])
+def test_judging_early_changes_no_result_and_no_batch_of_requests(world, tasks_of, episode):
+  expected = outcome(world.run(episode, tasks_of(5)))
+  requests = [[r.key for r in call] for call in world.sampler.calls]
+  world.sampler.calls.clear()
+  world.scorer.has_workers = True
+  assert outcome(world.run(episode, tasks_of(5))) == expected
+  assert [sorted(r.key for r in call) for call in world.sampler.calls] == [
+      sorted(keys) for keys in requests]
+
+
+def test_a_reward_that_fails_early_stops_the_run(world, tasks_of):
+  world.scorer.has_workers = True
+  world.scorer.error = RuntimeError("the judge is broken")
+  with pytest.raises(RuntimeError, match="the judge is broken"):
+    world.run(group(2), tasks_of(3))
