@@ -72,8 +72,11 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     samples = settings.rollout.episode.get("samples", 1)
     layout = _layout_of_rollouts(settings, decoder, max(prompts), samples)
     responses = [settings.rollout.max_tokens] * samples
-    rows = sum(_rows(layout, length, responses) for length in prompts)
     sequences = len(prompts) * samples
+    if layout.trunk_length:
+      rows = sum(_rows(layout, length, responses) for length in prompts)
+    else:
+      rows = _rows_of_whole(layout, max(prompts) + settings.rollout.max_tokens, sequences)
   else:
     layout = Layout(settings.batch.row_length)
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
@@ -97,7 +100,7 @@ def _layout_of_rollouts(settings, decoder, prompt, samples):
     total = 0.0
     for share in (1.0, 0.5):  # of the longest response, which half of them come near to
       responses = [math.ceil(longest * share * x) for x in np.linspace(share, 1, samples)]
-      units = _rows(layout, prompt, responses) // layout.rows_per_trunk
+      units = _rows(layout, prompt, responses) / layout.rows_per_trunk
       tokens = units * (layout.trunk_length + layout.rows_per_trunk * layout.row_length)
       attention = 1 + layout.row_length / (4 * decoder.d_model)  # relative to all other work
       total += tokens * attention / (prompt + sum(responses))
@@ -109,7 +112,7 @@ def _layout_of_rollouts(settings, decoder, prompt, samples):
 def _rows(layout, prompt, responses):
   """Rows that a prompt and its responses take, padding rows included."""
   if not layout.trunk_length:  # other prompts fill up what is left of a row
-    return math.ceil(sum(prompt + n for n in responses) / layout.row_length)
+    return sum(prompt + n for n in responses) / layout.row_length
   unit = layout.rows_per_trunk
   return -(-len(first_fit_decreasing(responses, layout.row_length)) // unit) * unit
 
@@ -118,12 +121,17 @@ def _round_up(size, multiple=16):
   return -(-size // multiple) * multiple
 
 
+def _rows_of_whole(layout, longest, sequences):
+  """Rows that so many sequences take at most: all but the last hold what fits at its longest."""
+  return -(-sequences // max(1, layout.row_length // longest))
+
+
 def _rows_of_examples(settings):
   d, length = settings.data, settings.batch.row_length
   if not (d.max_prompt_tokens and d.max_completion_tokens):
     return 1
   longest = min(d.max_prompt_tokens + d.max_completion_tokens, length)
-  return len(first_fit_decreasing([longest] * settings.batch.examples, length))
+  return _rows_of_whole(Layout(length), longest, settings.batch.examples)
 
 
 def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes):
