@@ -54,7 +54,9 @@ class Tasks:
 class Judge:
   """Rewards the number of different tokens."""
 
-  def score(self, pairs):
+  has_workers = False
+
+  def score(self, pairs, *, among=0):
     return [Scored(r, True, {"different": Criterion(r, detail=task.answer)}) for task, r in
             ((task, float(len(set(t.tokens.tolist())))) for task, t in pairs)]
 
