@@ -96,6 +96,11 @@ def test_waiting_for_a_disk_is_not_being_busy():
   assert after[1] - before[1] == pytest.approx(5.0)
 
 
+def test_spans_that_overlap_or_hold_one_another_count_once():
+  assert common.covered([(5, 6), (0, 3), (2, 4), (1, 2)]) == 5.0
+  assert common.covered([]) == 0.0
+
+
 def test_waiting_for_quiet_ends_at_its_limit(monkeypatch):
   busy = iter((float(i), float(i)) for i in range(100))  # all CPUs, all the time, by others
   monkeypatch.setattr(common, "cpu_times", lambda: next(busy))

@@ -198,26 +198,40 @@ def peak_rss_mb() -> float:
 
 
 class CompileMeter:
-  """Seconds that JAX traced, lowered and compiled, up to the first call of `read`."""
+  """How long JAX traced, lowered and compiled, up to the first call of `read`.
+
+  What happens within another step of its kind, or beside it in a thread, counts once.
+  """
 
   PARTS = {"jaxpr_trace_duration": "trace", "jaxpr_to_mlir_module_duration": "lower",
            "backend_compile_duration": "compile"}
 
   def __init__(self):
     import jax
-    self._seconds = dict.fromkeys(self.PARTS.values(), 0.0)
+    self._spans = {part: [] for part in self.PARTS.values()}
     self._found = None
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
   def _listen(self, event, duration, **_):
     part = self.PARTS.get(event.rsplit("/", 1)[-1])
     if part:
-      self._seconds[part] += duration
+      now = time.perf_counter()
+      self._spans[part].append((now - duration, now))
 
   def read(self) -> dict:
     """`trace_s`, `lower_s` and `compile_s` until now, or until it was first asked."""
-    self._found = self._found or {f"{k}_s": v for k, v in self._seconds.items()}
+    self._found = self._found or {f"{part}_s": covered(spans)
+                                  for part, spans in self._spans.items()}
     return self._found
+
+
+def covered(spans: list) -> float:
+  """Seconds that lie in at least one of some (start, end)."""
+  total, reached = 0.0, float("-inf")
+  for start, end in sorted(spans):
+    total += max(0.0, end - max(start, reached))
+    reached = max(reached, end)
+  return total
 
 
 class Clock:
