@@ -27,6 +27,7 @@ def main():
   parser.add_argument("--steps", type=int, default=500, help="updates of the RL phase")
   parser.add_argument("--sft", type=int, default=100, help="updates of the supervised phase before")
   parser.add_argument("--warm", type=int, default=WARM, help="updates that do not count")
+  parser.add_argument("--save", type=int, default=25, help="updates between checkpoints")
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results/bench/soak.json")
   parser.add_argument("--picture", default=str(ROOT / "docs/soak.png"), help="empty for none")
   options = parser.parse_args()
@@ -50,7 +51,7 @@ def soak(options, workdir):
   config = configs.load(options.config)
   configs.override(config, {
       "sft.steps": str(options.sft), "sft.until": "None", "rl.steps": str(options.steps),
-      "rl.until": "None", "evaluate.every": "20", "checkpoint.every": "25"})
+      "rl.until": "None", "evaluate.every": "20", "checkpoint.every": str(options.save)})
   seen, record = [], Reporter.step
 
   def watch(reporter, step, phase, metrics):
