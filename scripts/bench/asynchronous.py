@@ -2,11 +2,11 @@
 
   python scripts/bench/asynchronous.py
 
-Measured: whole runs of a tiny model on virtual CPU devices, synchronous on all of them and with
-`rollout.staleness` on two halves. Virtual devices share the cores of one machine, so arithmetic gains
-nothing from being spread over them; what stands for the accelerators' time is a pause in every
-episode, one for sampling and one for the judge, in which the cores are free. The overlap of these
-pauses with training is real, and so are threads, copies of parameters and what they cost.
+Measured: whole runs of a tiny model, synchronous on 4 virtual CPU devices, and with
+`rollout.staleness` on 4 that train and 4 that sample. Virtual devices share the cores of one machine,
+so arithmetic gains nothing from more of them; what stands for the accelerators' time is a pause in
+every episode, one for sampling and one for the judge, in which the cores are free. The overlap of
+these pauses with training is real, and so are threads, copies of parameters and what they cost.
 
 Simulated: the same schedule over many batches whose sampling time has a long tail, for every split of
 a pod's devices. The simulation is compared with the measurement first, fed with the times of the
@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).resolve().parent)]
-DEVICES = 8
+DEVICES = 4  # that train, and as many that sample where sampling is ahead
 
 
 # ------------------------------------------------------------------------------------- simulation
@@ -50,7 +51,7 @@ class Pod:
   devices: int = 256
   sampling: float = 20.0
   training: float = 30.0
-  tail: float = 15.0
+  tail: float = 30.0
   spread: float = 0.4
   judging: float = 5.0
   copying: float = 1.0
@@ -123,7 +124,7 @@ def config_of(options: argparse.Namespace, staleness: int):
   config.data.task = dict(digits=2)
   config.data.update(max_prompt_tokens=16, max_completion_tokens=8)
   config.tokenizer.alphabet = "0123456789+="
-  config.model.update(layers=2, d_model=64, heads=4, kv_heads=4, d_ff=128)
+  config.model.update(layers=2, d_model=128, heads=4, kv_heads=4, d_ff=256)
   config.batch.update(row_length=64, micro_batch_rows=8)
   config.rollout.update(
       prompts=options.prompts, max_tokens=8, staleness=staleness,
@@ -134,7 +135,7 @@ def config_of(options: argparse.Namespace, staleness: int):
   config.phases = ("rl",)
   config.rl = dict(kind="rl", steps=options.steps, optimizer=dict(learning_rate=1e-4))
   if staleness:
-    config.mesh.sampling.data = DEVICES // 2
+    config.mesh.sampling.data = DEVICES
   return config
 
 
@@ -153,10 +154,19 @@ def measure(options: argparse.Namespace, staleness: int) -> dict:
     return float(np.median([row.get(name, 0.0) for row in rows]))
   rollout, seconds = median("rollout_seconds"), median("step_seconds")
   waits = median("wait_fraction") if staleness else rollout / seconds
-  return dict(staleness=staleness, sampling_devices=DEVICES // 2 if staleness else DEVICES,
+  return dict(staleness=staleness, sampling_devices=DEVICES if staleness else 0,
               steps=len(rows), seconds=seconds, rollout_seconds=rollout,
               copy_seconds=median("copy_seconds"), wait_fraction=waits,
               process_cpu_seconds=cpu)
+
+
+def measure_apart(staleness: int) -> dict:
+  """`measure` with the same options in a process of its own, which has its own number of devices."""
+  flags = f"--xla_force_host_platform_device_count={DEVICES * (2 if staleness else 1)}"
+  child = subprocess.run(
+      [sys.executable, __file__, *sys.argv[1:], f"--only={staleness}"], check=True, text=True,
+      stdout=subprocess.PIPE, env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+  return json.loads(child.stdout.splitlines()[-1])
 
 
 def predict(synchronous: dict, staleness: int, steps: int) -> float:
@@ -183,7 +193,7 @@ def draw(content: dict, path: pathlib.Path) -> None:
   left.plot(names, [r["predicted_seconds"] for r in rows], "D", color="#dc7a1f",
             label="simulated from the synchronous run")
   left.set_ylabel("seconds per update")
-  left.set_title(f"{DEVICES} virtual devices, pauses for accelerator and judge", fontsize=10)
+  left.set_title("tiny run, pauses for accelerator and judge", fontsize=10)
   left.legend(frameon=False, fontsize=8)
   pod, simulated = content["pod"], content["simulated"]
   synchronous = simulated[0]["batches_per_hour"]
@@ -207,12 +217,14 @@ def draw(content: dict, path: pathlib.Path) -> None:
 def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--steps", type=int, default=14, help="updates of each measured run")
+  parser.add_argument("--steps", type=int, default=12, help="updates of each measured run")
   parser.add_argument("--warm-up", type=int, default=4, help="of them, not counted")
   parser.add_argument("--prompts", type=int, default=32, help="of a batch, with 8 samples each")
   parser.add_argument("--staleness", type=int, nargs="+", default=[1, 2])
   parser.add_argument("--sampling-seconds", type=float, default=0.4, help="pause per batch")
   parser.add_argument("--judging-seconds", type=float, default=0.1, help="pause per batch")
+  parser.add_argument("--only", type=int, metavar="STALENESS",
+                      help="one measured run in this process, on the devices it has; prints a row")
   parser.add_argument("--batches", type=int, default=2000, help="of a simulation")
   for field in dataclasses.fields(Pod):
     parser.add_argument(f"--pod-{field.name}", type=type(field.default), default=field.default)
@@ -223,10 +235,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
   options = parse()
-  os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
-                             + f" --xla_force_host_platform_device_count={DEVICES}").strip()
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  measured = [measure(options, staleness) for staleness in (0, *options.staleness)]
+  if options.only is not None:
+    print(json.dumps(measure(options, options.only)))
+    return
+  measured = [measure_apart(staleness) for staleness in (0, *options.staleness)]
   for row in measured:
     row["predicted_seconds"] = predict(measured[0], row["staleness"], options.steps)
     row["speed_up"] = measured[0]["seconds"] / row["seconds"]
