@@ -44,6 +44,7 @@ class Work:
     seed: of parameters and prompts.
     row_length, micro_batch_rows: jaxrl's settings; 0 is the length of a sequence, and its default.
     devices: CPU devices that jaxrl pretends to have.
+    overrides: more of jaxrl's settings, `(path, value)` as on its command line.
     micro_prompts: Tunix's prompts per gradient micro-batch; 0 is all.
   """
 
@@ -72,6 +73,7 @@ class Work:
   row_length: int = 0
   micro_batch_rows: int = 0
   devices: int = 1
+  overrides: tuple = ()
   micro_prompts: int = 4
 
   @property

@@ -44,6 +44,7 @@ def write_data(work: common.Work, path: pathlib.Path) -> None:
 def make_config(work: common.Work, data: pathlib.Path):
   """The config of a run of one phase."""
   from configs import base
+  from jaxrl import config as configs
   config = base.get_config()
   config.seed = work.seed
   lengths = (SFT_PROMPT, work.sft_len - SFT_PROMPT) if work.section == "sft" else (
@@ -69,6 +70,7 @@ def make_config(work: common.Work, data: pathlib.Path):
   surrogate = [dict(name="clipped_surrogate", low=0.2, high=0.2)]
   penalty = [dict(name="kl", beta=work.beta)] if work.beta else []
   config.rl = dict(kind="rl", steps=steps, objective=surrogate + penalty)
+  configs.override(config, dict(work.overrides))
   return config
 
 
