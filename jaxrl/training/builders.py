@@ -345,7 +345,8 @@ def _check_ahead(phases, decoder, mesh, sampling_mesh):
   where = f"config.rollout.staleness={ahead.settings.rollout.staleness} in phase {ahead.name}"
   if jax.process_count() > 1:
     raise ValueError(f"{where} samples in a thread, whose order of programs {jax.process_count()} "
-                     "processes could not agree on: use --config.rollout.staleness=0 or one process")
+                     "processes could not agree on: use --config.rollout.staleness=0 or one "
+                     "process")
   if not apart and mesh.size > 1:  # programs of two threads would wait for each other's devices
     raise ValueError(f"{where} needs devices that only sample, beside those that train, for there "
                      f"are {mesh.size}: leave some to sampling with --config.mesh.sampling.data="

@@ -3,13 +3,13 @@
   python scripts/bench/asynchronous.py
 
 Measured: whole runs of a tiny model, synchronous on 4 virtual CPU devices, and with
-`rollout.staleness` on 4 that train and 4 that sample. Virtual devices share the cores of one machine,
-so arithmetic gains nothing from more of them; what stands for the accelerators' time is a pause in
-every episode, one for sampling and one for the judge, in which the cores are free. The overlap of
-these pauses with training is real, and so are threads, copies of parameters and what they cost.
+`rollout.staleness` on 4 that train and 4 that sample. Virtual devices share the cores of one
+machine, so arithmetic gains nothing from more of them; what stands for the accelerators' time is a
+pause in every episode, one for sampling and one for the judge, in which the cores are free. The
+overlap of these pauses with training is real, and so are threads and copies of parameters.
 
-Simulated: the same schedule over many batches whose sampling time has a long tail, for every split of
-a pod's devices. The simulation is compared with the measurement first, fed with the times of the
+Simulated: the same schedule over many batches whose sampling time has a long tail, for every split
+of a pod's devices. The simulation is compared with the measurement first, fed with the times of the
 synchronous run. Written to results/bench/asynchronous.json and docs/asynchronous.png.
 """
 
@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace, staleness: int) -> dict:
 
 
 def measure_apart(staleness: int) -> dict:
-  """`measure` with the same options in a process of its own, which has its own number of devices."""
+  """`measure` in a process of its own, with the same options and its own number of devices."""
   flags = f"--xla_force_host_platform_device_count={DEVICES * (2 if staleness else 1)}"
   child = subprocess.run(
       [sys.executable, __file__, *sys.argv[1:], f"--only={staleness}"], check=True, text=True,
