@@ -168,7 +168,8 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
   weights = aggregate.loss_weights(batch, learning.aggregation, constant=learning.constant)
   # Weights travel with the rows that they belong to.
   batch = batch.with_signals(loss_weights=weights, mean_weights=aggregate.mean_weights(batch))
-  gradient_of = jax.value_and_grad(functools.partial(_loss, learning), has_aux=True)
+  # Jitted, so that it is traced and lowered once for all the places that it is called in.
+  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
 
   def one(i):
     (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i))

@@ -99,10 +99,11 @@ def kill(place, name, chance, last, left):
   before = updates(workdir)
   # A share of the updates that are left; 0 kills while it starts, or before anything new is made.
   wanted = chance.randint(0, max(1, 2 * (last - before - 4) // (left + 1)))
+  untouched = touched(workdir)  # rows of updates that are going to be made again are still there
   process = start(place, name)
   began, target = time.monotonic(), before + wanted
   pause = chance.random() * (4.0 if wanted == 0 else 0.3)
-  while wanted and newest_row(workdir) < target:
+  while wanted and (touched(workdir) == untouched or newest_row(workdir) < target):
     if process.poll() is not None:
       raise SystemExit(f"the run ended by itself:\n{(place / f'{name}.log').read_text()}")
     if time.monotonic() - began > 600:
@@ -123,6 +124,12 @@ def updates(workdir):
   """The update that a restart continues after."""
   return max((int(path.name) for path in (workdir / "checkpoints").glob("*")
               if path.name.isdigit()), default=0)
+
+
+def touched(workdir):
+  """What changes with every write to the metrics."""
+  path = workdir / "metrics.jsonl"
+  return path.stat().st_mtime_ns if path.exists() else None
 
 
 def newest_row(workdir):

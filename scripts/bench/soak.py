@@ -25,7 +25,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--config", default=str(ROOT / "configs/quickstart.py"))
   parser.add_argument("--steps", type=int, default=500, help="updates of the RL phase")
-  parser.add_argument("--sft", type=int, default=100, help="updates of the supervised phase before")
+  parser.add_argument("--sft", type=int, default=200, help="updates of the supervised phase before")
   parser.add_argument("--warm", type=int, default=WARM, help="updates that do not count")
   parser.add_argument("--save", type=int, default=25, help="updates between checkpoints")
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results/bench/soak.json")
