@@ -17,6 +17,7 @@ from jaxrl.evaluation import policy
 from jaxrl.training import builders
 from jaxrl.training import compilation
 from jaxrl.training import loop
+from jaxrl.training import machine
 from jaxrl.training import processes
 from jaxrl.training import state as states
 from jaxrl.training.builders import Parts
@@ -48,6 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
     TrainingFailure, RewardFailure, EpisodeFailure, CheckpointError, Diverged: the run cannot go on.
     Stopped: `stop` was asked to; the same call continues.
   """
+  machine.limit_arenas()
   with configs.as_config_errors():
     sharding.start_distributed()
   workdir, stop = pathlib.Path(workdir), stop or Stop()

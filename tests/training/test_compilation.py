@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import zlib
@@ -151,3 +152,34 @@ def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
   compilation.trim(tmp_path, 150)
   assert [p.name for p in tmp_path.rglob("*-cache")] == ["x-cache"]
   assert not (tmp_path / "before").exists()
+
+
+def test_malloc_uses_few_arenas_and_the_environment_comes_first():
+  """In processes of their own: what malloc says of itself after sixteen threads have allocated."""
+  code = """
+import ctypes, re, sys, tempfile, threading
+from jaxrl.training import machine
+print(machine.limit_arenas(3))
+libc = ctypes.CDLL(None)
+barrier = threading.Barrier(16)
+def allocate():
+  libc.malloc(100)
+  barrier.wait()
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+with tempfile.NamedTemporaryFile() as file:
+  libc.fopen.restype = ctypes.c_void_p
+  stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+  libc.malloc_info(0, stream)
+  libc.fclose(stream)
+  print(len(re.findall("<heap nr", open(file.name).read())))
+"""
+  if platform.libc_ver()[0] != "glibc":
+    pytest.skip("another C library than glibc")
+  for variable, limited in (({}, "True"), ({"MALLOC_ARENA_MAX": "2"}, "False")):
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variable}, text=True,
+                          capture_output=True, check=True)
+    told, arenas = done.stdout.split()
+    assert told == limited
+    assert 1 <= int(arenas) <= 3
