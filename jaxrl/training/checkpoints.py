@@ -125,6 +125,7 @@ class Checkpoints:
     if exists:
       self._rename(step, REPLACED)
     self._in_flight = step
+    orbax_noise.quiet_about_abandoned_writes()
     with self._explaining_failure():
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
     return True
@@ -362,6 +363,7 @@ def _as_type_of(leaf: Any, array: np.ndarray) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:300]
+  """At most 300 characters: where it begins, and the end, where the system's own reason stands."""
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"
 

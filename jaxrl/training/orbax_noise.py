@@ -3,6 +3,7 @@
 Whatever matters in its log lines is also raised, and then reported once by `checkpoints`. When one
 read of a restore fails, it abandons the other reads together with their event loop, and Python
 would print a traceback for each: where they are collected, and again when they finish after all.
+The same holds for the writes of a save.
 """
 
 from collections.abc import Iterator
@@ -31,15 +32,23 @@ def quiet_about_abandoned_reads(expected: type[Exception]) -> Iterator[None]:
       warnings.simplefilter("ignore", RuntimeWarning)  # coroutine ... was never awaited
       gc.collect()
     _add_filter("asyncio", _not_an_abandoned_read)
-    if not isinstance(unraisable, _DropLateReads):
-      unraisable = _DropLateReads(unraisable)
+    unraisable = _dropping(unraisable)
     raise
   finally:
     sys.unraisablehook, asyncio.disabled = unraisable, disabled
 
 
-class _DropLateReads:
-  """An unraisable hook that drops what reads say which finish after their loop was closed."""
+def quiet_about_abandoned_writes() -> None:
+  """From now on drops what the other writes of a save say that finish after one has failed."""
+  sys.unraisablehook = _dropping(sys.unraisablehook)
+
+
+def _dropping(hook):
+  return hook if isinstance(hook, _DropLateReports) else _DropLateReports(hook)
+
+
+class _DropLateReports:
+  """An unraisable hook that drops what is said by what finishes after its loop was closed."""
 
   def __init__(self, previous):
     self._previous = previous

@@ -151,6 +151,10 @@ class Running:
     return self
 
 
+def steps_saved(workdir):
+  return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+
 def final_arrays(workdir):
   """Arrays of the last checkpoint as NumPy arrays, whatever devices they were saved from."""
   path = workdir.absolute() / "checkpoints" / str(LAST) / "state"
@@ -223,10 +227,11 @@ def test_two_processes_compute_what_one_does_and_leave_the_same_files(one, two):
 def test_sigterm_to_one_process_stops_all_at_one_update_and_the_run_goes_on_in_any_number(
     place, one, two):
   """Saved between two updates on a batch; continued by two, and by one on another mesh."""
-  running = Running(place, "asked", 2, SLEEP="0.3").until(lambda said: "rl 2/4" in said)
+  running = Running(place, "asked", 2, SLEEP="0.5")
+  running.until(lambda _: SFT + 2 in steps_saved(running.workdir))  # while the next are sampled
   running.processes[1].send_signal(signal.SIGTERM)
   assert running.wait() == [128 + signal.SIGTERM] * 2, running.all_said()
-  newest = max(int(p.name) for p in (running.workdir / "checkpoints").iterdir())
+  newest = max(steps_saved(running.workdir))
   for index in range(2):
     assert (f"jaxrl: stopped as asked after update {newest}, whose checkpoint is saved; the same "
             "command continues asked") in running.said(index)
@@ -242,7 +247,7 @@ def test_sigterm_to_one_process_stops_all_at_one_update_and_the_run_goes_on_in_a
   same_arrays(final_arrays(again.workdir), final_arrays(two.workdir))
   assert record(again.workdir) == record(two.workdir)
 
-  alone = Running(place, "asked_of_one", 1, "--config.mesh.data=4", "--config.mesh.tensor=1"
+  alone = Running(place, "asked_of_one", 1, "--config.mesh.data=4", "--config.mesh.fsdp=1"
                   ).succeed()
   close_arrays(final_arrays(alone.workdir), final_arrays(one.workdir))
   close_records(record(alone.workdir), record(one.workdir))
@@ -275,7 +280,7 @@ def test_a_killed_process_stops_the_other_within_a_minute_and_with_one_line(plac
   said = running.said(other)
   assert (f"jaxrl: process {other} of 2 stopped, as process {victim} does not answer any more" in
           said.splitlines()[-1]), said
-  steps = [int(p.name) for p in (running.workdir / "checkpoints").iterdir() if p.name.isdigit()]
+  steps = steps_saved(running.workdir)
   expected = f"that of update {max(steps)}" if steps else "it has no checkpoint yet"
   assert expected in said.splitlines()[-1] and "the same command on all processes" in said
   assert "Check failure stack trace" not in said
@@ -288,11 +293,13 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_earlier_checkpoints_intact(
   running = Running(place, "full", 1, *large, SLEEP="0.3").until(lambda said: "rl 2/4" in said)
   resource.prlimit(running.processes[0].pid, resource.RLIMIT_FSIZE, (30_000, -1))
   assert running.wait() == [1], running.all_said()
-  intact = sorted(int(p.name) for p in (running.workdir / "checkpoints").iterdir())
+  intact = sorted(steps_saved(running.workdir))
   said = " ".join(running.said().splitlines()[-2:])
   assert f"jaxrl: checkpoint of step {intact[-1] + 1} could not be written to" in said, said
-  assert "Check the free space" in said and "No earlier checkpoint is lost" in said
+  assert "File too large" in said and "Check the free space" in said
+  assert "No earlier checkpoint is lost" in said
   assert f"is of step {intact[-1]}, and the same command continues from it" in said
+  assert "Traceback" not in running.said()
   again = Running(place, "full", 1, *large).succeed()
   assert f"after update {intact[-1]}" in again.said()
 
