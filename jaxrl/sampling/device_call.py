@@ -35,8 +35,7 @@ class DeviceCall:
 
   def __init__(self, config: DecoderConfig, variables, requests: Sequence[Request],
                slots: Sequence[Slot], width: int, base_key: jax.Array, mesh: Mesh | None,
-               dispatch: threading.Lock, ladder: compaction.Ladder,
-               cache_dtype: str = ""):
+               dispatch: threading.Lock, cache_dtype: str = ""):
     """Reads the prompts and draws the first tokens.
 
     Args:
@@ -48,7 +47,6 @@ class DeviceCall:
       base_key: of the run.
       mesh: that prompts are distributed over, or None. On several devices rows stay where they are.
       dispatch: held while programs are started, so that two threads do not compile the same one.
-      ladder: of the sampler.
     """
     self._config, self._variables, self._base_key = config, variables, base_key
     self._mesh, self._dispatch, self._width = mesh, dispatch, width
@@ -63,11 +61,6 @@ class DeviceCall:
     longest = int(self.settings.max_tokens.max())
     self._chunk = bucket(min(longest, CHUNK), MIN_CAPACITY)
     self._capacity = bucket(min(longest, FIRST_CAPACITY), MIN_CAPACITY)
-    # Everything that shapes depend on at first.
-    self._kind = (packed.prompts.tokens.shape, width, self._chunk, self._capacity,
-                  self.settings.stop_ids.shape)
-    self._ladder = ladder
-    ladder.start(self._kind)
     self._ids = np.arange(len(packed.padding))  # of the rows that the device computes
     self.tokens = np.zeros((0, len(packed.padding)), np.int32)
     self.logprobs = np.zeros((0, len(packed.padding)), np.float32)
@@ -102,14 +95,10 @@ class DeviceCall:
     if self._step + 1 == self._first + self._chunk:
       self._draw_numbers(self._step + 1)
     last = self._first + self._chunk - 1  # tokens that will have been read
-    rows = len(self._ids)
     with self._dispatch:
       if last > self._capacity:
-        longer = self._ladder.capacity(self._kind, rows, self._capacity, last)
-        self._ladder.used(self._kind, "grow", rows, self._capacity, longer)
-        self._state, self._capacity = generate.grow(self._state, capacity=longer), longer
-        least = self._fewest()
-      self._ladder.used(self._kind, "decode", rows, self._capacity)
+        self._capacity = bucket(last, self._capacity)
+        self._state = generate.grow(self._state, capacity=self._capacity)
       self._state, output = generate.decode(
           self._variables, self._prefix, self._state, self._places, self._on_device, self._uniform,
           np.int32(self._first), np.int32(least), config=self._config)
@@ -119,15 +108,13 @@ class DeviceCall:
     if not self._movable:
       return 0
     limits = self.settings.max_tokens[self._ids][~self._done]
-    return self._ladder.fewest(self._kind, len(self._ids), self._capacity,
-                               int(limits.max()) - self._step - 1)
+    return compaction.fewest(len(self._ids), int(limits.max()) - self._step - 1)
 
   def _shrink(self, rows):
     """Goes on with fewer rows: those alive, and as many others as there is room for."""
     keep = np.sort(np.argsort(self._done, kind="stable")[:rows]).astype(np.int32)
     owners, lengths = self._owners[keep], np.asarray(self._rows.lengths)
     with self._dispatch:
-      self._ladder.used(self._kind, "shrink", len(self._done), self._capacity)
       if rows <= len(lengths):  # each row has a copy of its prompt: no more to read than before
         self._prefix = generate.select_prompts(self._prefix, owners)
         self._rows, self._owners = Rows(lengths[owners]), np.arange(rows)

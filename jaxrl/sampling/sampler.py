@@ -16,7 +16,6 @@ import numpy as np
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate, precision
 from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout
-from jaxrl.sampling.compaction import Ladder
 from jaxrl.sampling.device_call import DeviceCall
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
@@ -97,7 +96,6 @@ class Sampler:
                        "1 elsewhere")
     self._streams = streams
     self._dispatch = threading.Lock()  # so that two threads do not compile the same program
-    self._ladder = Ladder()
     self._decode = decode
     self.statistics = Statistics()
 
@@ -164,7 +162,7 @@ class Sampler:
   def _run(self, variables, requests, slots, width, base_key, results):
     """Makes the samples of one device call; returns what it cost."""
     call = DeviceCall(self._config, variables, requests, slots, width, base_key, self._mesh,
-                      self._dispatch, self._ladder, self._cache_dtype)
+                      self._dispatch, self._cache_dtype)
     ids, limits = call.settings.stop_ids, call.settings.max_tokens
     strings = StopStrings(self._decode, requests, slots, width)
     checked, open_slots = 0, dict(enumerate(slots))
