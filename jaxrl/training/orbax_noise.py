@@ -14,6 +14,9 @@ import sys
 import warnings
 
 
+OF_ORBAX = ("tensorstore", "orbax-checkpoint-tmp")  # in what asyncio says of its reads and writes
+
+
 def silence_logs() -> None:
   """Drops the log lines of Orbax, whatever their level, and leaves those of other libraries."""
   _add_filter("absl", _not_from_orbax)
@@ -31,7 +34,7 @@ def quiet_about_abandoned_reads(expected: type[Exception]) -> Iterator[None]:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", RuntimeWarning)  # coroutine ... was never awaited
       gc.collect()
-    _add_filter("asyncio", _not_an_abandoned_read)
+    _add_filter("asyncio", _not_abandoned)
     unraisable = _dropping(unraisable)
     raise
   finally:
@@ -40,6 +43,7 @@ def quiet_about_abandoned_reads(expected: type[Exception]) -> Iterator[None]:
 
 def quiet_about_abandoned_writes() -> None:
   """From now on drops what the other writes of a save say that finish after one has failed."""
+  _add_filter("asyncio", _not_abandoned)
   sys.unraisablehook = _dropping(sys.unraisablehook)
 
 
@@ -67,5 +71,6 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
   return "/orbax/" not in record.pathname.replace("\\", "/")
 
 
-def _not_an_abandoned_read(record: logging.LogRecord) -> bool:
-  return "never retrieved" not in record.getMessage() or "tensorstore" not in record.getMessage()
+def _not_abandoned(record: logging.LogRecord) -> bool:
+  said = record.getMessage()
+  return "never retrieved" not in said or not any(word in said for word in OF_ORBAX)
