@@ -206,7 +206,7 @@ def test_an_interrupted_run_says_how_to_continue(monkeypatch, tmp_path, capsys):
 def taken(monkeypatch):
   """What a command line hands to the run."""
   found = []
-  monkeypatch.setattr(run, "run", lambda config, workdir, quiet: found.append(
+  monkeypatch.setattr(run, "run", lambda config, workdir, quiet, stop: found.append(
       (config, workdir, quiet)))
   return found
 

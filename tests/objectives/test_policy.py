@@ -140,7 +140,7 @@ def test_importance_weights_make_samples_of_an_older_policy_unbiased(
   def loss(logits):
     return sum_of_terms([functools.partial(reinforce, **settings)])(
         outputs(logits), batch, loss_weights(batch, "sequence_sum"), mean_weights(batch))[0]
-  gradient = jax.jit(jax.grad(loss))(jnp.asarray(logits, jnp.float32))
+  gradient = jax.grad(loss)(jnp.asarray(logits, jnp.float32))
   expected = packed.finite_differences(lambda x: -expected_reward(x, rewards, length), logits,
                                        np.full(logits.shape, True))
   error = np.abs(gradient - expected).max() / np.abs(expected).max()

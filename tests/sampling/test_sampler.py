@@ -173,7 +173,8 @@ def test_a_sampled_padding_id_is_an_ordinary_token():
   assert {(len(sample.tokens), sample.finish) for sample in samples} == {(30, "length")}
 
 
-def test_decoding_stops_when_the_last_sample_ends():
+def test_decoding_stops_when_the_last_sample_ends(monkeypatch):
+  monkeypatch.setattr(compaction, "MOVE", np.inf)
   requests = ask_six(stop_ids=tuple(range(9)), temperature=3.0)
   samples = flat(sampler().sample(parameters(PLAIN), requests, KEY))
   longest = max(len(sample.tokens) for sample in samples)
@@ -273,7 +274,9 @@ def test_sizes_of_moved_rows_are_a_ladder():
   assert [compaction.rung_below(rows) for rows in (36, 7, 9, 100)] == [32, 6, 8, 96]
 
 
-def test_other_settings_lengths_and_counts_in_the_same_buckets_compile_nothing():
+def test_other_settings_lengths_and_counts_in_the_same_buckets_compile_nothing(monkeypatch):
+  monkeypatch.setattr(compaction, "MOVE", np.inf)  # rows of ended samples move to other sizes
+
   def run(requests):
     sampler().sample(parameters(PLAIN), requests, KEY)
     return sampler().statistics.compilations

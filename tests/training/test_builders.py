@@ -221,7 +221,7 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
       reads.update((section_of(value), key) for key in value)
     return silently(to_dict)(value)
 
-  def touch(parts, checkpoints, reporter):
+  def touch(parts, checkpoints, reporter, stop):
     for phase in parts.phases:
       builders.phase_run(parts, phase)
       builders.evaluate(parts, phase, None, parts.test, ())

@@ -227,7 +227,7 @@ def test_two_processes_compute_what_one_does_and_leave_the_same_files(one, two):
 def test_sigterm_to_one_process_stops_all_at_one_update_and_the_run_goes_on_in_any_number(
     place, one, two):
   """Saved between two updates on a batch; continued by two, and by one on another mesh."""
-  running = Running(place, "asked", 2, SLEEP="0.5")
+  running = Running(place, "asked", 2, SLEEP="2")
   running.until(lambda _: SFT + 2 in steps_saved(running.workdir))  # while the next are sampled
   running.processes[1].send_signal(signal.SIGTERM)
   assert running.wait() == [128 + signal.SIGTERM] * 2, running.all_said()
