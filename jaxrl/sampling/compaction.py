@@ -5,6 +5,7 @@ import numpy as np
 from jaxrl.models.cached_attention import Rows
 
 MOVE = 2  # steps of decoding that take as long as moving the rows, roughly
+SMALL = 4096  # tokens at most that a call may draw whose rows are not worth programs of other sizes
 
 
 def rung_below(rows: int) -> int:

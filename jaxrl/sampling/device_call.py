@@ -59,6 +59,7 @@ class DeviceCall:
     self._owners = np.repeat(np.arange(len(packed.prompts.lengths)), width)
     self._places = self._put(self._rows)
     longest = int(self.settings.max_tokens.max())
+    self._movable &= longest * len(packed.padding) > compaction.SMALL
     self._chunk = bucket(min(longest, CHUNK), MIN_CAPACITY)
     self._capacity = bucket(min(longest, FIRST_CAPACITY), MIN_CAPACITY)
     self._ids = np.arange(len(packed.padding))  # of the rows that the device computes

@@ -214,6 +214,7 @@ def test_few_rows_are_wasted_on_long_tailed_lengths_and_programs_are_few():
 @pytest.mark.parametrize("config", [PLAIN, DIALECT], ids=["plain", "dialect"])
 def test_rows_that_are_moved_together_give_the_samples_of_each_alone(config, monkeypatch):
   """24 and then 6 of 36 rows are left; the last have a copy of their prompt each."""
+  monkeypatch.setattr(compaction, "SMALL", 0)
   requests = [ask([1] * (i + 1), n=6, key=(i,), max_tokens=limit, stop_ids=(3,) * (i == 1))
               for i, limit in enumerate((60, 40, 40, 5, 5, 5))]
   moved = Sampler(config, streams=1)
@@ -226,6 +227,7 @@ def test_rows_that_are_moved_together_give_the_samples_of_each_alone(config, mon
 
 
 def test_stop_strings_are_found_in_rows_that_have_moved(monkeypatch):
+  monkeypatch.setattr(compaction, "SMALL", 0)
   monkeypatch.setattr(device_call, "CHUNK", 16)
   requests = [ask([1, i], n=6, key=(i,), max_tokens=limit, stop_strings=("ba", "dg"))
               for i, limit in enumerate((60, 60, 60, 5, 5, 5))]
