@@ -239,8 +239,15 @@ def to_host(tree: PyTree) -> PyTree:
   return jax.device_get(jax.tree.map(fetch, tree))
 
 
-def cores() -> int:
-  """Processor cores that this process may use."""
+def streams(mesh: Mesh | None) -> int:
+  """Programs, or loops of one, to run side by side.
+
+  One per core on a single CPU device, where the operations of a small model keep one core busy
+  each; one elsewhere, and on several devices, whose processes must agree on the order of things.
+  """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
+    return 1
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -5,12 +5,15 @@ owns a suffix. Keys lie transposed, so that both products of a row are plain bat
 XLA's CPU backend runs several times faster than those with a transposed operand.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-NEGATIVE = -1e30  # a score that softmax turns into exactly 0, without the NaN of -inf minus -inf
+from jaxrl.models import scores
+from jaxrl.models.scores import NEGATIVE
 
 
 @flax.struct.dataclass
@@ -104,7 +107,7 @@ def attend(q: Float[Array, "rows kv group width"], k: Float[Array, "rows kv widt
     window: tokens visible, the query included; None is all.
     soft_cap: of scores; 0 is off.
   """
-  cap = (lambda x: soft_cap * jnp.tanh(x / soft_cap)) if soft_cap else lambda x: x
+  cap = functools.partial(scores.soft_cap, cap=soft_cap)
   from_prefix, prefix_top, prefix_total = _attend_prefix(q, cache.prefix, rows, index, window, cap)
   place = jnp.arange(cache.suffix.keys.shape[-1])
   visible = place < index
@@ -129,9 +132,9 @@ def _attend_prefix(q, prefix, rows, index, window, cap):
   visible = place < lengths[:, None]  # [prompts, prefix]
   if window is not None:
     visible &= lengths[:, None] + index - place < window
-  scores = jnp.where(visible[:, None, None], cap(_scores(flat, prefix)), NEGATIVE)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  weights = jnp.exp(scores - top)
+  weights = jnp.where(visible[:, None, None], cap(_scores(flat, prefix)), NEGATIVE)
+  top = jnp.max(weights, axis=-1, keepdims=True)
+  weights = jnp.exp(weights - top)
   # Where a window hides the whole prompt all weights are 1, and `attend` scales them to 0.
   total = jnp.sum(weights, axis=-1, keepdims=True)
   out = _mixture(weights, prefix, q.dtype)
@@ -144,19 +147,12 @@ def _attend_prefix(q, prefix, rows, index, window, cap):
 
 def _scores(q, cache):
   """Products of queries with keys. [..., queries, length]"""
-  scores = _batched(q, cache.keys.astype(q.dtype))
-  return scores if cache.key_scales is None else scores * cache.key_scales[..., None, :]
+  out = scores.product(q, cache.keys.astype(q.dtype))
+  return out if cache.key_scales is None else out * cache.key_scales[..., None, :]
 
 
 def _mixture(weights, cache, dtype):
   """Sums of values with the weights of each query. [..., queries, width]"""
   if cache.value_scales is not None:
     weights = weights * cache.value_scales[..., None, :]
-  return _batched(weights.astype(dtype), cache.values.astype(dtype))
-
-
-def _batched(a, b):
-  """Matrix products `a @ b` of the last two axes, summed in float32."""
-  batch = tuple(range(a.ndim - 2))
-  return jax.lax.dot_general(a, b, (((a.ndim - 1,), (a.ndim - 2,)), (batch, batch)),
-                             preferred_element_type=jnp.float32)
+  return scores.product(weights.astype(dtype), cache.values.astype(dtype))

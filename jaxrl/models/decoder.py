@@ -120,11 +120,6 @@ def partitioned(initializer, *axes):
   return nn.with_logical_partitioning(initializer, axes)
 
 
-def soft_cap(x: Array, cap: float) -> Array:
-  """`cap * tanh(x / cap)`; 0 is off."""
-  return cap * jnp.tanh(x / cap) if cap else x
-
-
 class RMSNorm(nn.Module):
   """Root-mean-square normalisation over the last axis, computed in float32."""
 

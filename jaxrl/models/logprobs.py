@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl import sharding
-from jaxrl.models.cached_attention import NEGATIVE
-from jaxrl.models.decoder import soft_cap as cap_softly
+from jaxrl.models import scores
+from jaxrl.models.scores import NEGATIVE
 
 
 def token_logits(hidden: Float[Array, "... width"], vocabulary: Float[Array, "vocab width"], *,
@@ -27,7 +27,7 @@ def token_logits(hidden: Float[Array, "... width"], vocabulary: Float[Array, "vo
   """
   logits = jnp.einsum("...d,vd->...v", hidden, vocabulary.astype(hidden.dtype),
                       preferred_element_type=jnp.float32)
-  return cap_softly(logits, soft_cap) / temperature
+  return scores.soft_cap(logits, soft_cap) / temperature
 
 
 def token_logprobs(hidden: Float[Array, "... width"], vocabulary: Float[Array, "vocab width"],
@@ -189,8 +189,8 @@ def _sums_by_device(to_logits, embeddings, parts):
   shares = jnp.einsum("...pv,pvd->p...d", to_logits.reshape(*to_logits.shape[:-1], parts, -1),
                       embeddings.reshape(parts, -1, embeddings.shape[-1]),
                       preferred_element_type=jnp.float32)
-  return sharding.constrain(shares, "vocab", *["rows"][:shares.ndim - 2],
-                            *[None] * (shares.ndim - 2))
+  by_rows = ("rows", *[None] * (shares.ndim - 2)) if shares.ndim > 2 else (None,)
+  return sharding.constrain(shares, "vocab", *by_rows)
 
 
 _logprobs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl.models.cached_attention import NEGATIVE
+from jaxrl.models import scores
 
 BLOCK = 1024  # queries whose scores exist at one time
 
@@ -102,24 +102,14 @@ def _attend_block(q, k, v, positions, ids, *, trunk, window, soft_cap):
   if window is not None:
     visible &= positions[:, :, own:, None] - positions[:, :, None] < window
   # Adding so much that softmax gives exactly 0 is cheaper than to select, in both directions.
-  bias = jnp.where(visible, jnp.float32(0), NEGATIVE).reshape(batch, 1, length, keys)
+  bias = jnp.where(visible, jnp.float32(0), scores.NEGATIVE).reshape(batch, 1, length, keys)
   q = q.reshape(batch, length, kv, group, width).transpose(0, 2, 3, 1, 4)
   k, v = (x.reshape(batch, keys, kv, width).transpose(0, 2, 1, 3) for x in (k, v))
-  scores = _product(q.reshape(batch, kv, group * length, width), k, 3)
-  scores = scores.reshape(batch, kv * group, length, keys)
-  if soft_cap:
-    scores = soft_cap * jnp.tanh(scores / soft_cap)
-  scores += bias
+  out = scores.product_with_rows(q.reshape(batch, kv, group * length, width), k)
+  out = scores.soft_cap(out.reshape(batch, kv * group, length, keys), soft_cap) + bias
   # The result does not depend on what is taken off, so no gradient has to pass through it.
-  weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+  weights = jnp.exp(out - jax.lax.stop_gradient(jnp.max(out, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1).reshape(batch, kv, group, length, 1)
-  out = _product(weights.astype(v.dtype).reshape(batch, kv, group * length, keys), v, 2)
+  out = scores.product(weights.astype(v.dtype).reshape(batch, kv, group * length, keys), v)
   out = (out.reshape(batch, kv, group, length, width) / total).astype(v.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
-
-
-def _product(a, b, axis):
-  """Batched products of the last axis of `a` and one of `b`, summed in float32."""
-  batch = tuple(range(a.ndim - 2))
-  return jax.lax.dot_general(a, b, (((a.ndim - 1,), (axis,)), (batch, batch)),
-                             preferred_element_type=jnp.float32)

@@ -224,7 +224,7 @@ class _Session:
     self.pending: list[_Pending] = []
     self.over, self.episodes = False, 0
     # Several processes must agree on the order of what they do together, scores among it.
-    early = getattr(rollouts.scorer, "has_workers", False) and jax.process_count() == 1
+    early = rollouts.scorer.has_workers and jax.process_count() == 1
     self.judge = concurrent.futures.ThreadPoolExecutor(1, "jaxrl-judge") if early else None
     self.ended: list[tuple[list, concurrent.futures.Future]] = []  # pairs of episodes, judged early
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from jaxrl import sharding
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate, precision
 from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout
@@ -90,7 +90,7 @@ class Sampler:
     self._max_rows = max_rows
     alone = mesh is None or mesh.size == 1
     if streams is None:
-      streams = _cores() if alone and jax.default_backend() == "cpu" else 1
+      streams = sharding.streams(mesh)
     if streams < 1 or (streams > 1 and not alone):
       raise ValueError(f"sampling.streams={streams}: use 1 on a mesh of several devices, at least "
                        "1 elsewhere")
@@ -215,8 +215,3 @@ class _Results:
     """Tokens of all samples of a slot."""
     mine = self.samples[slot.request][slot.first:slot.first + slot.count]
     return sum(len(sample.tokens) for sample in mine)
-
-
-def _cores():
-  """Cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

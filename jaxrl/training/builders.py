@@ -300,7 +300,7 @@ def _phase(config, index, name, decoder, mesh):
       learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
-      with_behaviour=sampled, streams=sharding.cores() if on_cpu and mesh.size == 1 else 1)
+      with_behaviour=sampled, streams=sharding.streams(mesh))
   return Phase(index, name, kind, steps, settings, learning)
 
 

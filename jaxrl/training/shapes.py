@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from jaxrl import sharding
 from jaxrl.batch import Layout, Task, TokenBatch, Trajectory
 from jaxrl.batch import bucket, first_fit_decreasing, pack
 from jaxrl.models import DecoderConfig
@@ -80,10 +81,8 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
   else:
     layout = Layout(settings.batch.row_length)
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
-  if rows * layout.row_length > MOST_PADDING:
-    rows = 1
-  return Shape(layout, _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes), rows,
-               sequences)
+  micro = _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows)
+  return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences)
 
 
 def _layout_of_rollouts(settings, decoder, prompt, samples):
@@ -127,22 +126,30 @@ def _rows_of_whole(layout, longest, sequences):
 
 
 def _rows_of_examples(settings):
+  """Rows of a batch, 0 where the config sets no limits to know them from."""
   d, length = settings.data, settings.batch.row_length
   if not (d.max_prompt_tokens and d.max_completion_tokens):
-    return 1
+    return 0
   longest = min(d.max_prompt_tokens + d.max_completion_tokens, length)
   return _rows_of_whole(Layout(length), longest, settings.batch.examples)
 
 
-def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes):
-  """Rows at a time: those of the config, made up to whole trunks, or as many as work well."""
+def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
+  """Rows at a time: those of the config, made up to whole trunks, or as many as work well.
+
+  The latter are made fewer where that gives every loop over micro-batches as many of the `rows`
+  that are expected (0 if unknown).
+  """
   devices = mesh.shape["data"] * mesh.shape["fsdp"]
   unit = devices * layout.rows_per_trunk
   if settings.batch.micro_batch_rows:
     return -(-settings.batch.micro_batch_rows // unit) * unit
   per_unit = layout.rows_per_trunk * layout.row_length + layout.trunk_length
   tokens = _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes)
-  return unit * max(1, round(tokens / per_unit))
+  most = max(1, round(tokens / per_unit))
+  units, streams = -(-rows // unit), sharding.streams(mesh)
+  rounds = -(-units // (most * streams))  # micro-batches of each loop
+  return unit * (-(-units // (rounds * streams)) if rows else most)
 
 
 def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):

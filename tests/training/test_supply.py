@@ -33,7 +33,9 @@ class World:
     return [[Sample(np.array([3 + (sum(r.key) * 7 + i * 3) % 12, 2], np.int32),
                     np.full(2, -1.0, np.float32), "stop") for i in range(r.n)] for r in requests]
 
-  def score(self, pairs):
+  has_workers = False
+
+  def score(self, pairs, *, among=0):
     rewards = [float(i % 2) if int(task.answer) % 2 else 1.0 for i, (task, _) in enumerate(pairs)]
     return [Scored(r, True, {"right": Criterion(r)}) for r in rewards]
 
