@@ -5,7 +5,7 @@ calls: packed rows in training, prompts before sampling (both `Decoder.__call__`
 each sample of each prompt (`Decoder.decode`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
@@ -278,6 +278,20 @@ class Block(nn.Module):
     return sharding.constrain(x, "rows", "length", None) if cache is None else x, key_values
 
 
+def _rematerialised(c: DecoderConfig) -> type[nn.Module]:
+  """The block whose backward pass computes again what the config says."""
+  if c.remat == "none":
+    return Block
+  return nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+
+
+@functools.lru_cache(maxsize=32)
+def _block(c: DecoderConfig) -> Callable:
+  """`(variables, *arguments) -> (x, KeyValues)`: one function, so that layers are traced once."""
+  block = _rematerialised(c)(c, parent=None)
+  return jax.jit(lambda variables, *args: block.apply(variables, *args), static_argnums=6)
+
+
 class Decoder(nn.Module):
   """Token ids to final hidden states; `vocabulary` is the matrix that makes logits of them."""
 
@@ -290,17 +304,14 @@ class Decoder(nn.Module):
     self.embedding = self.param("embedding", init, shape, c.param_dtype)
     if not c.tie_embeddings:
       self.unembedding = self.param("unembedding", init, shape, c.param_dtype)
-    block = Block
-    if c.remat != "none":
-      block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
     if c.scan_layers:
       self.blocks = nn.scan(
-          block, variable_axes={"params": 0, "scales": 0}, split_rngs={"params": True},
+          _rematerialised(c), variable_axes={"params": 0, "scales": 0}, split_rngs={"params": True},
           length=c.layers,
           in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
           metadata_params={nn.PARTITION_NAME: "layers"})(c)
     else:
-      self.blocks = [block(c) for _ in range(c.layers)]
+      self.blocks = [Block(c) for _ in range(c.layers)]
     self.final_norm = RMSNorm(c)
     exact = dataclasses.replace(c, dtype="float32")  # a value in bfloat16 has three digits
     self.tops = {name: Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True,
@@ -367,6 +378,7 @@ class Decoder(nn.Module):
     else:
       key_values = []
       for i, block in enumerate(self.blocks):
-        x, kv = block(x, turns, packed, step, cache and cache[i], c.is_sliding[i])
+        run = block if self.is_initializing() else functools.partial(_block(c), block.variables)
+        x, kv = run(x, turns, packed, step, cache and cache[i], c.is_sliding[i])
         key_values.append(kv)
     return self.final_norm(x), key_values

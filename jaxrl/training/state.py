@@ -14,6 +14,8 @@ from jaxrl import sharding
 from jaxrl.models import DecoderConfig
 from jaxrl.models import init_parameters
 
+KEY_DATA = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a threefry key
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -58,7 +60,7 @@ def initial_parameters(config: DecoderConfig, rng: Array, mesh: jax.sharding.Mes
 def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The jitted function from raw data of a PRNG key to random parameters."""
   def init(rng):
-    return nn.unbox(init_parameters(config, jax.random.wrap_key_data(rng)))
+    return nn.unbox(_initialize(config)(rng))
   # It runs once, and in full its many draws take a CPU as long to compile as an update.
   cpu = mesh.devices.flat[0].platform == "cpu"
   options = {"xla_backend_optimization_level": 1} if cpu else None
@@ -68,19 +70,22 @@ def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
 @functools.lru_cache(maxsize=8)
 def parameter_shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The sharding of every parameter."""
-  boxed = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
-  return sharding.shardings_of(boxed, mesh)
+  return sharding.shardings_of(jax.eval_shape(_initialize(config), KEY_DATA), mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _initialize(config):
+  """Raw data of a PRNG key -> boxed parameters; jitted, so that it is traced once."""
+  return jax.jit(lambda rng: init_parameters(config, jax.random.wrap_key_data(rng)))
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
                    optimizer: optax.GradientTransformation, *, with_reference: bool) -> TrainState:
   """Shapes, types and shardings of a state, without computing it: what a restore fills in."""
-  def make():
-    boxed = init_parameters(config, jax.random.key(0))
-    rng = jax.random.key_data(jax.random.key(0))
-    return start_phase(boxed, rng, optimizer, with_reference=with_reference)
-  boxed = jax.eval_shape(make)
+  def make(rng):
+    return start_phase(_initialize(config)(rng), rng, optimizer, with_reference=with_reference)
+  boxed = jax.eval_shape(make, KEY_DATA)
   shardings = sharding.shardings_of(boxed, mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       nn.unbox(boxed), shardings)
