@@ -43,7 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
       norm_epsilon=1e-6, norm_offset=False, post_norms=False, qk_norm=False,
       qkv_bias=False, output_bias=False, mlp_bias=False, query_scale=0.0, activation="silu",
       tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
-      scan_layers=False, remat="none", heads_on_top=(), dtype="float32", param_dtype="float32")
+      attention="xla", scan_layers=False, remat="none", heads_on_top=(),
+      dtype="float32", param_dtype="float32")
   config.mesh = dict(
       data=-1, fsdp=1, tensor=1,  # -1: all devices that are left
       sampling=dict(data=0, fsdp=1, tensor=1))  # devices that only sample, see rollout.staleness

@@ -175,6 +175,29 @@ def constrain(x: Array, *names: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def on_each_device(function: Callable, inputs: Sequence[Sequence[str | None]],
+                   outputs: Sequence[str | None]) -> Callable:
+  """The function, run by every device of the mesh in context on its own parts of the arguments.
+
+  Where an axis does not divide over its devices, XLA is left to run it, on whole arrays.
+
+  Args:
+    function: of arrays that do not depend on those of other devices.
+    inputs, outputs: logical axes of each argument and of the result.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return function
+  on_parts = jax.shard_map(function, in_specs=tuple(partition_spec(names) for names in inputs),
+                           out_specs=partition_spec(outputs), check_vma=False)
+
+  def call(*arrays: Array) -> Array:
+    divides = all(size % _parts(name, mesh) == 0 for x, names in zip(arrays, inputs, strict=True)
+                  for size, name in zip(x.shape, names, strict=True) if name)
+    return (on_parts if divides else function)(*arrays)
+  return call
+
+
 def flat(x: Array) -> Array:
   """Merges all axes but the last, unless a mesh in context may have split them.
 

@@ -8,6 +8,7 @@ each sample of each prompt (`Decoder.decode`).
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import importlib.util
 
 import flax.linen as nn
 import jax
@@ -47,6 +48,7 @@ class DecoderConfig:
     query_scale: factor on queries; 0 means `head_dim ** -0.5`.
     scale_embeddings: multiply embeddings by `sqrt(d_model)` (Gemma).
     attention_soft_cap, logit_soft_cap: `cap * tanh(x / cap)`; 0 is off (Gemma 2).
+    attention: `xla`, or `fused` (Tokamax, needs `pip install tokamax`), of packed rows.
     scan_layers: one stacked set of layer parameters, compiled once for any depth.
     remat: what the backward pass recomputes: `none`, `dots` (all but matrix products), `full`.
     heads_on_top: scalar heads over the final hidden state, name -> number of outputs.
@@ -78,6 +80,7 @@ class DecoderConfig:
   scale_embeddings: bool = False
   attention_soft_cap: float = 0.0
   logit_soft_cap: float = 0.0
+  attention: str = "xla"
   scan_layers: bool = False
   remat: str = "none"
   heads_on_top: tuple[tuple[str, int], ...] = ()
@@ -96,6 +99,10 @@ class DecoderConfig:
           f"d_model={self.d_model}; set head_dim")
     check(self.width % 2 == 0, f"head_dim={self.width} is odd, but RoPE rotates pairs")
     check(self.remat in REMAT_POLICIES, f"remat={self.remat!r} is none of {list(REMAT_POLICIES)}")
+    check(self.attention in packed_attention.KERNELS, f"attention={self.attention!r} is none of "
+          f"{list(packed_attention.KERNELS)}")
+    check(self.attention == "xla" or importlib.util.find_spec("tokamax"),
+          "attention='fused' needs Tokamax: pip install tokamax, or leave 'xla'")
     check(self.activation in ACTIVATIONS, f"activation={self.activation!r} is none of "
           f"{list(ACTIVATIONS)}")
     check(self.layer_types and set(self.layer_types) <= {"full", "sliding"},
@@ -217,7 +224,8 @@ class Attention(nn.Module):
       out = cached_attention.attend(q, k, v, cache, *step, window=window,
                                     soft_cap=c.attention_soft_cap)
     else:
-      out = packed_attention.attend(q, k, v, packed, window=window, soft_cap=c.attention_soft_cap)
+      out = packed_attention.attend(q, k, v, packed, window=window, soft_cap=c.attention_soft_cap,
+                                    kernel=c.attention)
       k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [rows, kv_heads, length, width]
     out = out.reshape(*x.shape[:2], c.heads, c.width)
     out = Projection(c, ("heads", "head_dim"), ("embed",), (c.d_model,), c.output_bias,

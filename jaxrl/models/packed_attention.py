@@ -7,14 +7,17 @@ that of the visible pairs, not of the whole unit squared.
 
 import functools
 
+from absl import flags
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl import sharding
 from jaxrl.models import scores
 
 BLOCK = 1024  # queries whose scores exist at one time
+KERNELS = ("xla", "fused")
 
 
 @flax.struct.dataclass
@@ -46,7 +49,7 @@ class PackedRows:
 
 def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "units length kv width"],
            v: Float[Array, "units length kv width"], packed: PackedRows, *,
-           window: Int[Array, ""] | None = None, soft_cap: float = 0.0
+           window: Int[Array, ""] | None = None, soft_cap: float = 0.0, kernel: str = "xla"
            ) -> Float[Array, "units length kv group width"]:
   """Attention of every token.
 
@@ -56,12 +59,14 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
     packed: which of them see one another.
     window: tokens visible, the query included; None is all.
     soft_cap: of scores; 0 is off.
+    kernel: `xla`, or `fused`: Tokamax's kernel for the device, which writes no scores to memory.
   """
   (trunk_k, k), (trunk_v, v) = packed.split(k), packed.split(v)
   trunk_q, q = packed.split(q)
   (trunk_positions, positions), (trunk_ids, ids) = (
       packed.split(packed.positions), packed.split(packed.segment_ids))
-  run = functools.partial(_attend_rows, window=window, soft_cap=soft_cap)
+  run = functools.partial(_attend_fused if kernel == "fused" else _attend_rows, window=window,
+                          soft_cap=soft_cap)
   if not packed.trunk_length:
     return packed.join(trunk_q, run(q, k, v, positions, ids, 0))
 
@@ -93,14 +98,7 @@ def _attend_block(q, k, v, positions, ids, *, trunk, window, soft_cap):
   """Queries of each row over all keys up to the last of them. [units, rows, length, kv, ...]"""
   units, rows, length, kv, group, width = q.shape
   keys, batch = k.shape[2], units * rows
-  own = positions.shape[2] - length  # where the queries are among the keys
-  index = jnp.arange(keys)
-  visible = ids[:, :, own:, None] == ids[:, :, None]
-  visible &= index[own:, None] >= index
-  if trunk:
-    visible = jnp.where(index < trunk, (ids != 0)[:, :, None], visible)
-  if window is not None:
-    visible &= positions[:, :, own:, None] - positions[:, :, None] < window
+  visible = _visible(length, positions, ids, trunk, window)
   # Adding so much that softmax gives exactly 0 is cheaper than to select, in both directions.
   bias = jnp.where(visible, jnp.float32(0), scores.NEGATIVE).reshape(batch, 1, length, keys)
   q = q.reshape(batch, length, kv, group, width).transpose(0, 2, 3, 1, 4)
@@ -113,3 +111,35 @@ def _attend_block(q, k, v, positions, ids, *, trunk, window, soft_cap):
   out = scores.product(weights.astype(v.dtype).reshape(batch, kv, group * length, keys), v)
   out = (out.reshape(batch, kv, group, length, width) / total).astype(v.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
+
+
+def _visible(length, positions, ids, trunk, window):
+  """Which keys the last `length` of their tokens see. [units, rows, length, keys]"""
+  own = positions.shape[2] - length  # where the queries are among the keys
+  index = jnp.arange(positions.shape[2])
+  visible = ids[:, :, own:, None] == ids[:, :, None]
+  visible &= index[own:, None] >= index
+  if trunk:
+    visible = jnp.where(index < trunk, (ids != 0)[:, :, None], visible)
+  if window is not None:
+    visible &= positions[:, :, own:, None] - positions[:, :, None] < window
+  return visible
+
+
+def _attend_fused(q, k, v, positions, ids, trunk, window, soft_cap):
+  """`_attend_rows` by a kernel that keeps scores on the chip. [units, rows, length, ...]"""
+  import tokamax  # it is optional, and takes a second to import
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # else Tokamax would parse a command line that is not its own
+  units, rows, length, kv, group, width = q.shape
+  visible = _visible(length, positions, ids, trunk, window)
+
+  def kernel(q, k, v, visible):
+    return tokamax.dot_product_attention(q, k, v, mask=visible, scale=1.0,
+                                         logits_soft_cap=soft_cap or None)
+
+  q = q.reshape(units, rows, length, kv * group, width)
+  # XLA cannot split a kernel over devices, so each is given its own units and heads.
+  by_head = ("rows", None, None, "kv_heads", None)
+  kernel = sharding.on_each_device(kernel, (*[by_head] * 3, ("rows", *[None] * 4)), by_head)
+  return kernel(q, k, v, visible[:, :, None]).reshape(units, rows, length, kv, group, width)

@@ -52,6 +52,8 @@ def rotate(x: Float[Array, "rows length heads width"],
            turns: tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]
            ) -> Float[Array, "rows length heads width"]:
   """Turns queries or keys by their positions; pairs are (i, i + width / 2), as in Llama."""
-  cos, sin = (t[:, :, None] for t in turns)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  cos, sin = (t[:, :, None, None] for t in turns)
+  # The halves are an axis and not concatenated, which XLA's CPU backend cannot vectorise.
+  halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+  swapped = jnp.flip(halves, axis=-2) * jnp.array([[-1.0], [1.0]], jnp.float32)
+  return (halves * cos + swapped * sin).astype(x.dtype).reshape(x.shape)

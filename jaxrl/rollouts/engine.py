@@ -374,9 +374,18 @@ def _checked(trajectories):
 
 def _complete(coroutine):
   """Runs a coroutine to its end, also where an event loop already runs (notebooks)."""
+  results = []
+
+  async def complete():
+    # Not returned: `asyncio.run` has the finished task put into words when it gives back the handler
+    # of Ctrl-C (enum.py does, for an error that signal.py expects), and so every array of its result.
+    results.append(await coroutine)
+
   try:
     asyncio.get_running_loop()
   except RuntimeError:
-    return asyncio.run(coroutine)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    return pool.submit(asyncio.run, coroutine).result()
+    asyncio.run(complete())
+  else:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      pool.submit(asyncio.run, complete()).result()
+  return results[0]
