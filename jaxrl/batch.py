@@ -234,7 +234,7 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
   heads = [prompt_length(t) if trunk_length else 0 for t in trajectories]
   longest = max((len(t.tokens) - head for t, head in zip(trajectories, heads)), default=0)
   length = row_length if 0 < row_length >= longest else bucket(longest)
-  deepest = max(heads, default=0)
+  deepest = max((head for t, head in zip(trajectories, heads) if head < len(t.tokens)), default=0)
   trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
   if trunk_length:
     bins, prompts = _with_trunks(trajectories, Layout(length, trunk_length, rows_per_trunk))

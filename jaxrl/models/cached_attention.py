@@ -114,7 +114,7 @@ def attend(q: Float[Array, "rows kv group width"], k: Float[Array, "rows kv widt
   if window is not None:
     visible &= index - place < window
   suffix = jnp.where(visible, cap(_scores(q, cache.suffix)), NEGATIVE)
-  itself = cap(jnp.sum(q * k[:, :, None], axis=-1, keepdims=True, dtype=jnp.float32))
+  itself = cap(jnp.sum(q.astype(jnp.float32) * k[:, :, None], axis=-1, keepdims=True))
   top = jnp.maximum(jnp.maximum(prefix_top, jnp.max(suffix, axis=-1, keepdims=True)), itself)
   suffix, itself, rescale = jnp.exp(suffix - top), jnp.exp(itself - top), jnp.exp(prefix_top - top)
   total = rescale * prefix_total + jnp.sum(suffix, axis=-1, keepdims=True) + itself

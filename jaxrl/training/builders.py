@@ -376,8 +376,10 @@ def _shape(phase, decoder, mesh, builder, source) -> Shape:
   learning = phase.learning
   state = states.abstract_state(decoder, mesh, learning.optimizer,
                                 with_reference=learning.needs_reference)
-  kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-             for x in jax.tree.leaves(state))
+  def bytes_of(tree, itemsize=0):
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+               for x in jax.tree.leaves(tree))
+  kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
   return shape_of(phase.settings, decoder, mesh, tasks, kept_bytes=kept)
 
 

@@ -207,7 +207,7 @@ def _devices(shardings):
 
 def _streams(learning, batch, body, start):
   """What `fori_loop(..., body, start)` gives over equal shares of the micro-batches in use."""
-  used, streams = _used(batch), learning.streams
+  used, streams = _used(batch), min(learning.streams, _micro_batches(batch))
   return [jax.lax.fori_loop(used * s // streams, used * (s + 1) // streams, body, start)
           for s in range(streams)]
 

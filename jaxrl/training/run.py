@@ -109,7 +109,7 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
       progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0),
                                      ended=False, updates_left=0, batch_metrics={})
     if state is None:
-      state = builders.start_state(parts, phase, params, rng)
+      state, params = builders.start_state(parts, phase, params, rng), None  # which frees a copy
     if phase.kind != "evaluate":
       state = _train(parts, phase, state, progress, buffer, reporter, checkpoints, stop)
     if phase.name not in progress.evaluations:

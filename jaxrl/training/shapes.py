@@ -22,6 +22,8 @@ from jaxrl.models import packed_attention
 WORTH_SHARING = 0.9  # of the work that whole sequences would take
 MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
 CPU_BLOCK = 400_000  # feed-forward activations of a micro-batch: they stay in a core's cache
+BUSY = 8192  # tokens at a time that keep any device busy
+PARTS = 8  # micro-batches of the largest batch, at least, where they are not smaller than that
 HALF = 0.5  # of the memory that parameters and optimiser leave, for a micro-batch's activations
 
 
@@ -65,7 +67,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     decoder: the model.
     mesh: that trains.
     tasks: some that the phase may draw.
-    kept_bytes: of parameters, optimiser and reference on one device.
+    kept_bytes: of parameters, optimiser, reference and gradients on one device.
   """
   if settings.kind == "rl":
     known = [len(task.prompt) for task in tasks] or [max(settings.data.max_prompt_tokens, 1)]
@@ -138,7 +140,7 @@ def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
   """Rows at a time: those of the config, made up to whole trunks, or as many as work well.
 
   The latter are made fewer where that gives every loop over micro-batches as many of the `rows`
-  that are expected (0 if unknown).
+  that are expected (0 if unknown), or leaves out more of the padding of smaller batches.
   """
   devices = mesh.shape["data"] * mesh.shape["fsdp"]
   unit = devices * layout.rows_per_trunk
@@ -148,6 +150,7 @@ def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
   tokens = _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes)
   most = max(1, round(tokens / per_unit))
   units, streams = -(-rows // unit), sharding.streams(mesh)
+  most = min(most, max(-(-BUSY // per_unit), -(-units // PARTS)))
   rounds = -(-units // (most * streams))  # micro-batches of each loop
   return unit * (-(-units // (rounds * streams)) if rows else most)
 
@@ -173,5 +176,6 @@ def _bytes_per_token(settings, decoder, layout, tensor):
   # Scores and weights of attention; the backward pass makes those of long rows and under
   # rematerialisation again, one layer at a time.
   scores = 2 * 4 * c.heads / tensor * (layout.trunk_length + layout.row_length)
+  scores *= c.attention != "fused"
   again = c.remat == "full" or layout.row_length > packed_attention.BLOCK
   return size * kept + logits + 6 * 4 * c.d_model + scores * (1 if again else c.layers)

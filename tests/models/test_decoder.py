@@ -127,6 +127,18 @@ def test_remat_does_not_change_gradients(scan_layers, policies):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
+def test_dots_computes_fewer_products_again_than_full():
+  """Projections are kept; what has batch dimensions, as attention has, is not."""
+  config, [tokens] = WINDOWED, sequences([10])
+  params = parameters(config)
+
+  def products(remat):
+    def loss(p):
+      return jnp.sum(run(with_(config, remat=remat), p, *alone(tokens))[0] ** 2)
+    return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+  assert products("none") <= products("dots") < products("full")
+
+
 IN_ORDER = np.array([0, 0, 0, 1, 1, 1]), Rows(lengths=np.array([7, 3]))
 MIXED_UP = np.array([1, 0, 1, 1]), Rows(  # the only row of prompt 0 fills up its places
     lengths=np.array([7, 3]), row_of=np.array([[1, 1, 1], [3, 0, 2]]),

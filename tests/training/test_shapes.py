@@ -89,3 +89,20 @@ def test_unknown_prompts_are_taken_to_be_as_long_as_they_may_be(toys):
   """All first rows of the data may have been skipped."""
   shape = shape_of(settings(), DECODER, toys.one_device(), [])
   assert shape.layout.trunk_length == 256
+
+
+@pytest.mark.parametrize("examples", [1, 3, 12, 16, 17, 31, 32, 40, 100])
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_every_loop_over_micro_batches_gets_as_many(toys, monkeypatch, examples, cores):
+  """11 rows at a time would make three micro-batches of 32 rows, for two loops."""
+  monkeypatch.setattr("jaxrl.sharding.streams", lambda mesh: cores)
+  these = settings(kind="sft", row_length=96)
+  these.data.update(max_prompt_tokens=2, max_completion_tokens=94)
+  these.batch.examples = examples
+  shape = shape_of(these, DECODER, toys.one_device(), [])
+  these.data.max_completion_tokens = 0  # rows unknown
+  most = shape_of(these, DECODER, toys.one_device(), []).micro_batch_rows
+  assert 1 <= shape.micro_batch_rows <= most == 11
+  count = -(-examples // shape.micro_batch_rows)
+  rounds = -(-examples // (most * cores))  # no more than are needed
+  assert (rounds - 1) * cores < count <= rounds * cores

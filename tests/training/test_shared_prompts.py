@@ -140,3 +140,13 @@ def test_rows_of_a_trunk_are_never_torn_apart(toys):
   host = pack(groups(toys), row_length=16, trunk_length=9, rows_per_trunk=4, rows_multiple=4)
   with pytest.raises(ValueError, match="micro-batches of 2 rows"):
     to_micro_batches(host, 2)
+
+
+def test_a_sequence_without_anything_to_train_on_does_not_deepen_the_trunks():
+  """An unscored one is all prompt, and is not packed."""
+  trained = Trajectory([1] * 30 + [2] * 5, np.arange(35) >= 30, group=0)
+  unscored = dataclasses.replace(trained, tokens=np.array([1] * 30 + [2] * 60),
+                                 loss_mask=np.arange(90) >= 30, behaviour_logprobs=np.zeros(90),
+                                 turn_ids=np.zeros(90), tag_ids=np.zeros(90), scored=False)
+  batch = pack([trained, unscored], row_length=64, trunk_length=32)
+  assert batch.trunk_tokens.shape[1] == 32 and batch.tokens.shape[1] == 64
