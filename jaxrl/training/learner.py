@@ -2,9 +2,10 @@
 
 Weights and credit are computed over the whole batch, so a loop over micro-batches adds up to the
 same gradient whatever their number. The loop's length is that of the rows in use: padding up to a
-bucketed shape costs no compute. Rows are interleaved, so that each device holds an equal part of
-every micro-batch and none has to be moved: with a unit the rows of one trunk (one row where there
-are no trunks), unit `j * micro_batches + i` is unit j of micro-batch i.
+bucketed shape costs the compute of less than one micro-batch. Rows are interleaved, so that each
+device holds an equal part of every micro-batch and none has to be moved: with a unit the rows of
+one trunk (one row where there are no trunks), unit `j * micro_batches + i` is unit j of micro-batch
+i.
 """
 
 from collections.abc import Callable, Sequence

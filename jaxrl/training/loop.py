@@ -120,7 +120,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
   batch = None
   if progress.updates_left and not progress.ended:
     own = {name: x for name, x in buffer.items() if not name.startswith(f"{SUPPLY}/")}
-    batch = sharding.put_batch(from_buffer(own), phase.mesh)
+    batch = sharding.put_batch(_check_divides(from_buffer(own), phase.mesh), phase.mesh)
   step = int(state.step)
   while step < phase.steps and not progress.ended:
     start = time.perf_counter()
@@ -202,6 +202,18 @@ def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
       fields[field] = array
   fields["micro_batch_rows"] = int(fields["micro_batch_rows"])
   return TokenBatch(**fields)
+
+
+def _check_divides(batch, mesh):
+  """A batch from a checkpoint, whose rows are arranged for good."""
+  units, devices = len(batch.trunk_lengths), mesh.shape["data"] * mesh.shape["fsdp"]
+  if units % devices:
+    raise ValueError(
+        f"the checkpoint was saved between two updates on one batch, of {units} x "
+        f"{batch.rows_per_trunk} rows, which does not divide over data x fsdp = {devices} devices: "
+        "continue on a mesh where it does, with --config.mesh.data and --config.mesh.fsdp, until "
+        "the next checkpoint")
+  return batch
 
 
 def _prepare(phase, state, supplied: Supplied, progress):

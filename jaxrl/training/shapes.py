@@ -1,8 +1,9 @@
 """The shape of a phase's batches, decided before its first: layout, rows at a time, expected size.
 
 Batches are padded up to what is expected from the first, as a batch that is larger than all before
-compiles anew. Padding rows cost no compute, and what is expected comes from limits in the config and
-from a few prompts of the data; a batch that exceeds it is still packed, and shapes stay larger then.
+compiles anew. Micro-batches of nothing but padding cost no compute, and what is expected comes from
+limits in the config and from a few prompts of the data; a batch that exceeds it is still packed, and
+shapes stay larger then.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,13 @@
 """The loop: stopping anywhere and going on is the same as never stopping; what ends a phase."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 
+from jaxrl import sharding
 from jaxrl.batch import Layout
 from jaxrl.batch import pack
 from jaxrl.models import model_outputs
@@ -232,3 +234,13 @@ def test_curves_are_drawn_and_checkpoints_saved_as_often_as_asked(phase_of, tmp_
   checkpoints.close()
   assert recorder.drawn == 2
   assert sorted(int(p.name) for p in tmp_path.iterdir()) == [3, 6, 7]
+
+
+def test_a_batch_between_two_updates_says_which_meshes_it_continues_on(toys, phase_of, tmp_path):
+  phase = dataclasses.replace(phase_of(), mesh=sharding.make_mesh(8))
+  progress = loop.Progress(updates=1, updates_left=1)
+  buffer = loop.to_buffer(pack(toys.rollouts()[:2], row_length=32))  # one row
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(ValueError, match=r"of 1 x 1 rows, .* = 8 devices: continue on a mesh"):
+    loop.train(phase, phase_of.start(), progress, buffer, reporter=None, checkpoints=checkpoints)
+  checkpoints.close()
