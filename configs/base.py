@@ -43,7 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
       norm_epsilon=1e-6, norm_offset=False, post_norms=False, qk_norm=False,
       qkv_bias=False, output_bias=False, mlp_bias=False, query_scale=0.0, activation="silu",
       tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
-      attention="xla", scan_layers=False, remat="none", heads_on_top=(),
+      attention="xla", scan_layers=False, remat="none",
+      heads_on_top=(), critic=False,  # ("value", 1) is a value head on the policy; critic a model
       dtype="float32", param_dtype="float32")
   config.mesh = dict(
       data=-1, fsdp=1, tensor=1,  # -1: all devices that are left
@@ -71,6 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
       max_tokens=64, stop_strings=(),  # where a sample ends, beside EOS; in evaluations too
       templates=dict(),  # texts with {placeholders} for ctx.render
       updates=1,  # optimiser updates on each batch of rollouts
+      edits=(),  # what is done to a batch of scored trajectories before it is packed
       staleness=0,  # batches that are sampled ahead, with older parameters; 0 is on-policy
       filter_zero_variance=False,  # replace groups of equal rewards, drawing at most
       max_resample=2,  # times again
@@ -87,7 +89,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.objective = [dict(name="clipped_surrogate", low=0.2, high=0.2)]
   config.aggregation = dict(
       kind="token_mean",  # token_mean | sequence_mean | sequence_sum | constant
-      constant=0.0)  # tokens that kind="constant" divides by
+      constant=0.0)  # tokens that kind="constant" divides by; a term may have its own aggregation
+  config.reference = dict(
+      every=0,  # updates after which the reference follows the policy; 0 is never
+      decay=0.0)  # share of itself that it keeps then: 0 is a copy, 0.99 a moving average
 
   config.evaluate = dict(
       problems=256,  # of validation, and of test

@@ -162,6 +162,12 @@ class ModelOutputs:
   hidden: Float[Array, "rows length width"] | None = None  # final hidden state at tokens[t]
   values: Float[Array, "rows length"] | None = None  # value of the state before tokens[t]
   scores: Float[Array, "rows length heads"] | None = None  # scalar heads read at tokens[t]
+  # Of the distribution that tokens[t] is from, by name: see `models.distributions`.
+  distribution: dict[str, Float[Array, "rows length"]] = flax.struct.field(default_factory=dict)
+
+  def get(self, name: str) -> Float[Array, "rows length ..."] | None:
+    """A signal by name, None if nobody asked for it."""
+    return self.distribution.get(name) if name in self.distribution else getattr(self, name, None)
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -372,6 +378,16 @@ def to_tokens(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Arr
   """The value of each token's sequence, 0 on padding."""
   real = batch.sequence_ids != PADDING
   return jnp.where(real, values[jnp.where(real, batch.sequence_ids, 0)], 0)
+
+
+def at_last_tokens(batch: TokenBatch, values: Float[Array, "sequences"]
+                   ) -> Float[Array, "rows length"]:
+  """The value of a sequence at its last loss token, 0 elsewhere."""
+  position = jnp.where(batch.loss_mask, batch.positions, -1)
+  last = jax.ops.segment_max(position.reshape(-1), batch.sequence_ids.reshape(-1),
+                             num_segments=batch.num_sequences)
+  is_last = batch.loss_mask & (batch.positions == to_tokens(batch, last))
+  return jnp.where(is_last, to_tokens(batch, values), 0)
 
 
 def _by_group(batch, reduced):

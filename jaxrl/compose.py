@@ -4,7 +4,7 @@ A name is looked up in one package (`jaxrl.advantages`) or, written `package.mod
 anywhere on the import path, so that a new piece needs no edit of this package.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import difflib
 import functools
 import importlib
@@ -12,29 +12,55 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+from jaxrl import schedule
+
 LISTED = 40  # valid names in an error message at most
 
 
-def needs(*signals: str) -> Callable[[Callable], Callable]:
-  """Declares the signals (`entropy`, `reference_logprobs`, ...) that a piece reads."""
+def needs(*signals: str | Callable[..., Sequence[str]]) -> Callable[[Callable], Callable]:
+  """Declares the signals (`entropy`, `reference_logprobs`, ...) that a piece reads.
+
+  Args:
+    signals: names as in `models.outputs.MODEL_SIGNALS`. In an objective term a plain name is of the
+      policy as it is being updated, `old_NAME` of the policy that the batch began with, and
+      `reference_NAME` of the frozen reference. In a credit chain the policy is always that which
+      the batch began with. Where names depend on the piece's keywords, a function of those:
+      `needs(lambda estimator: ("entropy",) if estimator == "full" else ())`.
+  """
   def mark(function):
     function.signals = signals
     return function
   return mark
 
 
+def carries(initial: Callable[[], Any]) -> Callable[[Callable], Callable]:
+  """Declares that a piece remembers something from batch to batch, as part of every checkpoint.
+
+  Args:
+    initial: makes what it begins with, a pytree of arrays whose shapes never change.
+  """
+  def mark(function):
+    function.initial = initial
+    return function
+  return mark
+
+
+def initial_of(piece: Callable) -> Callable[[], Any] | None:
+  """What makes the first memory of a piece, None for one without."""
+  return getattr(_bare(piece), "initial", None)
+
+
 def signals_of(piece: Callable) -> tuple[str, ...]:
   """The signals that a piece, bare or built, declared with `needs`."""
-  while isinstance(piece, functools.partial):
-    piece = piece.func
-  return getattr(piece, "signals", ())
+  names = []
+  for signal in getattr(_bare(piece), "signals", ()):
+    names += [signal] if isinstance(signal, str) else _with_keywords(signal, piece)
+  return tuple(names)
 
 
 def name_of(piece: Callable) -> str:
   """The name of a piece, bare or built."""
-  while isinstance(piece, functools.partial):
-    piece = piece.func
-  return piece.__name__
+  return _bare(piece).__name__
 
 
 def nearest(name: str, valid) -> str:
@@ -82,7 +108,47 @@ def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "co
   if missing:
     raise ValueError(f"{where}: {name} needs {', '.join(missing)}; "
                      f"write dict(name={name!r}, {missing[0]}=...)")
-  return functools.partial(function, **spec)
+  return functools.partial(function, **{key: schedule.read(value, f"{where}.{key}")
+                                        for key, value in spec.items()})
+
+
+def at(piece: Callable, step: Any) -> Callable:
+  """A built piece with its scheduled numbers as they are at an update."""
+  if not isinstance(piece, functools.partial):
+    return piece
+  return functools.partial(piece.func, *piece.args, **{
+      key: value(step) if isinstance(value, schedule.Schedule) else value
+      for key, value in piece.keywords.items()})
+
+
+def supplies(*signals: str, columns: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+  """Declares what the trajectories of an episode or an edit hold beside what all of them do.
+
+  Args:
+    signals: keys of `Trajectory.signals`.
+    columns: keys of `Trajectory.columns`.
+  """
+  def mark(function):
+    function.supplied = (signals, tuple(columns))
+    return function
+  return mark
+
+
+def supplied_by(piece: Callable) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """The signals and columns that a piece, bare or built, declared with `supplies`."""
+  return getattr(_bare(piece), "supplied", ((), ()))
+
+
+def _bare(piece):
+  while isinstance(piece, functools.partial):
+    piece = piece.func
+  return piece
+
+
+def _with_keywords(function, piece):
+  """Calls a function with those keywords of a piece, set or default, that it asks for."""
+  keywords = {name: p.default for name, p in inspect.signature(piece).parameters.items()}
+  return function(**{name: keywords[name] for name in inspect.signature(function).parameters})
 
 
 def _find(name, module, where):

@@ -7,10 +7,11 @@ order matters: `scale_by_batch_std -> center_by_group` divides by the deviation 
 (REINFORCE++ with a group baseline).
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl.batch import TokenBatch, as_one_group, std_by_group
+from jaxrl.batch import TokenBatch, as_one_group, std_by_group, to_tokens
 
 
 def scale_by_group_std(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: int = 1,
@@ -30,6 +31,22 @@ def scale_by_group_std(batch: TokenBatch, values: Float[Array, "sequences"], *, 
   """
   std = std_by_group(batch, values, ddof=ddof)
   return jnp.where(std > 0, values / jnp.where(std > 0, std + epsilon, 1), 0)
+
+
+def whiten_tokens(batch: TokenBatch, values: Float[Array, "rows length"], *,
+                  epsilon: float = 1e-8) -> Float[Array, "rows length"]:
+  """Mean 0 and variance 1 over all loss tokens of the batch (PPO, arXiv:1909.08593).
+
+    advantage_t = (v_t - mean(v)) / sqrt(var(v) + epsilon),     var with division by n - 1
+
+  As in TRL. Tokens of unscored sequences do not count and get 0.
+  """
+  mask = batch.loss_mask & to_tokens(batch, batch.sequence_mask).astype(bool)
+  count = jnp.sum(mask)
+  mean = jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(count, 1)
+  centred = jnp.where(mask, values - mean, 0)
+  variance = jnp.sum(centred ** 2) / jnp.maximum(count - 1, 1)
+  return centred * jax.lax.rsqrt(variance + epsilon)
 
 
 def scale_by_batch_std(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: int = 1,

@@ -52,6 +52,7 @@ class DecoderConfig:
     scan_layers: one stacked set of layer parameters, compiled once for any depth.
     remat: what the backward pass recomputes: `none`, `dots` (all but matrix products), `full`.
     heads_on_top: scalar heads over the final hidden state, name -> number of outputs.
+    critic: a second decoder beside the policy, with the head `value` (see `models.outputs`).
     dtype, param_dtype: of activations and of parameters.
   """
 
@@ -84,6 +85,7 @@ class DecoderConfig:
   scan_layers: bool = False
   remat: str = "none"
   heads_on_top: tuple[tuple[str, int], ...] = ()
+  critic: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
 

@@ -4,6 +4,7 @@ Here, and nowhere else, the state before a token meets the token that it predict
 """
 
 from collections.abc import Collection
+import dataclasses
 
 from flax.core import meta
 import jax
@@ -12,17 +13,46 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
+from jaxrl.models import distributions
 from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.logprobs import token_logprobs
 
-MODEL_SIGNALS = ("entropy", "hidden", "values", "scores")
+DIVERGENCE = "reference_kl"  # the signal of two models
+MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "scores", *distributions.SIGNALS)
 VALUE_HEAD = "value"  # of `heads_on_top`; the others are scores
 
 
 def init_parameters(config: DecoderConfig, key: Array) -> PyTree:
-  """Random parameters, `{"params": ...}`, boxed with their logical axes until `unbox`."""
+  """Random parameters, boxed with their logical axes until `unbox`.
+
+  `{"params": ...}` are the policy's; with `config.critic` there are `{"critic": ...}` too.
+  """
   tokens = jnp.zeros((1, 2), jnp.int32)
-  return Decoder(config).init(key, tokens, tokens, jnp.ones_like(tokens))
+
+  def init(config, key):
+    return Decoder(config).init(key, tokens, tokens, jnp.ones_like(tokens))["params"]
+  if not config.critic:
+    return {"params": init(config, key)}
+  return {"params": init(config, key), "critic": init(critic_of(config), jax.random.fold_in(key, 1))}
+
+
+def is_signal(name: str) -> bool:
+  """Whether a model can say what is named; other signals come from episodes or credit."""
+  return name == DIVERGENCE or distributions.split(name)[0] in MODEL_SIGNALS
+
+
+def critic_of(config: DecoderConfig) -> DecoderConfig:
+  """The decoder whose only head is the value: that of `config.critic`."""
+  return dataclasses.replace(config, critic=False, tie_embeddings=True,
+                             heads_on_top=((VALUE_HEAD, 1),))
+
+
+def critic_from_policy(params: PyTree) -> PyTree:
+  """The parameters with a critic that begins as the policy, its head aside."""
+  policy, critic = params["params"], params["critic"]
+  copied = {name: jax.tree.map(jnp.copy, policy[name]) if name in policy else own
+            for name, own in critic.items()}
+  return {**params, "critic": copied}
 
 
 def unbox(parameters: PyTree) -> PyTree:
@@ -32,7 +62,8 @@ def unbox(parameters: PyTree) -> PyTree:
 
 def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
                   signals: Collection[str] = (), logprobs: bool = True,
-                  temperature: float | Array = 1.0, vocabulary_chunk: int = 4096) -> ModelOutputs:
+                  temperature: float | Array = 1.0, vocabulary_chunk: int = 4096,
+                  reference: PyTree | None = None) -> ModelOutputs:
   """Runs the decoder over packed rows and computes what was asked for.
 
   Args:
@@ -44,12 +75,15 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
       `hidden`: final hidden state at tokens[t].
       `values`: the head `value` read just before tokens[t].
       `scores`: all other heads read at tokens[t], in the order of the config.
+      `reference_kl`: KL(policy || reference) over the whole vocabulary.
+      those of `models.distributions`: of the distribution that tokens[t] is drawn from.
     logprobs: whether log-probabilities are wanted; without them and entropy no logit is computed.
     temperature: of the distribution that the log-probabilities and entropies are about.
     vocabulary_chunk: as `chunk` of `token_logprobs`.
+    reference: parameters of the reference, for `reference_kl`.
 
   Returns:
-    `logprobs`, `entropy` and `values` are 0 on padding and at the first token of every segment,
+    All but `hidden` and `scores` are 0 on padding and at the first token of every segment,
     which nothing predicts. What was not asked for is None.
 
   Raises:
@@ -60,14 +94,31 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
   hidden, before = _hidden_states(decoder, params, batch)
   predicted = _is_predicted(batch)
   outputs = ModelOutputs(hidden=hidden if "hidden" in signals else None)
+  logprobs = logprobs or "logprobs" in signals
+  vocabulary = decoder.apply(params, method="vocabulary")
   if logprobs or "entropy" in signals:
     about_tokens = token_logprobs(
-        before, decoder.apply(params, method="vocabulary"), batch.tokens, chunk=vocabulary_chunk,
+        before, vocabulary, batch.tokens, chunk=vocabulary_chunk,
         temperature=temperature, soft_cap=config.logit_soft_cap, entropy="entropy" in signals)
     kept = [None if x is None else jnp.where(predicted, x, 0) for x in about_tokens]
     outputs = outputs.replace(logprobs=kept[0] if logprobs else None, entropy=kept[1])
+  how = dict(temperature=temperature, soft_cap=config.logit_soft_cap)
+  of_distribution = [s for s in signals if distributions.split(s)[0] in distributions.SIGNALS]
+  found = {}
+  if of_distribution:
+    found = distributions.about_tokens(before, vocabulary, of_distribution, **how)
+  if DIVERGENCE in signals:
+    reference = jax.lax.stop_gradient(reference)
+    _, other = _hidden_states(decoder, reference, batch)
+    found[DIVERGENCE] = distributions.divergence(
+        before, vocabulary, other, decoder.apply(reference, method="vocabulary"), **how)
+  outputs = outputs.replace(distribution={k: jnp.where(predicted, x, 0) for k, x in found.items()})
   if "values" in signals:
-    values = decoder.apply(params, VALUE_HEAD, before, method="head")[..., 0]
+    critic, critic_params, state = decoder, params, before
+    if config.critic:
+      critic, critic_params = Decoder(critic_of(config)), {"params": params["critic"]}
+      _, state = _hidden_states(critic, critic_params, batch)
+    values = critic.apply(critic_params, VALUE_HEAD, state, method="head")[..., 0]
     outputs = outputs.replace(values=jnp.where(predicted, values, 0))
   if "scores" in signals:
     scores = [decoder.apply(params, name, hidden, method="head")
@@ -116,12 +167,13 @@ def _is_predicted(batch: TokenBatch) -> Bool[Array, "rows length"]:
 
 def _check_signals(config, signals):
   for name in signals:
-    if name not in MODEL_SIGNALS:
+    if not is_signal(name):
       raise ValueError(f"a model has no signal {name!r}{nearest(name, MODEL_SIGNALS)}")
   heads = [name for name, _ in config.heads_on_top]
-  if "values" in signals and VALUE_HEAD not in heads:
+  if "values" in signals and VALUE_HEAD not in heads and not config.critic:
     raise ValueError(f"signal 'values' needs a value head, but config.model.heads_on_top={heads}: "
-                     f"add ({VALUE_HEAD!r}, 1) to config.model.heads_on_top")
+                     f"add ({VALUE_HEAD!r}, 1) to config.model.heads_on_top, or set "
+                     "config.model.critic for a critic of its own")
   if "scores" in signals and not set(heads) - {VALUE_HEAD}:
     raise ValueError(f"signal 'scores' needs a scalar head, but config.model.heads_on_top={heads}: "
                      "add ('score', 1) to config.model.heads_on_top")

@@ -8,6 +8,7 @@ with them then adds up over micro-batches and devices to the same loss, gradient
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -19,6 +20,14 @@ from jaxrl.compose import name_of, nearest, signals_of
 TermOutput = tuple[Float[Array, "rows length"], dict[str, Float[Array, "rows length"]]]
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+  """Arguments of `loss_weights`."""
+
+  kind: str
+  constant: float | None = None
 
 
 def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None = None
@@ -77,8 +86,8 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
 
   Returns:
     `loss_and_metrics(outputs, batch, weights, mean_weights)` -> (loss, metrics): both are sums over
-    the tokens at hand, under `weights` and `mean_weights`. Metrics are those of the terms, and
-    `loss/<term>` for each.
+    the tokens at hand, under `weights` and `mean_weights`. Weights are one array, or a sequence with
+    one for each term. Metrics are those of the terms, and `loss/<term>` for each.
 
   Raises:
     ValueError: no term, or the same term twice; from the returned function: a signal that a term
@@ -91,11 +100,12 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
     raise ValueError(f"objective lists {repeated[0]!r} {len(repeated)} times: keep one of them")
 
   def loss_and_metrics(outputs, batch, weights, mean_weights):
-    loss, metrics = jnp.zeros((), weights.dtype), {}
-    for name, term in zip(names, terms):
+    each = weights if isinstance(weights, Sequence) else [weights] * len(terms)
+    loss, metrics = jnp.zeros((), each[0].dtype), {}
+    for name, term, own in zip(names, terms, each, strict=True):
       _check_signals(name, term, outputs, batch)
       values, diagnostics = term(outputs, batch)
-      metrics[f"loss/{name}"] = jnp.sum(weights * values)
+      metrics[f"loss/{name}"] = jnp.sum(own * values)
       loss += metrics[f"loss/{name}"]
       for key, per_token in diagnostics.items():
         if key in metrics:
@@ -114,7 +124,9 @@ def _scored_tokens(batch: TokenBatch) -> Bool[Array, "rows length"]:
 
 def _check_signals(name, term, outputs, batch):
   for signal in signals_of(term):
-    if signal not in batch.signals and getattr(outputs, signal, None) is None:
+    if signal not in batch.signals and outputs.get(signal) is None:
       raise ValueError(f"objective term {name!r} needs {signal!r}, which is neither among the "
                        f"batch's signals ({', '.join(batch.signals) or 'none'}) nor in the model's "
-                       "outputs: the trainer computes what the term declares with compose.needs")
+                       "outputs: the trainer computes what the term declares with compose.needs if "
+                       "it is a model's; others come from a piece of config.advantage or from the "
+                       "episode")

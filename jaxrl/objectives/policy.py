@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch, mean_by_sequence, sum_by_sequence, to_tokens
+from jaxrl.compose import needs
+from jaxrl.log_ratio import cap, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
-from jaxrl.objectives.log_ratio import cap, log_ratio
 
 
 def reinforce(outputs: ModelOutputs, batch: TokenBatch, *, importance_cap: float | None = None,
@@ -53,9 +54,14 @@ def reinforce(outputs: ModelOutputs, batch: TokenBatch, *, importance_cap: float
   return -weight * advantages * logprobs, metrics
 
 
+def _anchor_signal(anchor):
+  return ("old_logprobs",) if anchor == "old" else ()
+
+
+@needs(_anchor_signal)
 def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 0.2,
-                      high: float = 0.2, level: str = "token", dual_clip: float | None = None
-                      ) -> TermOutput:
+                      high: float = 0.2, level: str = "token", dual_clip: float | None = None,
+                      anchor: str = "behaviour") -> TermOutput:
   """Clipped importance-weighted policy gradient (PPO, arXiv:1707.06347).
 
     loss_t = -min(r_t * A_t, clip(r_t, 1 - low, 1 + high) * A_t)
@@ -75,14 +81,17 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
     level: "token" or "sequence".
     dual_clip: for negative advantages the loss is at most `dual_clip * |A_t|`, so that one token
       that has become far more likely cannot rule the batch (arXiv:1912.09729). Above 1, usually 3.
+    anchor: what the ratio divides by: "behaviour", the log-probabilities of the sampler, or "old",
+      those that the trainer itself computes before the first update on the batch. The latter is for
+      samples whose behaviour is unknown, or corrected by `advantages.truncate_importance`.
 
   Returns:
     Loss per token; metrics `clip_fraction` (tokens whose gradient is cut), `ratio` and
     `behaviour_kl`, an estimate of KL(behaviour || policy).
   """
-  _check(low, high, level, dual_clip)
+  _check(low, high, level, dual_clip, anchor)
   advantages = _advantages(batch)
-  log_ratios = log_ratio(batch, outputs.logprobs, batch.behaviour_logprobs)
+  log_ratios = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
   drift = log_ratios
   if level == "sequence":
     log_ratios = to_tokens(batch, mean_by_sequence(batch, log_ratios))
@@ -103,6 +112,46 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
   return -advantages * trusted, metrics
 
 
+@needs(_anchor_signal)
+def geometric_mean(outputs: ModelOutputs, batch: TokenBatch, *, high: float = 0.4,
+                   anchor: str = "behaviour") -> TermOutput:
+  """Policy gradient with the geometric mean of the token ratios (GMPO, arXiv:2507.20673, eq. 4).
+
+  With d_t = log(pi(t) / behaviour(t)), s the sign of the sequence's advantage and T its loss tokens:
+
+    loss = -A * exp(s / T * sum_t min(s * d_t, high))
+
+  so a token is cut where it has moved far enough in the direction of s; the paper's lower bound never
+  binds inside its minimum. Every token of the sequence has this loss, so aggregation
+  "sequence_mean" is the paper's.
+
+  Args:
+    outputs: supplies `logprobs`.
+    batch: supplies `behaviour_logprobs` and `signals["advantages"]`, of which a sequence's mean over
+      its loss tokens is A.
+    high: largest log-ratio in the direction of s that has a gradient; 0.4 in the paper.
+    anchor: as in `clipped_surrogate`.
+
+  Returns:
+    Loss per token; metrics `clip_fraction`, `ratio` and `behaviour_kl`.
+  """
+  _check(0.0, high, "sequence", None, anchor)
+  advantages = to_tokens(batch, mean_by_sequence(batch, _advantages(batch)))
+  sign = jnp.sign(advantages)
+  log_ratios = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
+  directed = sign * log_ratios
+  mean = to_tokens(batch, mean_by_sequence(batch, sign * jnp.minimum(directed, high)))
+  ratio = jnp.exp(cap(jnp.where(batch.loss_mask, mean, 0)))
+  metrics = {"clip_fraction": jnp.where(batch.loss_mask & (sign != 0), directed > high, False
+                                        ).astype(ratio.dtype),
+             "ratio": ratio, "behaviour_kl": _behaviour_kl(log_ratios)}
+  return jnp.where(batch.loss_mask, -advantages * ratio, 0), metrics
+
+
+def _anchor(batch, anchor):
+  return batch.signals["old_logprobs"] if anchor == "old" else batch.behaviour_logprobs
+
+
 def _advantages(batch):
   if "advantages" not in batch.signals:
     raise ValueError("a policy term needs batch.signals['advantages'], which a phase with rewards "
@@ -117,17 +166,24 @@ def _behaviour_kl(log_ratios):
 def _check_importance(importance_cap, level):
   if level not in ("token", "sequence"):
     raise ValueError(f"reinforce: level={level!r}; valid are 'token' and 'sequence'")
-  if importance_cap is not None and not importance_cap > 0:
+  if _is_known(importance_cap) and not importance_cap > 0:
     raise ValueError(f"reinforce: importance_cap={importance_cap} has to be above 0; 2.0 is usual, "
                      "None turns importance weights off")
 
 
-def _check(low, high, level, dual_clip):
+def _check(low, high, level, dual_clip, anchor):
+  if anchor not in ("behaviour", "old"):
+    raise ValueError(f"clipped_surrogate: anchor={anchor!r}; valid are 'behaviour' and 'old'")
   if level not in ("token", "sequence"):
     raise ValueError(f"clipped_surrogate: level={level!r}; valid are 'token' and 'sequence'")
-  if low < 0 or high < 0:
+  if _is_known(low, high) and (low < 0 or high < 0):
     raise ValueError(f"clipped_surrogate: low={low}, high={high}; both are distances from 1, so at "
                      "least 0")
-  if dual_clip is not None and dual_clip <= 1:
+  if _is_known(dual_clip) and dual_clip <= 1:
     raise ValueError(f"clipped_surrogate: dual_clip={dual_clip} has to be above 1; 3.0 is usual, "
                      "None turns it off")
+
+
+def _is_known(*numbers):
+  """Whether all are plain numbers, not scheduled ones, whose value only the device knows."""
+  return all(isinstance(x, int | float) for x in numbers)

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import needs
+from jaxrl.log_ratio import kl_estimate, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
-from jaxrl.objectives.log_ratio import cap, log_ratio
 
 
 @needs("reference_logprobs")
@@ -34,16 +34,8 @@ def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str 
   Returns:
     Loss per token; metric `kl`, the estimate before `beta`.
   """
-  if estimator not in ("k1", "k2", "k3"):
-    raise ValueError(f"kl: estimator={estimator!r}; valid are 'k1', 'k2' and 'k3'")
   difference = log_ratio(batch, outputs.logprobs, batch.signals["reference_logprobs"])
-  if estimator == "k1":
-    estimate = difference
-  elif estimator == "k2":
-    estimate = jnp.square(difference) / 2
-  else:
-    inverse = cap(-difference)
-    estimate = jnp.expm1(inverse) - inverse
+  estimate = kl_estimate(difference, estimator)
   return beta * estimate, {"kl": estimate}
 
 

@@ -62,11 +62,17 @@ class _Pending:
 
 
 class EpisodeContext:
-  """What an episode may ask for. One context per episode."""
+  """What an episode may ask for. One context per episode.
+
+  Attributes:
+    step: update that the batch is for.
+    memory: what the phase remembers of earlier batches, see `edits.Step`. Episodes run in any order,
+      so they only read it, and edits write.
+  """
 
   def __init__(self, rollouts: "Rollouts", session: "_Session", episode: int):
     self._rollouts, self._session, self._episode = rollouts, session, episode
-    self.step = session.step
+    self.step, self.memory = session.step, rollouts.memory
 
   async def sample(self, prompt: Sequence[int], n: int = 1, *, train: bool = False,
                    max_tokens: int | None = None, temperature: float | None = None
@@ -160,6 +166,7 @@ class Rollouts:
     self.sampling, self.templates = sampling, templates or {}
     self.max_failure_rate, self.report = max_failure_rate, report
     self.stopped = False
+    self.memory: dict[str, Any] = {}
     self._failed = collections.deque(maxlen=WINDOW)
 
   def stop(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from jaxrl import advantages
 from jaxrl import compose
@@ -17,10 +18,13 @@ from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import objectives
 from jaxrl import rollouts as rollout_lib
+from jaxrl.rollouts import edits
 from jaxrl import sharding
 from jaxrl.batch import Task
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
+from jaxrl.models import critic_from_policy
+from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.rewards import Scorer
 from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
@@ -46,7 +50,7 @@ AT_LEAST = {  # smallest values of settings that nothing else checks
     "batch.vocabulary_chunk": 0,
     "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
     "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
-    "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
+    "reference.every": 0, "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
     "evaluate.problems": 0, "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
 
@@ -137,9 +141,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
 
 def abstract_state(parts: Parts, phase: Phase) -> states.TrainState:
   """What a checkpoint made in a phase restores to."""
-  learning = phase.learning
-  return states.abstract_state(parts.decoder, parts.mesh, learning.optimizer,
-                               with_reference=learning.needs_reference)
+  return _abstract_state(phase.learning, parts.mesh)
 
 
 def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> states.TrainState:
@@ -147,8 +149,12 @@ def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> stat
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, phase))
   learning = phase.learning
 
+  critic_begins = (parts.decoder.critic and learning.needs_values
+                   and not any(p.learning.needs_values for p in parts.phases[:phase.index]))
+
   def start(params, rng):
-    return states.start_phase(params, rng, learning.optimizer,
+    params = critic_from_policy(params) if critic_begins else params
+    return states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
                               with_reference=learning.needs_reference)
   return jax.jit(start, out_shardings=shardings)(params, rng)
 
@@ -205,7 +211,7 @@ def _supply(parts, phase):
   if _is_ahead(phase):  # one of its own, for validation may sample at the same time
     sampler = _sampler(parts.config, parts.decoder, parts.tokenizer, parts.sampling_mesh)
   groups = GroupsOfRollouts(
-      pipeline, _rollouts(parts, phase, sampler), prompts=s.rollout.prompts,
+      pipeline, _rollouts(parts, phase, sampler), edits=_edits(s), prompts=s.rollout.prompts,
       base_key=parts.base_key, key=(TRAINING, phase.index),
       filter_zero_variance=s.rollout.filter_zero_variance, max_resample=s.rollout.max_resample)
   if not _is_ahead(phase):
@@ -252,6 +258,11 @@ def _episode(settings):
   return episode
 
 
+def _edits(settings):
+  return [compose.build(_plain(edit), edits, where=f"config.rollout.edits[{i}]")
+          for i, edit in enumerate(settings.rollout.edits)]
+
+
 def _scorer(config, phases):
   scorer = processes.SharedScorer.from_config(_plain(config.reward))
   for phase in phases:
@@ -289,19 +300,34 @@ def _phase(config, index, name, decoder, mesh):
   sampled, on_cpu = kind == "rl", mesh.devices.flat[0].platform == "cpu"
   # An evaluation makes no updates; its optimiser is only part of the state's shape.
   optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
+  terms, aggregations = _objective(settings)
   learning = learner.Learning(
-      decoder=decoder,
-      terms=[compose.build(_plain(t), objectives, where=f"config.objective[{i}]")
-             for i, t in enumerate(settings.objective)],
+      decoder=decoder, terms=terms, aggregations=aggregations,
+      refresh=learner.Refresh(settings.reference.every, settings.reference.decay),
       advantage=[compose.build(_plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
-      aggregation=settings.aggregation.kind, constant=settings.aggregation.constant,
       optimizer=optimizers.build(settings.optimizer, optimizer_steps),
       learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh))
   return Phase(index, name, kind, steps, settings, learning)
+
+
+def _objective(settings):
+  """The terms, and the aggregation of each: its own, or that of all."""
+  common = {name: settings.aggregation[name] for name in ("kind", "constant")}
+  terms, aggregations = [], []
+  for i, spec in enumerate(settings.objective):
+    where, spec = f"config.objective[{i}]", _plain(spec)
+    own = spec.pop("aggregation", None) if isinstance(spec, dict) else None
+    own = {"kind": own} if isinstance(own, str) else own or common
+    if set(own) - {"kind", "constant"} or "kind" not in own:
+      raise ValueError(f"{where}.aggregation={own} must be a kind of aggregation, or dict(kind=..., "
+                       "constant=...)")
+    terms.append(compose.build(spec, objectives, where=where))
+    aggregations.append(Aggregation(own["kind"], own.get("constant", common["constant"])))
+  return terms, aggregations
 
 
 def _check_phase(phase, mesh, held_out):
@@ -315,8 +341,12 @@ def _check_phase(phase, mesh, held_out):
     fitting = sorted({parts * max(rows // parts, 1), parts * (rows // parts + 1)})
     raise ValueError(f"config.batch.micro_batch_rows={rows} does not divide over data x fsdp = "
                      f"{parts} devices: use {' or '.join(map(str, fitting))}")
+  if not 0 <= s.reference.decay < 1:
+    raise ValueError(f"config.reference.decay={s.reference.decay} must be at least 0 and below 1: "
+                     "the share of itself that the reference keeps; with every=0 it stays as it is")
   _sampling(s.rollout, ())
   _episode(s)
+  _edits(s)
   if phase.kind == "rl" and s.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "
                      "policy gradient; use a positive temperature")
@@ -373,9 +403,8 @@ def _check_until(until, where):
 
 def _shape(phase, decoder, mesh, builder, source) -> Shape:
   tasks = inputs.first_tasks(builder, source, solved=phase.kind == "sft")
-  learning = phase.learning
-  state = states.abstract_state(decoder, mesh, learning.optimizer,
-                                with_reference=learning.needs_reference)
+  state = _abstract_state(phase.learning, mesh)
+
   def bytes_of(tree, itemsize=0):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
                for x in jax.tree.leaves(tree))
@@ -385,12 +414,29 @@ def _shape(phase, decoder, mesh, builder, source) -> Shape:
 
 def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   """Traces the functions of a phase, so that pieces which do not fit together fail now."""
-  learning = phase.learning
-  state = states.abstract_state(learning.decoder, mesh, learning.optimizer,
-                                with_reference=learning.needs_reference)
-  functions = learner.make_learner(learning, jax.tree.map(lambda x: x.sharding, state))
-  batch = learner.to_micro_batches(shape.pack([]), shape.micro_batch_rows)
+  state = _abstract_state(phase.learning, mesh)
+  functions = learner.make_learner(phase.learning, jax.tree.map(lambda x: x.sharding, state))
+  batch = learner.to_micro_batches(_empty_batch(phase, shape), shape.micro_batch_rows)
   return Rehearsal(functions, state, batch, mesh)
+
+
+def _abstract_state(learning, mesh):
+  return states.abstract_state(learning.decoder, mesh, learning.optimizer,
+                               with_reference=learning.needs_reference, carried=learning.carried)
+
+
+def _empty_batch(phase, shape):
+  """A host batch of the expected shape, with the signals and columns that episode and edits add."""
+  batch = shape.pack([])
+  if phase.kind != "rl":
+    return batch
+  for piece in (_episode(phase.settings), *_edits(phase.settings)):
+    signals, columns = compose.supplied_by(piece)
+    batch = batch.with_signals(**{name: np.zeros(batch.tokens.shape, np.float32)
+                                  for name in signals})
+    batch = batch.replace(columns={**batch.columns, **{
+        name: np.zeros(batch.num_sequences, np.float32) for name in columns}})
+  return batch
 
 
 def _plain(spec: Any) -> Any:

@@ -19,15 +19,27 @@ import optax
 
 from jaxrl import compose
 from jaxrl import sharding
-from jaxrl.advantages.chain import chain
+from jaxrl.advantages.chain import credit
+from jaxrl.advantages.chain import initial_carried
 from jaxrl.batch import BY_ROWS
 from jaxrl.batch import TokenBatch
 from jaxrl.models import DecoderConfig
 from jaxrl.models import model_outputs
+from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
 from jaxrl.training.state import TrainState
 
-REFERENCE = "reference_logprobs"
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+  """How the reference follows the policy.
+
+  Attributes:
+    every: updates after which it does; 0 is never.
+    decay: share of itself that it keeps: 0 makes it a copy, 0.99 every update is a moving average.
+  """
+
+  every: int = 0
+  decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Learning:
     decoder: the model.
     terms: objective terms, as `compose.build` returns them.
     advantage: chain of credit, empty where nothing is rewarded.
-    aggregation, constant: see `objectives.aggregate.loss_weights`.
+    aggregations: of each term.
     optimizer: of the phase.
     learning_rate: its schedule, for the logs.
     temperature: of the distribution whose log-probabilities are meant.
@@ -46,34 +58,64 @@ class Learning:
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
     streams: loops over micro-batches that one program runs side by side. On a CPU, where the
       operations of a small model keep one core busy each, one per core.
+    refresh: of the reference.
   """
 
   decoder: DecoderConfig
   terms: Sequence[Callable]
   advantage: Sequence[Callable]
-  aggregation: str
-  constant: float
+  aggregations: Sequence[aggregate.Aggregation]
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
   temperature: float
   vocabulary_chunk: int
   with_behaviour: bool
   streams: int = 1
+  refresh: Refresh = Refresh()
 
   @property
   def needs_reference(self) -> bool:
-    """Whether a piece reads log-probabilities of the reference."""
-    return any(REFERENCE in compose.signals_of(p) for p in (*self.terms, *self.advantage))
+    """Whether a piece reads what the reference says."""
+    return any(source == "reference" or name == model_signals.DIVERGENCE
+               for source, name in (*_sources(self.terms), *_sources(self.advantage)))
+
+  @property
+  def needs_values(self) -> bool:
+    """Whether a piece reads values."""
+    return any(name == "values" for _, name in (*_sources(self.terms), *_sources(self.advantage)))
 
   @property
   def term_signals(self) -> frozenset[str]:
     """Model outputs that the loss reads, in every update."""
-    return frozenset(s for p in self.terms for s in compose.signals_of(p)) - {REFERENCE}
+    return frozenset(name for source, name in _sources(self.terms) if source == "policy")
 
   @property
-  def advantage_signals(self) -> frozenset[str]:
-    """Model outputs that the credit chain reads, once per batch."""
-    return frozenset(s for p in self.advantage for s in compose.signals_of(p)) - {REFERENCE}
+  def frozen_signals(self) -> dict[str, frozenset[str]]:
+    """Model outputs that are computed once per batch, of the policy that it begins with (`old`) and
+    of the `reference`. A chain runs once per batch, so for it the policy is the old one."""
+    of_terms = {(source, name) for source, name in _sources(self.terms) if source != "policy"}
+    of_chain = {("old" if source == "policy" else source, name)
+                for source, name in _sources(self.advantage)}
+    return {wanted: frozenset(name for source, name in of_terms | of_chain if source == wanted)
+            for wanted in ("old", "reference")}
+
+  @property
+  def carried(self) -> dict[str, Any]:
+    """What the pieces of the chain remember before the first batch."""
+    return initial_carried(self.advantage)
+
+
+def _sources(pieces) -> set[tuple[str, str]]:
+  """(`policy`, `old` or `reference`; name) of the model outputs that pieces read."""
+  found = set()
+  for piece in pieces:
+    for signal in compose.signals_of(piece):
+      source, _, name = signal.partition("_")
+      if signal == model_signals.DIVERGENCE or source not in ("old", "reference"):
+        source, name = "policy", signal
+      if model_signals.is_signal(name):
+        found.add((source, name))
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +123,20 @@ class Learner:
   """Jitted functions of one phase.
 
   Attributes:
-    signals: `(state, batch) -> {name: array}`, what credit and loss read and no update changes.
+    signals: `(state, batch) -> ({name: array}, carried, metrics)`: what the loss reads and no
+      update changes, what the credit chain remembers, and scalars that it logs.
     update: `(state, batch) -> (state, metrics)` for a prepared batch; donates the state.
   """
 
-  signals: Callable[[TrainState, TokenBatch], dict[str, jax.Array]]
+  signals: Callable[[TrainState, TokenBatch], tuple[dict[str, jax.Array], Any, dict]]
   update: Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
 
-  def prepare(self, state: TrainState, batch: TokenBatch) -> TokenBatch:
-    """The batch with its signals, ready for any number of updates."""
-    return batch.with_signals(**self.signals(state, batch))
+  def prepare(self, state: TrainState, batch: TokenBatch
+              ) -> tuple[TrainState, TokenBatch, dict[str, jax.Array]]:
+    """The state with what credit remembers, the batch with its signals, ready for any number of
+    updates, and metrics of credit."""
+    signals, carried, metrics = self.signals(state, batch)
+    return state.replace(carried=carried), batch.with_signals(**signals), metrics
 
 
 def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
@@ -102,7 +148,8 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
   mesh = jax.tree.leaves(state_shardings)[0].mesh
   by_rows = jax.NamedSharding(mesh, sharding.partition_spec(("rows",)))
   return Learner(
-      jax.jit(functools.partial(_signals, learning), out_shardings=by_rows),
+      jax.jit(functools.partial(_signals, learning),
+              out_shardings=(by_rows, state_shardings.carried, None)),
       jax.jit(functools.partial(_update, learning, state_shardings.params), donate_argnums=0,
               out_shardings=(state_shardings, None)))
 
@@ -129,51 +176,65 @@ def map_rows(function: Callable, batch: TokenBatch) -> TokenBatch:
   return batch.replace(**{name: jax.tree.map(function, getattr(batch, name)) for name in BY_ROWS})
 
 
-def _signals(learning: Learning, state: TrainState, batch: TokenBatch) -> dict[str, jax.Array]:
-  """Signals that credit and loss read, and no update changes. -> {name: [rows, length]}"""
-  signals = {}
-  if learning.needs_reference:
-    signals |= _forward(learning, state.reference, batch, frozenset(), {REFERENCE: "logprobs"})
-  if learning.advantage_signals:
-    names = {s: s for s in learning.advantage_signals}
-    signals |= _forward(learning, state.params, batch, learning.advantage_signals, names)
+def _signals(learning: Learning, state: TrainState, batch: TokenBatch
+             ) -> tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]:
+  """What the loss reads and no update changes, {name: [rows, length]}; memory, metrics."""
+  found = {}
+  for source, params in (("reference", state.reference), ("old", state.params)):
+    if names := learning.frozen_signals[source]:
+      outputs = _forward(learning, params, batch, names, state.reference)
+      found |= {f"{source}_{name}": x for name, x in outputs.items()}
+  read = {signal for term in learning.terms for signal in compose.signals_of(term)}
+  signals, carried, metrics = {k: x for k, x in found.items() if k in read}, state.carried, {}
   if learning.with_behaviour:
-    batch = batch.with_signals(**signals)
-    signals["advantages"] = chain(learning.advantage)(batch, batch.rewards)
-  return signals
+    now = {name: found[f"old_{name}"] for source, name in _sources(learning.advantage)
+           if source == "policy"}
+    pieces = [compose.at(piece, state.step) for piece in learning.advantage]
+    earned = credit(pieces)(batch.with_signals(**found, **now), batch.rewards, carried)
+    signals |= {k: x for k, x in earned.signals.items() if k in read}
+    signals["advantages"], carried, metrics = earned.values, earned.carried, dict(earned.metrics)
+  return signals, carried, metrics
 
 
-def _forward(learning, params, batch, signals, names):
-  """Named outputs of a forward pass over all micro-batches. -> {name: [all rows, length]}"""
+def _forward(learning, params, batch, names, reference):
+  """Named outputs of a forward pass over all micro-batches. -> {name: [all rows, length, ...]}"""
   def one(i):
-    outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=signals,
-                            temperature=learning.temperature,
-                            vocabulary_chunk=learning.vocabulary_chunk)
-    return {new: _by_unit(getattr(outputs, old), batch) for new, old in names.items()}
+    outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=names,
+                            logprobs="logprobs" in names, temperature=learning.temperature,
+                            vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
+    return {name: _by_unit(outputs.get(name), batch) for name in names}
+
+  def all_rows(x):
+    shape = batch.tokens.shape
+    return x.reshape(shape if x.size == batch.tokens.size else (*shape, -1))
 
   def body(i, out):
     return jax.tree.map(lambda o, x: jax.lax.dynamic_update_index_in_dim(o, x, i, 1), out, one(i))
 
   count = _micro_batches(batch)
   if count == 1:
-    return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), one(0))
+    return jax.tree.map(all_rows, one(0))
   zeros = jax.tree.map(lambda s: jnp.zeros((s.shape[0], count, *s.shape[1:]), s.dtype),
                        jax.eval_shape(one, 0))
   outs = _streams(learning, batch, body, zeros)
   # Each stream has filled its own micro-batches and left zeros elsewhere.
-  return jax.tree.map(lambda *o: sum(o[1:], o[0]).reshape(batch.tokens.shape), *outs)
+  return jax.tree.map(lambda *o: all_rows(sum(o[1:], o[0])), *outs)
 
 
 def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
             ) -> tuple[TrainState, dict[str, jax.Array]]:
-  weights = aggregate.loss_weights(batch, learning.aggregation, constant=learning.constant)
+  weights = {_weights_of(a): aggregate.loss_weights(batch, a.kind, constant=a.constant)
+             for a in learning.aggregations}
   # Weights travel with the rows that they belong to.
-  batch = batch.with_signals(loss_weights=weights, mean_weights=aggregate.mean_weights(batch))
+  batch = batch.with_signals(mean_weights=aggregate.mean_weights(batch), **weights)
+  read = learning.term_signals  # only one of them makes a second model of the reference
+  reference = state.reference if model_signals.DIVERGENCE in read else None
   # Jitted, so that it is traced and lowered once for all the places that it is called in.
   gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
 
   def one(i):
-    (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i))
+    (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i), state.step,
+                                                   reference)
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
     if _devices(shardings) > 1:  # else XLA would be free to keep whole sums on every device
       gradient = jax.lax.with_sharding_constraint(gradient, shardings)
@@ -187,6 +248,7 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
   loss, metrics, gap, gradient = functools.reduce(_add, sums)
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
   state, grad_norm = _apply(learning, state, loss, gradient)
+  state = _refresh(learning.refresh, state)
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
               "bad_steps": state.bad_steps, "learning_rate": jnp.asarray(rate)}
   if learning.with_behaviour:
@@ -213,15 +275,21 @@ def _streams(learning, batch, body, start):
           for s in range(streams)]
 
 
-def _loss(learning, params, rows):
+def _weights_of(aggregation):
+  """The name of the signal with the weights of an aggregation."""
+  return f"loss_weights/{aggregation.kind}/{aggregation.constant}"
+
+
+def _loss(learning, params, rows, step, reference):
   """Loss of one micro-batch, its metrics, and the largest gap between sampler and trainer."""
   signals = learning.term_signals | ({"entropy"} if learning.with_behaviour else frozenset())
   outputs = model_outputs(learning.decoder, params, rows, signals=signals,
                           temperature=learning.temperature,
-                          vocabulary_chunk=learning.vocabulary_chunk)
+                          vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
   means = rows.signals["mean_weights"]
-  loss, metrics = aggregate.sum_of_terms(learning.terms)(outputs, rows,
-                                                         rows.signals["loss_weights"], means)
+  weights = [rows.signals[_weights_of(a)] for a in learning.aggregations]
+  terms = [compose.at(term, step) for term in learning.terms]
+  loss, metrics = aggregate.sum_of_terms(terms)(outputs, rows, weights, means)
   gap = jnp.zeros(())
   if learning.with_behaviour:
     metrics["entropy"] = jnp.sum(means * outputs.entropy)
@@ -245,6 +313,18 @@ def _apply(learning, state, loss, gradient):
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state,
                        bad_steps=(state.bad_steps + 1) * bad,
                        skipped_steps=state.skipped_steps + bad), grad_norm
+
+
+def _refresh(refresh, state):
+  """Moves the reference towards the policy, if it is due."""
+  if state.reference is None or not refresh.every:
+    return state
+  due = state.step % refresh.every == 0
+
+  def follow(old, new):
+    moved = refresh.decay * old.astype(jnp.float32) + (1 - refresh.decay) * new
+    return jnp.where(due, moved.astype(old.dtype), old)
+  return state.replace(reference=jax.tree.map(follow, state.reference, state.params))
 
 
 def _micro_batches(batch):

@@ -127,7 +127,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
     fresh = batch is None
     if fresh:
       supplied = phase.supply.next(state.params, step)
-      batch = _prepare(phase, state, supplied, progress)
+      state, batch = _prepare(phase, state, supplied, progress)
       progress.updates_left = phase.updates_per_batch
       if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:
         _log_samples(phase, batch, supplied, progress.updates + 1, reporter)
@@ -225,7 +225,9 @@ def _prepare(phase, state, supplied: Supplied, progress):
   host = to_micro_batches(host, phase.shape.micro_batch_rows)
   processes.meet(f"the batch of update {progress.updates + 1}", processes.content_of(host))
   with jax.set_mesh(phase.mesh):
-    return phase.learner.prepare(state, sharding.put_batch(host, phase.mesh))
+    state, batch, metrics = phase.learner.prepare(state, sharding.put_batch(host, phase.mesh))
+  progress.batch_metrics |= {name: float(value) for name, value in metrics.items()}
+  return state, batch
 
 
 def packing_metrics(trajectories: list[Trajectory], host: TokenBatch) -> dict[str, float]:

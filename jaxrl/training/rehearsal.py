@@ -75,7 +75,8 @@ class Rehearsal:
     """
     with jax.set_mesh(mesh):
       signals = learner.signals.trace(state, _abstract(batch, mesh))
-      update = learner.update.trace(state, _abstract(batch.with_signals(**signals.out_info), mesh))
+      with_signals = batch.with_signals(**signals.out_info[0])
+      update = learner.update.trace(state, _abstract(with_signals, mesh))
     self._mesh, self._traced, self._aside = mesh, (signals, update), Aside()
     self.learner = Learner(self._aside.first(learner.signals), self._aside.first(learner.update))
 

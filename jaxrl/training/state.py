@@ -25,7 +25,9 @@ class TrainState:
     step: updates of this phase, skipped ones included.
     params: of the policy.
     opt_state: of the phase's optimiser.
-    reference: frozen copy of the parameters at the start of the phase, None if no term needs it.
+    reference: the parameters at the start of the phase, or what followed them since (see
+      `learner.Refresh`); None if no piece needs it.
+    carried: what pieces of credit remember from batch to batch, by name of piece.
     bad_steps: updates in a row that were skipped because a gradient was not finite.
     skipped_steps: all updates of this phase that were skipped.
     rng: raw data of the run's PRNG key, so that a checkpoint is complete; everything random folds
@@ -39,16 +41,18 @@ class TrainState:
   bad_steps: Int[Array, ""]
   skipped_steps: Int[Array, ""]
   rng: Array
+  carried: Any = flax.struct.field(default_factory=dict)
 
 
 def start_phase(params: Any, rng: Array, optimizer: optax.GradientTransformation, *,
-                with_reference: bool) -> TrainState:
-  """A fresh optimiser and counters around given parameters."""
+                with_reference: bool, carried: Any = None) -> TrainState:
+  """A fresh optimiser, counters and memory around given parameters."""
   def zero():
     return jnp.zeros((), jnp.int32)
   return TrainState(step=zero(), params=params, opt_state=optimizer.init(params),
                     reference=jax.tree.map(jnp.copy, params) if with_reference else None,
-                    bad_steps=zero(), skipped_steps=zero(), rng=rng)
+                    bad_steps=zero(), skipped_steps=zero(), rng=rng,
+                    carried=jax.tree.map(jnp.asarray, carried or {}))
 
 
 def initial_parameters(config: DecoderConfig, rng: Array, mesh: jax.sharding.Mesh) -> Any:
@@ -79,10 +83,19 @@ def _initialize(config):
   return jax.jit(lambda rng: init_parameters(config, jax.random.wrap_key_data(rng)))
 
 
-@functools.lru_cache(maxsize=8)
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
-                   optimizer: optax.GradientTransformation, *, with_reference: bool) -> TrainState:
+                   optimizer: optax.GradientTransformation, *, with_reference: bool,
+                   carried: Any = None) -> TrainState:
   """Shapes, types and shardings of a state, without computing it: what a restore fills in."""
+  state = _abstract_state(config, mesh, optimizer, with_reference)
+  replicated = jax.NamedSharding(mesh, jax.P())
+  return state.replace(carried=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=replicated),
+      carried or {}))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_state(config, mesh, optimizer, with_reference):
   def make(rng):
     return start_phase(_initialize(config)(rng), rng, optimizer, with_reference=with_reference)
   boxed = jax.eval_shape(make, KEY_DATA)

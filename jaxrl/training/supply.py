@@ -4,7 +4,8 @@ A supply draws from the data and gives host batches; the loop neither knows nor 
 feeds on. A new kind of phase is a new supply and its objective terms.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import copy
 import dataclasses
 import time
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rollouts import Rollouts
 from jaxrl.rollouts import collect
+from jaxrl.rollouts import edits as edit_lib
 
 
 @dataclasses.dataclass
@@ -70,14 +72,14 @@ class Examples:
 
 
 class GroupsOfRollouts:
-  """Rollouts: episodes of the current policy, scored, with statistics of their groups."""
+  """Rollouts: episodes of the current policy, scored and edited, with statistics of their groups."""
 
   sampled = True
 
   def __init__(self, tasks: data.TaskIterator, rollouts: Rollouts, *, prompts: int,
                base_key: jax.Array, key: tuple[int, ...],
-               filter_zero_variance: bool, max_resample: int):
-    self._tasks, self._rollouts = tasks, rollouts
+               filter_zero_variance: bool, max_resample: int, edits: Sequence[Callable] = ()):
+    self._tasks, self._rollouts, self._edits = tasks, rollouts, edits
     self._collect = dict(prompts=prompts, base_key=base_key,
                          filter_zero_variance=filter_zero_variance, max_resample=max_resample)
     self._key = key
@@ -89,14 +91,19 @@ class GroupsOfRollouts:
     metrics = rollout_metrics(collected.sampled)
     metrics["groups"] = collected.groups
     metrics["effective_group_fraction"] = collected.effective_groups / max(collected.groups, 1)
+    batch = edit_lib.Step(collected.trajectories, collected.tasks, step, self._rollouts.memory,
+                          metrics, self._rollouts.tokenizer.decode)
+    trajectories = edit_lib.apply(self._edits, batch)
     metrics["rollout_seconds"] = time.perf_counter() - start
-    return Supplied(collected.trajectories, metrics, collected.tasks)
+    return Supplied(trajectories, metrics, collected.tasks)
 
   def get_state(self) -> dict:
-    return self._tasks.get_state()
+    return {"tasks": self._tasks.get_state(), "memory": copy.deepcopy(self._rollouts.memory)}
 
   def set_state(self, state: dict) -> None:
-    self._tasks.set_state(state)
+    self._tasks.set_state(state["tasks"])
+    self._rollouts.memory.clear()
+    self._rollouts.memory.update(copy.deepcopy(state["memory"]))
 
   def close(self) -> None:
     self._rollouts.stop()

@@ -180,7 +180,8 @@ class Run:
   def prepare(self, batch):
     """The batch with what the update reads."""
     with jax.set_mesh(self.parts.mesh):
-      return self._functions.prepare(self.state, batch)
+      self.state, prepared, _ = self._functions.prepare(self.state, batch)
+      return prepared
 
   def update(self, batch):
     """Metrics of an update on a prepared batch."""

@@ -14,6 +14,7 @@ from jaxrl import objectives
 from jaxrl import sharding
 from jaxrl.batch import Trajectory
 from jaxrl.models import DecoderConfig
+from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training.learner import Learning
 from jaxrl.training.state import abstract_state
 from jaxrl.training.state import initial_parameters
@@ -63,8 +64,8 @@ def learning(kind="grpo", **changes):
   chain = ("center_by_group", "scale_by_group_std") if sampled else ()
   return Learning(**{**dict(
       decoder=DECODER, terms=[compose.build(t, objectives) for t in terms],
-      advantage=[compose.build(a, advantages) for a in chain], aggregation="token_mean",
-      constant=0.0, optimizer=gradient_keeper(), learning_rate=optax.constant_schedule(RATE),
+      advantage=[compose.build(a, advantages) for a in chain],
+      aggregations=[Aggregation("token_mean")] * len(terms), optimizer=gradient_keeper(), learning_rate=optax.constant_schedule(RATE),
       temperature=0.8 if sampled else 1.0, vocabulary_chunk=5,
       with_behaviour=sampled), **changes})
 
@@ -83,7 +84,7 @@ def start(parts, mesh=None, *, seed=0):
     return (parameter + 0.1 * noise).astype(parameter.dtype)
   params = parameters(seed)
   rng = jax.random.key_data(jax.random.key(seed))
-  state = start_phase(params, rng, parts.optimizer, with_reference=False)
+  state = start_phase(params, rng, parts.optimizer, with_reference=False, carried=parts.carried)
   if parts.needs_reference:
     state = state.replace(reference=jax.tree.map(moved, params))
   return jax.device_put(state, shardings(parts, mesh or one_device()))
@@ -92,7 +93,7 @@ def start(parts, mesh=None, *, seed=0):
 def shardings(parts, mesh):
   """Where a state lives on a mesh."""
   abstract = abstract_state(parts.decoder, mesh, parts.optimizer,
-                            with_reference=parts.needs_reference)
+                            with_reference=parts.needs_reference, carried=parts.carried)
   return jax.tree.map(lambda x: x.sharding, abstract)
 
 

@@ -159,7 +159,7 @@ def by_hand(world, staleness, updates, steps):
     batches.append(supply.next(past[max(0, step // updates - staleness)], step))
     host = pack(batches[-1].trajectories, row_length=length, rows_multiple=ROWS)
     batch = sharding.put_batch(to_micro_batches(host, ROWS), world.mesh)
-    prepared = world.learner.prepare(state, batch)
+    prepared = world.learner.prepare(state, batch)[1]
     for _ in range(min(updates, steps - step)):
       state, _ = world.learner.update(state, prepared)
   return jax.device_get(state), batches

@@ -42,7 +42,7 @@ def put(trajectories, rows, length=32, **packing):
 
 def step(learner, state, batch):
   """Prepares and updates -> (prepared batch, state, metrics)."""
-  batch = learner.prepare(state, batch)
+  batch = learner.prepare(state, batch)[1]
   state, metrics = learner.update(state, batch)
   return batch, state, {k: float(v) for k, v in metrics.items()}
 
@@ -148,7 +148,7 @@ def test_the_second_update_on_a_batch_is_off_policy_and_the_reference_stays(toys
     logprobs = log_softmax(parts, state.params, t.tokens)
     t.behaviour_logprobs[1:] = logprobs[np.arange(len(t.tokens) - 1), t.tokens[1:]]
     on_policy.append(t)
-  batch = learner.prepare(state, put(on_policy, 4))
+  batch = learner.prepare(state, put(on_policy, 4))[1]
   state, first = learner.update(state, batch)
   assert abs(float(first["ratio"]) - 1) < 1e-5 and float(first["logprob_gap"]) < 1e-4
   assert float(first["clip_fraction"]) == 0
@@ -161,7 +161,7 @@ def test_the_second_update_on_a_batch_is_off_policy_and_the_reference_stays(toys
 def test_donating_the_state_leaves_the_batch_alone(toys, learners):
   parts, learner = learners("grpo", 4)
   state = toys.start(parts)
-  batch = learner.prepare(state, put(toys.rollouts(), 4))
+  batch = learner.prepare(state, put(toys.rollouts(), 4))[1]
   before = jax.device_get(batch)
   after, _ = learner.update(state, batch)
   assert jax.tree.leaves(state.params)[0].is_deleted()

@@ -24,7 +24,7 @@ def one_device(toys):
   found = {}
   for kind in ("sft", "grpo"):
     parts, learner, state, batch = setup(toys, kind, toys.one_device())
-    state, metrics = learner.update(state, learner.prepare(state, batch))
+    state, metrics = learner.update(state, learner.prepare(state, batch)[1])
     found[kind] = jax.device_get((toys.gradient(state), state.params, metrics))
   return found
 
@@ -49,7 +49,7 @@ def test_an_update_on_a_mesh_equals_that_of_one_device(toys, one_device, kind, s
   parts, learner, state, batch = setup(toys, kind, mesh)
   whole = sum(p.nbytes for p in jax.tree.leaves(toys.parameters(0)))
   with jax.set_mesh(mesh):
-    prepared = learner.prepare(state, batch)
+    prepared = learner.prepare(state, batch)[1]
     stored = loop.to_buffer(prepared)
     state, metrics = learner.update(state, prepared)
   toys.close(jax.device_get((toys.gradient(state), state.params, metrics)), one_device[kind])
@@ -87,7 +87,7 @@ def test_sampler_and_trainer_agree_on_a_mesh(toys, shape):
           behaviour_logprobs=np.concatenate([np.zeros(prompt), sample.logprobs])))
   host = pack(trajectories, row_length=16, rows_multiple=ROWS)
   with jax.set_mesh(mesh):
-    batch = learner.prepare(state, sharding.put_batch(to_micro_batches(host, ROWS), mesh))
+    batch = learner.prepare(state, sharding.put_batch(to_micro_batches(host, ROWS), mesh))[1]
     _, metrics = learner.update(state, batch)
   assert float(metrics["logprob_gap"]) < 1e-4
   assert float(metrics["grad_norm"]) > 1e-3

@@ -21,7 +21,7 @@ def updated(toys, learning, learner, mesh):
   host = pack(toys.rollouts(6), row_length=32, rows_multiple=4, min_rows=8, min_sequences=16)
   state = toys.start(learning, mesh)
   with jax.set_mesh(mesh):
-    batch = learner.prepare(state, sharding.put_batch(to_micro_batches(host, 4), mesh))
+    batch = learner.prepare(state, sharding.put_batch(to_micro_batches(host, 4), mesh))[1]
     return jax.device_get(learner.update(state, batch)[0].params)
 
 

@@ -92,7 +92,7 @@ def test_updates_equal_those_of_whole_sequences(toys, shape, scored):
     state = toys.start(parts, mesh)
     with jax.set_mesh(mesh):
       state, metrics = learner.update(
-          state, learner.prepare(state, sharding.put_batch(host, mesh)))
+          state, learner.prepare(state, sharding.put_batch(host, mesh))[1])
       found[name] = jax.device_get((toys.gradient(state), metrics))
   toys.close(found["shared"], found["whole"])
 
@@ -106,7 +106,7 @@ def test_streams_and_micro_batches_add_up_to_the_same_gradient(toys, streams):
     host = pack(groups(toys), row_length=10, trunk_length=9, rows_per_trunk=2, rows_multiple=rows)
     batch = sharding.put_batch(to_micro_batches(host, rows), toys.one_device())
     state = toys.start(parts)
-    state, metrics = learner.update(state, learner.prepare(state, batch))
+    state, metrics = learner.update(state, learner.prepare(state, batch)[1])
     found[count, rows] = jax.device_get((toys.gradient(state), metrics))
   expected = found.pop((1, 16))
   for other in found.values():

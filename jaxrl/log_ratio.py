@@ -1,4 +1,4 @@
-"""Log-ratios of two policies at loss tokens, and their exponentials kept finite."""
+"""Log-ratios of two policies at loss tokens, their exponentials kept finite, and KL from them."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,3 +19,21 @@ def log_ratio(batch: TokenBatch, numerator: Float[Array, "rows length"],
 def cap(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
   """The log-ratio, at most `MAX_LOG_RATIO`: safe to exponentiate, forward and backward."""
   return jnp.minimum(log_ratio, MAX_LOG_RATIO)
+
+
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate(difference: Float[Array, "..."], estimator: str) -> Float[Array, "..."]:
+  """KL(policy || other) from d = log policy - log other at a token sampled from the policy.
+
+  `k1` is d, `k2` is d^2 / 2, `k3` is exp(-d) - 1 + d (Schulman, 2020; see `objectives.kl`).
+  """
+  if estimator not in ESTIMATORS:
+    raise ValueError(f"kl: estimator={estimator!r}; valid are 'k1', 'k2' and 'k3'")
+  if estimator == "k1":
+    return difference
+  if estimator == "k2":
+    return jnp.square(difference) / 2
+  inverse = cap(-difference)
+  return jnp.expm1(inverse) - inverse
