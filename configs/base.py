@@ -11,6 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.phases = ()
+  config.start = ""  # workdir of a run whose last parameters and tokenizer this one begins with
 
   # Where problems come from: "task:NAME" (a built-in toy task, its knobs in data.task), a path
   # (JSONL, .jsonl.gz, Parquet; several by comma or glob; a part of it as "rows.jsonl[500:]") or

@@ -25,8 +25,9 @@ from jaxrl.compose import nearest
 SHIPPED = pathlib.Path(__file__).parents[1] / "configs"
 PHASE_FIELDS = ("kind", "steps", "until")
 # What all phases share: the same in each, so a phase cannot set it for itself.
-SHARED = ("seed", "phases", "data", "tokenizer", "model", "mesh", "compilation_cache", "reward", "evaluate.problems",
-          "rollout.max_rows", "rollout.weights_dtype", "rollout.cache_dtype", "checkpoint.keep")
+SHARED = ("seed", "phases", "start", "data", "tokenizer", "model", "mesh", "compilation_cache",
+          "reward", "evaluate.problems", "rollout.max_rows", "rollout.weights_dtype",
+          "rollout.cache_dtype", "checkpoint.keep")
 # Where any field may be added: knobs, texts and arguments, which whoever reads them checks.
 OPEN = re.compile(r"config(\.\w+)?\.(data\.task|rollout\.templates|rollout\.episode|"
                   r"reward\.aggregate(\.weights)?)|.*\[\d+\]")

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -28,6 +29,7 @@ from jaxrl.training import hostfile, orbax_noise, processes
 from jaxrl.training.fingerprint import fingerprint
 
 DAMAGED, REPLACED = ".damaged", ".replaced"
+NEW_PARAMETERS = re.compile(r"^params/critic/|_head/")  # what a run may add to those of another
 # A restore that fails for lack of these says nothing about the files.
 NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "Too many open files")
 
@@ -291,6 +293,53 @@ class Checkpoints:
           f"checkpoint of step {step} could not be written to {self.directory}: "
           f"{_first_line(error)}\nCheck the free space and the permissions there. No earlier "
           f"checkpoint is lost: {intact}") from error
+
+
+def read_parameters(directory: str | pathlib.Path, params: Any) -> Any:
+  """The parameters of the newest checkpoint in a directory, whatever its phase and optimiser.
+
+  Args:
+    directory: the `checkpoints` of another run; nothing in it is changed.
+    params: parameters on the mesh, which say what is wanted and where. Heads and a critic that the
+      other run did not have stay as they are here.
+
+  Raises:
+    CheckpointError: there is none, it is damaged, or it is of another model.
+  """
+  orbax_noise.silence_logs()
+  directory = pathlib.Path(directory).absolute()
+  steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+  if not steps:
+    raise CheckpointError(f"there is no checkpoint in {directory}")
+  place = directory / str(steps[-1])
+  leaves = _leaves({"params": params})
+  try:
+    record, _ = hostfile.read(place / "host")
+  except hostfile.Unreadable as error:
+    raise CheckpointError(f"{place} is damaged: {error}") from error
+  saved = {name: text for name, text in record["state"].items() if name.startswith("params/")}
+  stored = {path: leaf for path, leaf in leaves.items()
+            if _name(path) in saved or not NEW_PARAMETERS.search(_name(path))}
+  wanted = _describe(stored)
+  if any(saved.get(name) != text for name, text in wanted.items()):
+    differing = [f"{name}: {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
+                 for name in sorted(wanted) if saved.get(name) != wanted.get(name)]
+    raise CheckpointError(f"{place} is of another model:\n  " + "\n  ".join(differing[:8])
+                          + "\nconfig.model and the tokenizer must be those of that run")
+  tree = traverse_util.unflatten_dict({path: _abstract(leaf) for path, leaf in stored.items()})
+  try:
+    with orbax_noise.quiet_about_abandoned_reads(CheckpointError):
+      found = ocp.PyTreeCheckpointer().restore(place / "state", args=ocp.args.PyTreeRestore(
+          item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+          partial_restore=True))
+  except Exception as error:
+    raise CheckpointError(f"{place} is damaged: {_first_line(error)}") from error
+  values = traverse_util.flatten_dict(found)
+  for name, value in _fingerprints(values).items():
+    if value != record["fingerprints"].get(name, value):
+      raise CheckpointError(f"{place} is damaged: {name} is not what was saved")
+  return jax.tree.unflatten(jax.tree.structure(params),
+                            [values.get(path, leaf) for path, leaf in leaves.items()])
 
 
 class _Damaged(Exception):

@@ -81,6 +81,8 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
     raise ValueError(f"config.tokenizer.kind={spec.kind!r}{compose.nearest(spec.kind, TOKENIZERS)}")
   if directory.exists() and (directory.parent / "config.json").exists():
     return data.load_tokenizer(directory)
+  if config.start:
+    return _adopt_tokenizer(pathlib.Path(config.start), directory)
   try:
     if spec.kind == "character":
       tokenizer = data.CharacterTokenizer(*[spec.alphabet] if spec.alphabet else [])
@@ -94,6 +96,19 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
     raise
   except ValueError as error:
     raise ValueError(f"config.tokenizer: {error}") from error
+  if jax.process_index() == 0:
+    shutil.rmtree(directory, ignore_errors=True)
+    tokenizer.save(directory)
+  return tokenizer
+
+
+def _adopt_tokenizer(start, directory):
+  """Copies the tokenizer of the run that this one begins with."""
+  for needed in ("config.json", "tokenizer", "checkpoints"):
+    if not (start / needed).exists():
+      raise ValueError(f"config.start={str(start)!r} has no {needed}: name the --workdir of a run "
+                       "that has saved a checkpoint, or leave it empty")
+  tokenizer = data.load_tokenizer(start / "tokenizer")
   if jax.process_index() == 0:
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer.save(directory)

@@ -22,6 +22,7 @@ from jaxrl.training import processes
 from jaxrl.training import state as states
 from jaxrl.training.builders import Parts
 from jaxrl.training.checkpoints import Checkpoints
+from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.loop import Progress
 from jaxrl.training.reporting import Reporter
 from jaxrl.training.stopping import Stop
@@ -95,6 +96,10 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   params = None
   if state is None:
     params = parts.initializing.first(states.initial_parameters)(parts.decoder, rng, parts.mesh)
+    if parts.config.start:
+      start = pathlib.Path(parts.config.start)
+      params = read_parameters(start / "checkpoints", params)
+      reporter.note(f"starting with the parameters of {start}")
   for index in range(progress.phase, len(parts.phases)):
     phase = parts.phases[index]
     parts.compile(index)  # while the first batch is sampled
