@@ -2,12 +2,16 @@
 
   jaxrl run --config=configs/quickstart.py --workdir=runs/quickstart
   jaxrl run --config=configs/gsm8k.py:smoke --workdir=runs/gsm8k --config.seed=1
+  jaxrl methods                    # every method with its parts and what its claim came to
+  jaxrl methods igrpo              # what its config changes in its parent's
+  jaxrl reproduce --method=igrpo --seeds=0,1,2
 """
 
 import argparse
 import contextlib
 import gc
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -26,9 +30,49 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser.parse_args(rest)
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())  # so that a config can name `my_module:my_reward`
-  config = _config(options, overrides)
+  if overrides and options.command != "run":
+    parser.error(f"--config.{next(iter(overrides))} is for jaxrl run")
+  if options.command == "methods":
+    return _methods(options)
+  config = _config(options, overrides) if options.command == "run" else None
   with _handling_sigterm():
-    _run(config, options)
+    (_run if options.command == "run" else _reproduce)(config, options)
+
+
+def _methods(options):
+  """Lists the methods, or shows what one changes."""
+  from jaxrl.evidence import listing
+  try:
+    print(listing.one(options.method, pathlib.Path(options.results)) if options.method
+          else listing.all_of_them(pathlib.Path(options.results)))
+  except ValueError as error:
+    _fail(str(error))
+
+
+def _reproduce(_, options):
+  """Measures a method, and ends with one message if that is not possible."""
+  try:
+    with _loading():
+      from jaxrl.evidence import reproduce
+    seeds = _seeds(options.seeds)
+    for slug in options.method.split(","):
+      found = reproduce.reproduce(slug, seeds, workdir=pathlib.Path(options.workdir),
+                                  results=pathlib.Path(options.results), steps=options.steps)
+      for claim in found["claims"]:
+        print(f"{slug}: {claim['text']}: {claim['verdict']} (difference {claim['difference']:.4g} ± "
+              f"{claim['difference_interval'] or float('nan'):.2g})", flush=True)
+  except KeyboardInterrupt as stop:
+    _fail("interrupted; the same command continues",
+          code=128 + (stop.args[0] if stop.args else signal.SIGINT))
+  except (ValueError, *_mistakes()) as error:
+    _fail(str(error))
+
+
+def _seeds(text):
+  try:
+    return [int(seed) for seed in text.split(",")]
+  except ValueError:
+    _fail(f"--seeds={text}: give whole numbers, as in 0,1,2")
 
 
 def _run(config, options):
@@ -130,6 +174,19 @@ def _parser():
   run.add_argument("--workdir", required=True, metavar="DIR",
                    help="where checkpoints, metrics, samples and curves go")
   run.add_argument("--quiet", action="store_true", help="plain log lines, no progress bar")
+  methods = commands.add_parser("methods", help="list the methods, or show one's config")
+  methods.add_argument("method", nargs="?", help="show what this one changes")
+  reproduce = commands.add_parser(
+      "reproduce", help="measure whether a method's claims hold, against its baselines")
+  reproduce.add_argument("--method", required=True, metavar="NAME[,NAME]", help="see jaxrl methods")
+  reproduce.add_argument("--seeds", default="0,1,2", help="of every arm (0,1,2)")
+  reproduce.add_argument("--workdir", default="runs/reproduce", metavar="DIR",
+                         help="where runs are kept and reused (runs/reproduce)")
+  reproduce.add_argument("--steps", type=int, default=0,
+                         help="updates of each run, for a trial whose outcome is not kept")
+  for command in (methods, reproduce):
+    command.add_argument("--results", default="results", metavar="DIR",
+                         help="where outcomes are (results)")
   return parser
 
 

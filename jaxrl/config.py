@@ -64,7 +64,7 @@ def load(spec: str) -> ml_collections.ConfigDict:
     beside = [str(p) for p in path.parent.glob("*.py") if p.name != "__init__.py"]
     raise ValueError(f"--config={name}: no such Python file in {pathlib.Path.cwd()}"
                      f"{nearest(name, beside)}")
-  module = _import(path.resolve())
+  module = import_file(path.resolve())
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={name}: the file has no get_config()")
   parameters = list(inspect.signature(module.get_config).parameters.values())
@@ -86,7 +86,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: the field, with the nearest one that there is.
   """
-  base = _import(SHIPPED / "base.py").get_config()
+  base = import_file(SHIPPED / "base.py").get_config()
   phases = [key for key in config if key in config.get("phases", ())
             or (_is_section(config[key]) and "kind" in config[key])]
   _check_section(config, base, "config", extra=phases)
@@ -180,7 +180,7 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def _import(path):
+def import_file(path: pathlib.Path):
   """A config file as a module, with `configs` as one package of its directory and what ships."""
   directory = next((p for p in path.parents if p.name == "configs"), None)
   root = directory.parent if directory else path.parent

@@ -6,3 +6,4 @@ from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group
+from jaxrl.rollouts.refinement import draft_then_refine

@@ -1,0 +1,92 @@
+"""`jaxrl reproduce`: runs a method and its baselines, judges its claims, writes what came out."""
+
+from collections.abc import Callable, Sequence
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+
+from jaxrl import config as configs
+from jaxrl.evidence import methods
+from jaxrl.evidence import picture
+from jaxrl.evidence import runs
+from jaxrl.evidence import table
+from jaxrl.evidence import verdict
+
+VERSIONS = ("jaxrl", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results: pathlib.Path,
+              steps: int = 0, report: Callable[[str], None] = print) -> dict[str, Any]:
+  """Measures the claims of one method.
+
+  Args:
+    slug: name of the method.
+    seeds: of all arms.
+    workdir: where runs are kept, and continued or reused by the same call.
+    results: where `<slug>.json` and `<slug>.png` go; `RESULTS.md` beside the folder is drawn anew.
+    steps: updates of each run instead of the evidence's own, for a trial, which is not written
+      to `results`.
+
+  Raises:
+    ValueError: no such method, no training-based claim, or a metric that its runs do not have.
+  """
+  evidence = methods.evidence_of(slug)
+  if evidence is None:
+    raise ValueError(f"no run tests a claim of {slug!r}: configs/methods/"
+                     f"{methods.path_of(slug).name} has no get_evidence()")
+  if len(set(seeds)) != len(seeds) or not seeds:
+    raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds, as in 0,1,2")
+  began = time.time()
+  start = runs.warm_start(evidence.warm, workdir / "warm", report)
+  found: dict[str, list[dict]] = {}
+  places: dict[str, list[pathlib.Path]] = {}
+  for seed in seeds:
+    for arm in evidence.arms:
+      place = workdir / slug / (f"{arm}-{steps}" if steps else arm) / f"seed{seed}"
+      config = runs.arm_config(evidence, arm, seed, start, steps=steps)
+      metrics = runs.measure(config, place)
+      found.setdefault(arm, []).append(metrics)
+      places.setdefault(arm, []).append(place)
+      report(f"{slug}: {arm}, seed {seed}: " + ", ".join(
+          f"{c.metric} {_metric(metrics, c, slug):.4g}" for c in evidence.claims
+          if arm in (c.method, c.baseline)))
+  claims = [verdict.judge(c, *([_metric(m, c, slug) for m in found[arm]]
+                               for arm in (c.method, c.baseline))) for c in evidence.claims]
+  minutes = sum(m["seconds"] for arm in found.values() for m in arm) / 60
+  content = dict(
+      slug=slug, verdict=claims[0]["verdict"], title=methods.title(slug), reported=evidence.reported,
+      seeds=list(seeds), claims=claims,
+      budget={arm: {name: sum(m[f"total/{name}"] for m in ms) / len(ms)
+                    for name in ("sequences", "loss_tokens")} for arm, ms in found.items()},
+      config={arm: configs.to_dict(runs.arm_config(evidence, arm, seeds[0], pathlib.Path("warm")))
+              for arm in evidence.arms},
+      versions={name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
+      machine=f"{jax.devices()[0].device_kind} x {jax.device_count()}", minutes=round(minutes, 2),
+      date=time.strftime("%Y-%m-%d", time.gmtime(began)))
+  if steps:
+    report("a trial: nothing is written to the results")
+    return content
+  results.mkdir(parents=True, exist_ok=True)
+  (results / f"{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
+  picture.draw(content, places, results / f"{slug}.png")
+  table.write(results)
+  return content
+
+
+def _metric(metrics, claim, slug):
+  if claim.metric not in metrics:
+    raise ValueError(f"claim {claim.text!r} of {slug} is about {claim.metric!r}, which its runs do "
+                     f"not measure{methods.nearest(claim.metric, metrics)}")
+  return metrics[claim.metric]
+
+
+def _version(name):
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return "absent"

@@ -1,0 +1,44 @@
+"""`RESULTS.md`: one row for each method whose claims were measured."""
+
+import json
+import pathlib
+
+from jaxrl.evidence import verdict
+
+HEAD = """# What the claims came to
+
+Every row was measured with `jaxrl reproduce --method=METHOD`: small models on toy tasks, from one
+warm start for all arms, at the budget in `results/METHOD.json`. {rule}
+
+A small model need not show what a large one does: *no difference* and *contradicted* are about these
+runs, not about the paper's. Figures are mean ± half of the 95% interval over seeds.
+
+| method | the paper reports | claim | baseline | method | verdict | seeds | minutes |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def write(results: pathlib.Path) -> pathlib.Path:
+  """Draws the table of all results in a folder, beside it."""
+  rows = []
+  for path in sorted(results.glob("*.json")):
+    content = json.loads(path.read_text())
+    for number, claim in enumerate(content["claims"]):
+      first = number == 0
+      rows.append("| " + " | ".join([
+          f"[{content['slug']}](results/{content['slug']}.png)" if first else "",
+          content["reported"] if first else "",
+          f"{claim['text']} (`{claim['metric']}`, {claim['expect']} than {claim['baseline_name']}"
+          + (f", margin {claim['margin']:g}" if claim["margin"] else "") + ")",
+          figure(claim["baseline"]), figure(claim["method"]), f"**{claim['verdict']}**",
+          str(len(content["seeds"])) if first else "",
+          f"{content['minutes']:.1f}" if first else ""]) + " |")
+  path = results.parent / "RESULTS.md"
+  path.write_text(HEAD.format(rule=verdict.RULE) + "\n".join(rows) + "\n")
+  return path
+
+
+def figure(arm: dict) -> str:
+  """`0.812 ± 0.034`"""
+  half = arm["interval"]
+  return f"{arm['mean']:.3g}" + ("" if half is None else f" ± {half:.2g}")
