@@ -19,3 +19,16 @@ def get_config():
   config.rollout.episode = dict(name="draft_then_refine", drafts=4, samples=4)
   config.rollout.templates.refine = "{draft}={question}"
   return config
+
+
+def get_evidence():
+  return dict(
+      reported="mean of six maths sets 45.04, GRPO 41.08 (Nemotron-H-8B)",
+      arms=dict(
+          grpo=dict(config="configs/grpo.py"),
+          worst_draft=dict(overrides={"rollout.episode.pick": "worst"})),
+      claims=[
+          dict(text="plain questions are answered better, 4 + 4 samples against 8",
+               metric="test/sampled_accuracy", expect="higher", baseline="grpo"),
+          dict(text="the best draft helps more than the worst", metric="test/sampled_accuracy",
+               expect="higher", baseline="worst_draft")])

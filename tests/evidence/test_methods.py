@@ -1,0 +1,72 @@
+"""The list of methods, what each changes, and a reproduction from the command to the table."""
+
+import json
+
+import pytest
+
+from jaxrl import cli
+from jaxrl.evidence import listing, methods, reproduce
+from jaxrl.training import builders
+from jaxrl import config as configs
+
+CLASSICAL = ["reinforce", "rloo", "ppo", "ppo.py:shared", "grpo", "dr_grpo", "dapo", "gspo", "cispo",
+             "gmpo"]
+TINY = {"model.layers": 1, "model.d_model": 16, "model.d_ff": 16, "model.heads": 2,
+        "model.kv_heads": 2, "evaluate.problems": 8, "evaluate.samples": 8,
+        "sft.steps": 25, "sft.until.at_least": 0.0, "sft.until.every": 1, "sft.batch.examples": 8,
+        "compilation_cache": "off"}
+
+
+@pytest.mark.parametrize("spec", [
+    *(f"configs/{name}" + ("" if ".py" in name else ".py") for name in CLASSICAL),
+    *(f"configs/methods/{methods.path_of(slug).name}" for slug in methods.slugs())])
+def test_the_pieces_of_every_config_fit_together(spec, tmp_path):
+  config = configs.load(spec)
+  config.evaluate.problems = 8
+  configs.override(config, {"model.layers": "1", "model.d_model": "16", "model.d_ff": "16"})
+  parts = builders.build_parts(config, tmp_path, print)  # which traces every program
+  assert set(parts.rehearsals) == set(config.phases)
+  parts.scorer.close()
+
+
+@pytest.mark.parametrize("slug", methods.slugs())
+def test_every_method_says_what_it_changes_and_is_tested(slug):
+  module = methods.module_of(slug)
+  name = methods.path_of(slug).stem
+  assert "arXiv:" in module.__doc__ and "Reported" in module.__doc__
+  assert f"tests/methods/test_{name}.py" in module.__doc__
+  assert methods.differences(slug), "a method differs from its parent"
+  assert slug in listing.all_of_them(methods.FOLDER)
+  assert methods.parent_of(slug) in listing.one(slug, methods.FOLDER)
+  evidence = methods.evidence_of(slug)
+  assert evidence is None or evidence.reported
+
+
+def test_an_unknown_method_is_refused_with_the_nearest(capsys):
+  with pytest.raises(SystemExit):
+    cli.main(["methods", "igrpos"])
+  assert "did you mean 'igrpo'?" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="different seeds"):
+    reproduce.reproduce("igrpo", [0, 0], workdir=None, results=None)
+
+
+def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
+  real = methods.evidence_of("rs-grpo")
+
+  def tiny(slug):
+    return methods.Evidence(
+        real.reported, {"rl.steps": 2, "rl.optimizer.warmup_steps": 0, "rl.evaluate.every": 1,
+                        "rl.rollout.prompts": 2}, TINY, real.arms, real.claims)
+  monkeypatch.setattr(methods, "evidence_of", tiny)
+  results = tmp_path / "results"
+  made = reproduce.reproduce("rs-grpo", [0, 1], workdir=tmp_path / "runs", results=results)
+  written = json.loads((results / "rs-grpo.json").read_text())
+  assert written["claims"] == made["claims"] and len(made["claims"]) == 3
+  assert all(len(c[arm]["runs"]) == 2 for c in made["claims"] for arm in ("baseline", "method"))
+  assert written["budget"]["method"]["sequences"] == 2 * 2 * 8
+  assert written["config"]["method"]["advantage"][0]["name"] == "risk_seeking"
+  assert (results / "rs-grpo.png").stat().st_size > 10_000
+  table = (tmp_path / "RESULTS.md").read_text()
+  assert "[rs-grpo](results/rs-grpo.png)" in table and "*confirmed* if" in table
+  again = reproduce.reproduce("rs-grpo", [0, 1], workdir=tmp_path / "runs", results=results)
+  assert again["claims"] == made["claims"], "ended runs are read, not made again"
