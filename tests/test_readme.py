@@ -56,3 +56,15 @@ def get_config():
   rows = [json.loads(line) for line in
           (tmp_path / "out" / "samples" / "rl.jsonl").read_text().splitlines()]
   assert len(rows) == 2 * 2 * 3  # updates x prompts x refinements; drafts are not trained on
+
+
+def test_own_method_is_config_piece_and_test_in_one_file(tmp_path):
+  code = block("def favour_best")
+  assert len(code.splitlines()) < 40
+  (tmp_path / "favour.py").write_text(code)
+  result = run(tmp_path, "favour.py", "--config.sft.until=None", "--config.rl.until=None",
+               "--config.optimizer.warmup_steps=0")
+  assert result.returncode == 0, result.stderr
+  tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "favour.py"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
+  assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
