@@ -8,6 +8,7 @@ from jaxrl.advantages.baselines import center_by_group
 from jaxrl.advantages.baselines import leave_one_out
 from jaxrl.advantages.corrections import penalise_kl
 from jaxrl.advantages.corrections import truncate_importance
+from jaxrl.advantages.entropy_anchor import anchor_entropy
 from jaxrl.advantages.risk import risk_seeking
 from jaxrl.advantages.scales import scale_by_batch_std
 from jaxrl.advantages.scales import scale_by_group_std

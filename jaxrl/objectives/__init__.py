@@ -5,6 +5,7 @@ loss mask both are finite and pass no gradient. A term divides by nothing that d
 rows: `jaxrl.objectives.aggregate` weighs tokens, over the whole optimiser step, and adds terms up.
 """
 
+from jaxrl.objectives.anchored_entropy import anchored_entropy
 from jaxrl.objectives.critic import value_loss
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
@@ -12,3 +13,4 @@ from jaxrl.objectives.policy import reinforce
 from jaxrl.objectives.regularisers import entropy
 from jaxrl.objectives.regularisers import kl
 from jaxrl.objectives.supervised import cross_entropy
+from jaxrl.objectives.valuation import random_policy_valuation

@@ -1,5 +1,6 @@
 """Episodes and the loop that runs them."""
 
+from jaxrl.rollouts.branching import answers_to_thoughts
 from jaxrl.rollouts.collect import Collected
 from jaxrl.rollouts.collect import collect
 from jaxrl.rollouts.engine import EpisodeContext

@@ -78,10 +78,13 @@ def draw(content: dict, path: pathlib.Path) -> None:
       if xs and key == "step_s" and name != "devices":  # which all share the same cores
         axes.plot(xs, [ys[0] * x / xs[0] for x in xs], ":", color="grey", linewidth=1)
       axes.set_xscale("log", base=2)
-      axes.set_yscale("log")
       axes.set_xticks(xs, [str(x) for x in xs])
+      if key == "step_s":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+      else:
+        axes.set_ylim(bottom=0)
       axes.minorticks_off()
-      axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
       axes.grid(True, alpha=0.3)
       axes.spines[["top", "right"]].set_visible(False)

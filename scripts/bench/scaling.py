@@ -108,7 +108,7 @@ def child(job: Job) -> dict:
   found = collections.Counter()
   traffic = collections.defaultdict(lambda: [0.0, 0.0])
   with jax.set_mesh(parts.mesh):
-    prepared = jax.eval_shape(functions.prepare, state, batch)
+    _, prepared, _ = jax.eval_shape(functions.prepare, state, batch)
     prepared = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), prepared,
         sharding.batch_sharding(parts.mesh)(prepared))
