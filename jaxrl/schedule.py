@@ -15,9 +15,6 @@ import dataclasses
 import numbers
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 KINDS = ("linear", "cosine", "constant")
 
 
@@ -43,7 +40,8 @@ class Schedule:
       raise ValueError(f"a schedule over steps={self.steps} updates after delay={self.delay}: steps "
                        "must be above 0, delay at least 0")
 
-  def __call__(self, step) -> Float[Array, ""]:
+  def __call__(self, step):
+    import jax.numpy as jnp  # only here: workers that judge read specs, and load no JAX
     done = jnp.maximum(step - self.delay, 0)
     x = (done % self.steps if self.restarts else jnp.minimum(done, self.steps)) / self.steps
     if self.schedule == "linear":

@@ -1,10 +1,10 @@
 """EMPO: the reward is how many answers of the group agree (arXiv:2504.05812).
 
-Changes one thing in GRPO: the reward, which an edit (`rollouts.semantic.semantic_frequency`) sets from
-whole groups. No label is trained on; `reward` and `criteria/exact_match` in the metrics are those of
-the labels. The gate is a choice, as the paper's thresholds are not known: groups that agree entirely,
-and those whose largest cluster holds less than a quarter, get no reward. Reported: mean of five maths
-sets 51.6 (Qwen2.5-Math-7B), 51.7 with answers, 33.7 before. Small-scale check:
+Changes one thing in GRPO: the reward, which an edit (`rollouts.semantic.semantic_frequency`) sets
+from whole groups. No label is trained on; `reward` and `criteria/exact_match` in the metrics are
+those of the labels. The gate is a choice, as the paper's thresholds are not known: groups that
+agree entirely, and those whose largest cluster holds less than a quarter, get no reward. Reported:
+mean of five maths sets 51.6 (Qwen2.5-Math-7B), 51.7 with answers, 33.7 before. Small-scale check:
 tests/methods/test_empo.py.
 """
 

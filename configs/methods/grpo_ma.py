@@ -1,9 +1,9 @@
 """GRPO-MA: several answers to every thought (arXiv:2509.24494).
 
 Changes one thing in GRPO: the episode (`rollouts.answers_to_thoughts`), which branches after the
-thought and gives thoughts the mean reward of their answers; thoughts and answers are then two groups
-for the parent's credit pieces. Reported: fewer gradient spikes and higher accuracy than GRPO on
-maths, code and multimodal tasks, growing with the number of answers. Small-scale check:
+thought and gives thoughts the mean reward of their answers; thoughts and answers are then two
+groups for the parent's credit pieces. Reported: fewer gradient spikes and higher accuracy than GRPO
+on maths, code and multimodal tasks, growing with the number of answers. Small-scale check:
 tests/methods/test_grpo_ma.py.
 
 Only the abstract and descriptions of the paper were read. Choices made: K = 4 thoughts with M = 4

@@ -1,11 +1,12 @@
 """ROVER: values of the uniformly random policy, fitted by the log-ratio (arXiv:2509.24981).
 
-Changes three things in GRPO: the objective (`objectives.random_policy_valuation`), the advantage, which
-is not divided by the deviation of the group (the released maths script does; the text does not), and the
-number of updates on a batch, for the first of them is a step of REINFORCE. The paper makes them on quarters of
-its batch, here each is on all of it. Log-probabilities are of the distribution that was sampled from, the
-paper's of temperature 1. Reported: average pass@1 of maths sets 48.4, GRPO 39.7 (Qwen3-8B-Base); pass@256
-16.8 points over other methods. Small-scale check: tests/methods/test_rover.py.
+Changes three things in GRPO: the objective (`objectives.random_policy_valuation`), the advantage,
+which is not divided by the deviation of the group (the released maths script does; the text does
+not), and the number of updates on a batch, for the first of them is a step of REINFORCE. The paper
+makes them on quarters of its batch, here each is on all of it. Log-probabilities are of the
+distribution that was sampled from, the paper's of temperature 1. Reported: average pass@1 of maths
+sets 48.4, GRPO 39.7 (Qwen3-8B-Base); pass@256 16.8 points over other methods. Small-scale check:
+tests/methods/test_rover.py.
 """
 
 from configs import grpo

@@ -1,11 +1,12 @@
 """SIREN: entropy of the nucleus, at peaks, held at its first value (arXiv:2509.25133).
 
-Changes three things in Dr. GRPO: `advantages.anchor_entropy` measures the entropy at the most uncertain
-fifth of each sequence, `objectives.anchored_entropy` pulls it back to what it was at the first batch, and
-the upper clip is 0.28 (the paper gives that one number for both; the lower stays at 0.2). The anchor is of
-the policy that the phase begins with. The nucleus includes the token that crosses its mass; the released code
-may drop it. Reported: maj@k / avg@k 54.6 (+4.8) / +1.6 over the best entropy baseline, five maths sets
-(Qwen2.5-Math-7B). Small-scale check: tests/methods/test_siren.py.
+Changes three things in Dr. GRPO: `advantages.anchor_entropy` measures the entropy at the most
+uncertain fifth of each sequence, `objectives.anchored_entropy` pulls it back to what it was at the
+first batch, and the upper clip is 0.28 (the paper gives that one number for both; the lower stays
+at 0.2). The anchor is of the policy that the phase begins with. The nucleus includes the token that
+crosses its mass; the released code may drop it. Reported: maj@k / avg@k 54.6 (+4.8) / +1.6 over the
+best entropy baseline, five maths sets (Qwen2.5-Math-7B). Small-scale check:
+tests/methods/test_siren.py.
 """
 
 from configs import dr_grpo

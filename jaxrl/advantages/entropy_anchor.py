@@ -18,7 +18,8 @@ def nucleus_entropy_of(p: float) -> tuple[str]:
 @carries(lambda: {"anchor": jnp.zeros(()), "known": jnp.zeros((), bool)})
 def anchor_entropy(batch: TokenBatch, values: Float[Array, "..."], carried: dict, *, p: float = 0.8,
                    quantile: float = 0.8) -> Credit:
-  """Entropy at the peaks of each sequence, against that of the first batch (SIREN, arXiv:2509.25133).
+  """Entropy at the peaks of each sequence, against that of the first batch (SIREN,
+  arXiv:2509.25133).
 
   With H_t the entropy inside the nucleus of mass `p` and M the peaks of a sequence:
 
@@ -27,8 +28,8 @@ def anchor_entropy(batch: TokenBatch, values: Float[Array, "..."], carried: dict
     gap = H_mean - H_mean at the first batch
 
   Values pass through unchanged; `objectives.anchored_entropy`, which the gap and the peaks are for,
-  needs the same `p`. Where no token is above the quantile (a sequence of one, or equal entropies) the
-  largest ones are the peaks, so that a collapsed policy counts with its entropy of 0.
+  needs the same `p`. Where no token is above the quantile (a sequence of one, or equal entropies)
+  the largest ones are the peaks, so that a collapsed policy counts with its entropy of 0.
 
   Args:
     batch: supplies `signals["nucleus_entropy@P"]` of the policy that the batch began with.
@@ -38,9 +39,9 @@ def anchor_entropy(batch: TokenBatch, values: Float[Array, "..."], carried: dict
     quantile: in [0, 1], with linear interpolation; 0.8 leaves a fifth of the tokens.
 
   Returns:
-    The values; signals `entropy_peaks`, M_t / sum_t M_t (scaled up where scored sequences have no loss
-    token, so that its "sequence_sum" is the mean over those that have), and `entropy_gap`, the gap at
-    every loss token; metrics `peak_entropy` and `entropy_gap`.
+    The values; signals `entropy_peaks`, M_t / sum_t M_t (scaled up where scored sequences have no
+    loss token, so that its "sequence_sum" is the mean over those that have), and `entropy_gap`, the
+    gap at every loss token; metrics `peak_entropy` and `entropy_gap`.
 
   Raises:
     ValueError: `quantile` is not in [0, 1].

@@ -6,11 +6,13 @@ rows: `jaxrl.objectives.aggregate` weighs tokens, over the whole optimiser step,
 """
 
 from jaxrl.objectives.anchored_entropy import anchored_entropy
+from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
 from jaxrl.objectives.policy import reinforce
 from jaxrl.objectives.regularisers import entropy
 from jaxrl.objectives.regularisers import kl
+from jaxrl.objectives.segments import execution_entropy
 from jaxrl.objectives.supervised import cross_entropy
 from jaxrl.objectives.valuation import random_policy_valuation

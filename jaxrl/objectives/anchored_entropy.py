@@ -17,14 +17,14 @@ def anchored_entropy(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: f
 
     loss_t = coefficient * s_t * (gap^2 + 2 * gap * (H_t - H_old_t))
 
-  At the first update on a batch its value and gradient are those of the square; later ones follow the
-  same direction. Its aggregation has to be its own, "sequence_sum", whose sum over s_t is 1:
+  At the first update on a batch its value and gradient are those of the square; later ones follow
+  the same direction. Its aggregation has to be its own, "sequence_sum", whose sum over s_t is 1:
   `dict(name="anchored_entropy", aggregation="sequence_sum")`.
 
   Args:
     outputs: supplies `nucleus_entropy@P`.
-    batch: supplies `signals["entropy_peaks"]` and `["entropy_gap"]`, of `advantages.anchor_entropy`, and
-      `["old_nucleus_entropy@P"]`.
+    batch: supplies `signals["entropy_peaks"]` and `["entropy_gap"]`, of
+      `advantages.anchor_entropy`, and `["old_nucleus_entropy@P"]`.
     coefficient: of the square.
     p: mass of the nucleus, as in `anchor_entropy`.
 

@@ -32,8 +32,8 @@ def random_policy_valuation(outputs: ModelOutputs, batch: TokenBatch, *, rho: fl
     rho: temperature of the values, above 0.
 
   Returns:
-    Loss per token; metrics `action_value` (Q), `successor_value` (V) and `behaviour_kl`, an estimate
-    of KL(old || policy).
+    Loss per token; metrics `action_value` (Q), `successor_value` (V) and `behaviour_kl`, an
+    estimate of KL(old || policy).
 
   Raises:
     ValueError: `rho` is not above 0.

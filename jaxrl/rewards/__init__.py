@@ -7,7 +7,9 @@ worker processes load it.
 """
 
 from jaxrl.rewards.aggregate import product_gate, weighted_sum
+from jaxrl.rewards.confidence import brier, confidence, correct_and_formed, well_formed
 from jaxrl.rewards.criterion import Criterion, declare, failed, ok, unscorable
 from jaxrl.rewards.numeric import numeric_answer
 from jaxrl.rewards.scorer import RewardFailure, Scored, Scorer
+from jaxrl.rewards.spans import in_span
 from jaxrl.rewards.verifiers import exact_match, finished, matches_format, overlong

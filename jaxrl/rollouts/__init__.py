@@ -7,4 +7,6 @@ from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group
+from jaxrl.rollouts.planning import execute_distinct_plans
+from jaxrl.rollouts.planning import plan_then_execute
 from jaxrl.rollouts.refinement import draft_then_refine

@@ -9,7 +9,7 @@ from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import Criterion, ok, unscorable
 from jaxrl.rollouts.engine import EpisodeContext
-from jaxrl.rollouts.prefixes import SECOND, sample_prefixes
+from jaxrl.rollouts.prefixes import continued, sample_prefixes
 
 THOUGHTS, ANSWERS = 0, 1  # groups of an episode
 
@@ -46,30 +46,23 @@ async def answers_to_thoughts(ctx: EpisodeContext, task: Task, *, samples: int, 
     ValueError: `samples` is no multiple of `thoughts`.
   """
   if thoughts < 1 or samples < 1 or samples % thoughts:
-    raise ValueError(f"answers_to_thoughts: samples={samples} are not the same number of answers to "
-                     f"each of thoughts={thoughts}: make samples a multiple of thoughts")
+    raise ValueError(f"answers_to_thoughts: samples={samples} are not the same number of answers "
+                     f"to each of thoughts={thoughts}: make samples a multiple of thoughts")
   heads, is_open = await sample_prefixes(ctx, task.prompt, thoughts, max_tokens=thought_tokens,
                                          boundary=boundary, train=True)
   found = await asyncio.gather(*[ctx.sample(head.tokens.tolist(), n=samples // thoughts, train=True)
                                  for head, more in zip(heads, is_open) if more])
   found = iter(found)
-  branches = [_joined(head, next(found)) if more else [] for head, more in zip(heads, is_open)]
+  branches = [continued(head, next(found)) if more else [] for head, more in zip(heads, is_open)]
   answers = [t for branch in branches for t in branch]
+  for t in answers:
+    t.group = ANSWERS
   await ctx.score(task, answers + [h for h, more in zip(heads, is_open) if not more])
   for head, branch in zip(heads, branches):
     if branch:
       _value(head, branch)
   _weigh(heads, answers)
   return heads + answers
-
-
-def _joined(head: Trajectory, answers: list[Trajectory]) -> list[Trajectory]:
-  """Answers behind a thought, as completions of its prompt of which the answer is trained on."""
-  for t in answers:
-    t.tag_ids[head.prompt_length:t.prompt_length] = head.tag_ids[head.prompt_length:]
-    t.tag_ids[t.prompt_length:] = SECOND
-    t.prompt_length, t.text, t.group = head.prompt_length, head.text + t.text, ANSWERS
-  return answers
 
 
 def _value(head: Trajectory, answers: Sequence[Trajectory]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from jaxrl.batch import Trajectory
 from jaxrl.rollouts.engine import EpisodeContext
 
-FIRST, SECOND = 1, 2  # `Trajectory.tag_ids` of what lies before a boundary, itself included, and after
+FIRST, SECOND = 1, 2  # `Trajectory.tag_ids` up to the end of a boundary, and behind it
 
 
 async def sample_prefixes(ctx: EpisodeContext, prompt: Sequence[int], n: int, *, max_tokens: int,
@@ -37,6 +37,16 @@ async def sample_prefixes(ctx: EpisodeContext, prompt: Sequence[int], n: int, *,
   for t, _ in prefixes:
     t.tag_ids[t.prompt_length:] = FIRST
   return [t for t, _ in prefixes], [is_open for _, is_open in prefixes]
+
+
+def continued(head: Trajectory, found: list[Trajectory]) -> list[Trajectory]:
+  """What was sampled behind a beginning, as completions of the beginning's own prompt: text and
+  length are those of both, `tag_ids` tell them apart, and what is trained on stays as it was."""
+  for t in found:
+    t.tag_ids[head.prompt_length:t.prompt_length] = head.tag_ids[head.prompt_length:]
+    t.tag_ids[t.prompt_length:] = SECOND
+    t.prompt_length, t.text = head.prompt_length, head.text + t.text
+  return found
 
 
 def boundary_end(trajectory: Trajectory, marker: Sequence[int]) -> int | None:

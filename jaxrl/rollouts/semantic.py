@@ -53,19 +53,20 @@ def semantic_frequency(step: Step, *, judge: str | Mapping[str, Any] = "exact_ma
   largest cluster wins, right or wrong. A group of two, centred, teaches nothing.
 
   Args:
-    step: the batch; sequences that are not scored neither count nor get a reward. Where tasks have no
-      answers, `config.reward` needs a criterion that does without, such as `finished`.
-    judge: criterion of `config.reward` that decides whether two answers mean the same: the first of a
-      cluster is given to it as the reference. It runs in this process, without a time-out.
-    pattern: regular expression whose one group is the answer, of which the last match counts; without
-      a match the answer is empty, its reward 0. Empty takes the whole completion.
+    step: the batch; sequences that are not scored neither count nor get a reward. Where tasks have
+      no answers, `config.reward` needs a criterion that does without, such as `finished`.
+    judge: criterion of `config.reward` that decides whether two answers mean the same: the first of
+      a cluster is given to it as the reference. It runs in this process, without a time-out.
+    pattern: regular expression whose one group is the answer, of which the last match counts;
+      without a match the answer is empty, its reward 0. Empty takes the whole completion.
     min_entropy, max_entropy: all rewards of a group are 0 unless min_entropy < H < max_entropy. 0
       leaves groups out that agree, which no group baseline learns from anyhow.
     min_confidence: all rewards of a group are 0 where max_k p_k is below.
 
   Returns:
     The trajectories with these rewards. Metrics, means over groups: `semantic_entropy`,
-    `semantic_confidence` (max_k p_k), `semantic_reward`, `semantic_gated` (share of groups left out).
+    `semantic_confidence` (max_k p_k), `semantic_reward`, `semantic_gated` (share of groups left
+    out).
 
   Raises:
     ValueError: a pattern without exactly one group, or a gate that nothing passes.
@@ -122,9 +123,9 @@ def _check(pattern, min_entropy, max_entropy, min_confidence):
     raise ValueError(f"semantic_frequency: pattern={pattern!r} is not a regular expression: {error}"
                      ) from error
   if pattern and groups != 1:
-    raise ValueError(f"semantic_frequency: pattern={pattern!r} has {groups} groups; it needs exactly "
-                     "one, around the answer; write others as (?:...)")
+    raise ValueError(f"semantic_frequency: pattern={pattern!r} has {groups} groups; it needs "
+                     "exactly one, around the answer; write others as (?:...)")
   if not min_entropy < max_entropy or not 0 <= min_confidence <= 1:
-    raise ValueError(f"semantic_frequency: no group has an entropy between min_entropy={min_entropy} "
-                     f"and max_entropy={max_entropy} and a share of at least min_confidence="
-                     f"{min_confidence}: make the first less than the second, the last 0 to 1")
+    raise ValueError(f"semantic_frequency: no group passes min_entropy={min_entropy}, max_entropy="
+                     f"{max_entropy}, min_confidence={min_confidence}: make the first less than the "
+                     "second, the last 0 to 1")

@@ -127,7 +127,8 @@ def test_one_answer_per_thought_gives_both_the_advantage_of_grpo(play):
   credit = np.asarray(chain([advantages.center_by_group, advantages.scale_by_group_std])(
       batch, batch.rewards))
   for g in range(8):
-    thoughts, answers = played.trajectories[8 * g:8 * g + 4], played.trajectories[8 * g + 4:8 * g + 8]
+    members = played.trajectories[8 * g:8 * g + 8]
+    thoughts, answers = members[:4], members[4:]
     rewards = np.array([a.reward for a in answers])
     assert [t.reward for t in thoughts] == rewards.tolist()
     spread = rewards.std(ddof=1)

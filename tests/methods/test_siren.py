@@ -73,23 +73,27 @@ class Paper:
                     for peaks in self.sequences])
 
 
+@jax.jit
 def entropies_of(logits):
   return jax.vmap(jax.vmap(functools.partial(nucleus_entropy, p=P)))(jnp.float32(logits))
+
+
+CREDIT = jax.jit(credit([advantages.anchor_entropy]))
 
 
 def anchored(batch, logits, anchor):
   """The batch with the signals that the chain gives for an anchor, and the metrics."""
   old = entropies_of(logits)
   carried = {"anchor_entropy": {"anchor": jnp.float32(anchor), "known": jnp.array(True)}}
-  found = credit([advantages.anchor_entropy])(batch.with_signals(**{NAME: old}), batch.rewards, carried)
+  found = CREDIT(batch.with_signals(**{NAME: old}), batch.rewards, carried)
   return batch.with_signals(**{"old_" + NAME: old}, **found.signals), found
 
 
 def penalty_of(batch, coefficient):
   term = sum_of_terms([functools.partial(objectives.anchored_entropy, coefficient=coefficient)])
   weights, means = loss_weights(batch, "sequence_sum"), mean_weights(batch)
-  return lambda logits: term(ModelOutputs(distribution={NAME: entropies_of(logits)}), batch, weights,
-                             means)[0]
+  return jax.jit(lambda logits: term(ModelOutputs(distribution={NAME: entropies_of(logits)}), batch,
+                                     weights, means)[0])
 
 
 @pytest.mark.parametrize("seed,anchor", [(0, 0.2), (1, 2.0), (2, 0.9)])
@@ -147,19 +151,20 @@ def test_ascent_on_the_full_entropy_feeds_the_tail_and_on_that_of_the_nucleus_do
   def after(entropy):
     step = jax.grad(entropy)
     return jax.jit(lambda z: jax.lax.fori_loop(0, 200, lambda _, x: x + 5.0 * step(x), z))(start)
-  print(tail(start), tail(after(full)), tail(after(functools.partial(nucleus_entropy, p=P))))
-  assert tail(after(full)) > 5 * tail(start)
+  assert tail(start) < 0.02 and tail(after(full)) > 0.9
   narrow = after(functools.partial(nucleus_entropy, p=P))
-  assert tail(narrow) <= tail(start) * 1.001
+  assert not narrow[peaks:].any() and tail(narrow) < 1.1 * tail(start)
   assert full(narrow) > full(start) and nucleus_entropy(narrow, P) <= np.log(peaks) + 1e-5
 
 
-@pytest.mark.parametrize("scale", [6.0, 0.1])
-def test_from_collapse_and_from_noise_the_entropy_returns_to_the_anchor(scale):
+@pytest.mark.parametrize("start", ["collapsed", "exploded"])
+def test_from_collapse_and_from_noise_the_entropy_returns_to_the_anchor(start):
   batch = pack([Trajectory([0] * 6, [False] + [True] * 5) for _ in range(4)], row_length=8)
   batch = jax.tree.map(jnp.asarray, batch)
-  logits = scale * np.random.default_rng(4).normal(size=(*batch.tokens.shape, VOCABULARY))
-  anchor, gaps = 0.8, []
+  logits = 0.1 * np.random.default_rng(4).normal(size=(*batch.tokens.shape, VOCABULARY))
+  if start == "collapsed":
+    logits += np.array([4.0, 2.7] + [-3.0] * (VOCABULARY - 2))
+  anchor, gaps = 0.67, []  # below log 2: entropy in a nucleus of two tokens cannot be more
 
   @jax.jit
   def step(logits):
@@ -169,8 +174,8 @@ def test_from_collapse_and_from_noise_the_entropy_returns_to_the_anchor(scale):
   for _ in range(400):
     logits, gap = step(logits)
     gaps.append(float(gap))
-  assert abs(gaps[0]) > 0.3 and (gaps[0] > 0) == (scale < 1)
-  assert np.mean(np.abs(gaps[-20:])) < 0.25 * abs(gaps[0])
+  assert gaps[0] < -0.05 if start == "collapsed" else gaps[0] > 0.5
+  assert np.mean(np.abs(gaps[-20:])) < 0.01
 
 
 def test_at_the_anchor_there_is_no_gradient_and_around_it_opposite_ones():
@@ -211,7 +216,7 @@ def test_a_collapsed_sequence_counts_as_zero_and_a_single_token_as_itself():
   batch = pack([Trajectory([0] * 4, [False] + [True] * 3), Trajectory([0, 0], [False, True]),
                 Trajectory([0] * 3, [False] * 3)], row_length=4)
   entropies = np.where(batch.sequence_ids == 1, 0.6, 0.0)
-  found = credit([advantages.anchor_entropy])(
+  found = CREDIT(
       batch.with_signals(**{NAME: entropies}), batch.rewards,
       initial_carried([advantages.anchor_entropy]))
   assert float(found.metrics["peak_entropy"]) == pytest.approx(0.3)
@@ -237,6 +242,16 @@ def test_micro_batches_add_up_and_off_the_mask_nothing_is_read():
   value, gradient = jax.value_and_grad(loss)(spoiled, slice(None))
   assert float(value) == pytest.approx(whole, rel=1e-6)
   assert np.all(np.isfinite(gradient)) and not np.asarray(gradient)[~batch.loss_mask].any()
+
+
+def test_a_nucleus_of_one_token_cannot_be_pulled_back():
+  """A limit of the method: where one token holds the mass, the entropy inside has no gradient."""
+  batch = pack([Trajectory([0] * 4, [False] + [True] * 3)], row_length=4)
+  logits = np.zeros((*batch.tokens.shape, VOCABULARY))
+  logits[..., 2] = 5.0
+  prepared, found = anchored(batch, logits, 1.0)
+  assert float(found.metrics["entropy_gap"]) == -1.0
+  assert not np.any(jax.grad(penalty_of(prepared, 1.0))(jnp.float32(logits)))
 
 
 def test_the_quantile_is_checked():

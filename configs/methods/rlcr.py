@@ -1,0 +1,39 @@
+"""RLCR: answers state how sure they are, and a bounded proper rule scores it (arXiv:2507.16806).
+
+Changes GRPO in the reward, 0.5 each for form, right answer and Brier score (`rewards.confidence`),
+and as the released code does in the advantage, which is centred only, and the loss, a mean over
+tokens. `rlcr.py:rlvr` is the baseline: the same form, the confidence left unrewarded. The code's
+mask for truncated completions is left out: they do not have the form. Metrics of calibration are
+those of `rollouts.calibration`. Reported, HotpotQA (Qwen2.5-7B): accuracy / ECE 0.444 / 0.078,
+without confidence 0.460 / 0.540. Small-scale check: tests/methods/test_rlcr.py.
+
+The toy writes a sum, "=" and three digits: 123+456=975=250 is a confidence of 250 / 999. Its warm
+start imitates three digits that say nothing, those of the first operand.
+"""
+
+from configs import grpo
+
+PATTERN = r"(?P<answer>\d+)=(?P<confidence>\d{3})"
+
+
+def get_config(variant: str = ""):
+  config = grpo.get_config()
+  config.data.more = ("a",)
+  config.data.solution_template = "{solution}={a}"
+  config.rollout.max_tokens = 10
+  config.rollout.edits = [dict(name="jaxrl.rollouts.calibration:log_calibration")]
+  read = dict(pattern=PATTERN, scale=999.0)
+  config.reward.criteria = [
+      dict(name="correct_and_formed", label="correct", **read),
+      dict(name="well_formed", label="form", **read),
+      dict(name="brier", label="calibration", **read),
+      dict(name="confidence", **read)]
+  weights = dict(form=0.5, correct=0.5, calibration=0.5)
+  if variant == "rlvr":
+    weights.pop("calibration")
+  elif variant:
+    raise ValueError(f"configs/methods/rlcr.py has no variant {variant!r}; it has 'rlvr'")
+  config.reward.aggregate = dict(name="weighted_sum", weights=weights)
+  config.advantage = [dict(name="center_by_group")]
+  config.aggregation.kind = "token_mean"
+  return config
