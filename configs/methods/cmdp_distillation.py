@@ -19,5 +19,6 @@ PENALTY = 1.0
 def get_config():
   config = grpo.get_config()
   config.advantage.insert(0, dict(name="constrain_divergence", budget=0.1, penalty=PENALTY))
-  config.objective.append(dict(name="divergence_cost", penalty=PENALTY, aggregation="sequence_mean"))
+  config.objective.append(dict(name="divergence_cost", penalty=PENALTY,
+                               aggregation="sequence_mean"))
   return config

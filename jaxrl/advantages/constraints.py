@@ -12,8 +12,9 @@ COSTS = {"kl": ("reference_kl",), "log_ratio": ("logprobs", "reference_logprobs"
 
 
 @needs(lambda cost: COSTS.get(cost, ()))
-def constrain_divergence(batch: TokenBatch, rewards: Float[Array, "sequences"], *, budget: float = 0.1,
-                         penalty: float = 1.0, mode: str = "replace", cost: str = "kl") -> Credit:
+def constrain_divergence(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
+                         budget: float = 0.1, penalty: float = 1.0, mode: str = "replace",
+                         cost: str = "kl") -> Credit:
   """Reward within a budget of divergence from a teacher, the reference (arXiv:2509.22921).
 
   With c_t the cost of loss token t and excess = max(0, mean_t(c_t) - budget):

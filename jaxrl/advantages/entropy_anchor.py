@@ -50,7 +50,8 @@ def anchor_entropy(batch: TokenBatch, values: Float[Array, "..."], carried: dict
     raise ValueError(f"anchor_entropy: quantile={quantile} has to be in [0, 1]; 0.8 is the paper's")
   mask = batch.loss_mask & to_tokens(batch, batch.sequence_mask).astype(bool)
   entropies = jnp.where(mask, batch.signals[nucleus_entropy_of(p)[0]], 0)
-  above = mask & (entropies > to_tokens(batch, _quantile_by_sequence(batch, mask, entropies, quantile)))
+  threshold = _quantile_by_sequence(batch, mask, entropies, quantile)
+  above = mask & (entropies > to_tokens(batch, threshold))
   any_above = to_tokens(batch, sum_by_sequence(batch, above.astype(jnp.float32))) > 0
   largest = _quantile_by_sequence(batch, mask, entropies, 1.0)
   peaks = jnp.where(any_above, above, mask & (entropies == to_tokens(batch, largest)))

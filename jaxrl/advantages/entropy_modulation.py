@@ -62,9 +62,11 @@ def modulate_by_entropy(batch: TokenBatch, values: Float[Array, "sequences"], *,
   h = (entropy - lowest) / (spread + 1e-8)
   h = jnp.where(spread > EQUAL, h, 0)
   scale = jnp.exp(-k * h)
-  scale = scale / jnp.maximum(jnp.sum(jnp.where(real, scale, 0)) / count, jnp.finfo(scale.dtype).tiny)
+  mean = jnp.sum(jnp.where(real, scale, 0)) / count
+  scale /= jnp.where(mean > 0, mean, 1)
   sequence = jax.ops.segment_max(batch.sequence_ids.reshape(-1), flat, num_segments=size)
-  following = jnp.roll(real, -1) & (jnp.roll(sequence, -1) == sequence) & (jnp.arange(size) < size - 1)
+  following = jnp.roll(real, -1) & (jnp.roll(sequence, -1) == sequence)
+  following = following.at[-1].set(False)
   clarity = jnp.where(following & (spread > EQUAL), jnp.exp(-k_next * jnp.roll(h, -1)), 0)
   advantages = jnp.where(real, values[jnp.maximum(sequence, 0)] * scale + bonus * clarity, 0)
   advantages -= jnp.sum(advantages) / count

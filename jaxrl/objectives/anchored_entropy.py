@@ -7,7 +7,8 @@ from jaxrl.compose import needs
 from jaxrl.objectives.aggregate import TermOutput
 
 
-@needs(lambda p: (f"nucleus_entropy@{p}", f"old_nucleus_entropy@{p}"), "entropy_peaks", "entropy_gap")
+@needs(lambda p: (f"nucleus_entropy@{p}", f"old_nucleus_entropy@{p}"),
+       "entropy_peaks", "entropy_gap")
 def anchored_entropy(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: float = 0.005,
                      p: float = 0.8) -> TermOutput:
   """Squared distance of the entropy at peaks from its anchor (SIREN, arXiv:2509.25133).

@@ -8,7 +8,8 @@ from jaxrl.objectives.aggregate import TermOutput
 
 
 @needs("reference_kl", "over_budget")
-def divergence_cost(outputs: ModelOutputs, batch: TokenBatch, *, penalty: float = 1.0) -> TermOutput:
+def divergence_cost(outputs: ModelOutputs, batch: TokenBatch, *, penalty: float = 1.0
+                    ) -> TermOutput:
   """Divergence from the teacher where an answer is over its budget (arXiv:2509.22921).
 
     loss_t = penalty * over_t * KL(policy || reference) in the state before t, over the vocabulary

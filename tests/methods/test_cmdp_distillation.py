@@ -1,4 +1,4 @@
-"""CMDP distillation: rewards by their definition, exact gradients by enumeration, the bandit's optimum."""
+"""CMDP distillation: rewards by definition, gradients by enumeration, the optimum of a bandit."""
 
 import functools
 
@@ -216,7 +216,7 @@ def test_within_the_budget_the_cost_has_no_gradient_and_micro_batches_add_up():
   term = sum_of_terms([functools.partial(objectives.divergence_cost, penalty=0.7)])
 
   def loss(kl, at):
-    rows = jax.tree.map(lambda x: x[at] if x.ndim > 1 and len(x) == len(batch.tokens) else x, batch)
+    rows = jax.tree.map(lambda x: x[at] if x.shape == batch.tokens.shape else x, batch)
     return term(ModelOutputs(distribution={"reference_kl": kl}), rows, weights[at], means[at])[0]
   now = np.where(batch.loss_mask, 2 * batch.signals["reference_kl"], np.nan).astype(np.float32)
   whole, gradient = jax.value_and_grad(loss)(now, slice(None))

@@ -1,4 +1,4 @@
-"""EMPG: advantages of steps against a loop over episodes in float64, and the limits of each part."""
+"""EMPG: advantages of steps against a loop over episodes in float64, and limits of each part."""
 
 import functools
 
@@ -106,7 +106,7 @@ def test_the_mean_over_steps_is_zero_and_scales_average_to_one():
   found, _ = run(trajectories, k=2.0, bonus=0.0, steps="tag")
   of_steps = [mine[s[0]] for mine, steps in zip(found, tagged) for s in steps]  # 3 (g - 1)
   assert np.mean(of_steps) == pytest.approx(0, abs=1e-5) and np.std(of_steps) > 0.1
-  entropy = [t.signals["entropy"][s].mean() for t, steps in zip(trajectories, tagged) for s in steps]
+  entropy = [t.signals["entropy"][s].mean() for t, mine in zip(trajectories, tagged) for s in mine]
   g = np.array(of_steps) / 3 + 1
   assert g[np.argmax(entropy)] / g[np.argmin(entropy)] == pytest.approx(np.exp(-2.0), rel=1e-4)
 
@@ -134,8 +134,8 @@ def test_sure_steps_earn_and_lose_more_and_clear_ones_attract():
     length = 1 + len(entropies)
     return Trajectory([0] * length, [False] + [True] * (length - 1), reward=reward,
                       turn_ids=range(length), signals={"entropy": (9.0, *entropies)})
-  right, wrong, mixed = run([episode(1.0, 0.1, 2.0), episode(-1.0, 0.1, 2.0), episode(0.0, 1.0, 0.1)],
-                            bonus=0.0, steps="turn")[0]
+  right, wrong = run([episode(1.0, 0.1, 2.0), episode(-1.0, 0.1, 2.0)], bonus=0.0,
+                     steps="turn")[0]
   assert right[1] > right[2] > 0 > wrong[2] > wrong[1]
   clear, unclear = run([episode(0.0, 1.0, 0.0), episode(0.0, 1.0, 2.0)], k=0.0, k_next=3.0,
                        bonus=1.0, steps="turn")[0]

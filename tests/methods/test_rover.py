@@ -1,4 +1,4 @@
-"""ROVER: the loss of a table of logits, token by token in float64, and what it is at the first step."""
+"""ROVER: the loss of a table of logits, token by token, and what it is at the first step."""
 
 import functools
 
@@ -124,7 +124,7 @@ def test_at_the_old_policy_it_is_reinforce_with_step_two_rho():
 
 
 def test_one_update_per_batch_is_unclipped_grpo_at_twice_the_rate():
-  """Exact gradients over all strings of two tokens: the paper's off-policy steps are what is new."""
+  """Exact gradients over all strings of two tokens: the off-policy steps are what is new."""
   strings = [(0, a, b) for a in range(VOCABULARY) for b in range(VOCABULARY)]
   rewards = {(0, 1, 2): 1.0, (0, 3, 0): 1.0}
 
@@ -191,8 +191,7 @@ def test_micro_batches_add_up():
   whole = term(outputs, batch, weights, means)[0]
 
   def rows(tree, at):
-    return jax.tree.map(lambda x: x[at] if x.shape[:1] == (len(batch.tokens),) and x.ndim > 1 else x,
-                        tree)
+    return jax.tree.map(lambda x: x[at] if x.shape == batch.tokens.shape else x, tree)
   parts = [term(rows(outputs, at), rows(batch, at), weights[at], means[at])[0]
            for at in (slice(0, 1), slice(1, 3), slice(3, 8))]
   assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5)

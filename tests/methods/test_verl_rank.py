@@ -35,14 +35,14 @@ def svd_growth(states, stride):
 
 
 def ragged(seed, count=9, longest=14):
-  """Sequences of hidden states, several to a row, with gaps in their masks; the states that count."""
+  """Sequences of hidden states, several to a row, with gaps in masks; the states that count."""
   rng = np.random.default_rng(seed)
   trajectories = []
   for i in range(count):
     length = (2, 1)[i] if i < 2 else int(rng.integers(3, longest + 2))
     mask = (np.arange(length) > 0) & ((rng.random(length) < 0.85) | (i == 0))
-    trajectories.append(Trajectory(rng.integers(0, 9, length), mask, group=i % 2, reward=rng.normal(),
-                                   scored=i % 4 != 3))
+    trajectories.append(Trajectory(rng.integers(0, 9, length), mask, group=i % 2,
+                                   reward=rng.normal(), scored=i % 4 != 3))
   batch = pack(trajectories, row_length=16, min_rows=8, min_sequences=16)
   hidden = np.cumsum(rng.normal(size=(*batch.tokens.shape, WIDTH)), axis=1).astype(np.float32)
   states = [hidden[(batch.sequence_ids == i) & batch.loss_mask] for i in range(count)]
@@ -69,8 +69,8 @@ def bonus_of(x, mu, gain, scale=1.0):
 def test_advantages_are_those_of_the_equations_on_ragged_batches(seed, stride, max_tokens):
   batch, states = ragged(seed)
   mu, kappa, gain = np.array([-0.2, 0.6, 2.0]), 1.5, 0.7
-  found = run(batch, batch.rewards, remembered(mu), stride=stride, max_tokens=max_tokens, kappa=kappa,
-              gain=gain, scale=0.8, update=0.25)
+  found = run(batch, batch.rewards, remembered(mu), stride=stride, max_tokens=max_tokens,
+              kappa=kappa, gain=gain, scale=0.8, update=0.25)
   ranks = [svd_growth(x[-max_tokens:], stride) for x in states]
   scored = np.nonzero(batch.sequence_mask)[0]
   for i in scored:
@@ -101,7 +101,7 @@ RANK = jax.jit(effective_rank)
 
 
 def test_known_ranks():
-  """The card's 200 x 32 Gaussian, one line, and singular values 3 and 1 (squared, as RankMe has
+  """A Gaussian of 200 x 32, one line, and singular values 3 and 1 (squared, as RankMe has
   them,
   they would give 1.38)."""
   gaussian = np.random.default_rng(0).normal(size=(200, 32))
@@ -115,7 +115,7 @@ def test_known_ranks():
 
 
 def test_the_rank_follows_the_length_of_an_answer_and_its_acceleration_does_not():
-  """Random walks in 96 directions, more than they have steps: in 32 the rank stops growing at 17."""
+  """Random walks in 96 directions, more than they have steps: in 32 the rank stops at 17."""
   rng = np.random.default_rng(4)
   lengths = np.repeat([24, 40, 64], 8)
   grow = jax.jit(functools.partial(rank_growth, stride=4))
@@ -151,7 +151,8 @@ def test_the_first_batch_gets_no_bonus_and_the_averages_follow_earlier_batches()
     used, carried = averages, found.carried
     mean = np.mean([svd_growth(states[i], 1) for i in np.nonzero(batch.sequence_mask)[0]], axis=0)
     averages = mean if used is None else 0.7 * used + 0.3 * mean
-    np.testing.assert_allclose(carried["favour_hidden_rank"]["means"], averages, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(carried["favour_hidden_rank"]["means"], averages, rtol=1e-3,
+                               atol=1e-4)
     assert (float(found.metrics["rank_bonus"]) > 0) == (seed > 0)
   nothing = batch.replace(sequence_mask=np.zeros(16, bool))
   after = steps(nothing, nothing.rewards, carried).carried["favour_hidden_rank"]
