@@ -1,6 +1,7 @@
 """Numbers that change over the updates of a phase: `dict(schedule="linear", start=..., end=..., steps=...)`.
 
-Any number among the arguments of a credit piece or an objective term may be given like this. With
+Any number among the arguments of a piece (credit, objective term, episode, edit) may be given like
+this. With
 x = (step - delay) / steps, from 0 before to 1 after:
 
     linear    start + (end - start) * x

@@ -333,17 +333,20 @@ class Decoder(nn.Module):
                  for name, outputs in c.heads_on_top}
 
   def __call__(self, tokens: Int[Array, "units length"], positions: Int[Array, "units length"],
-               segment_ids: Int[Array, "units length"], *, trunk_length: int = 0, rows: int = 1
+               segment_ids: Int[Array, "units length"], *, trunk_length: int = 0, rows: int = 1,
+               offset: Float[Array, "units length width"] | None = None
                ) -> tuple[Float[Array, "units length width"], KeyValues | Sequence[KeyValues]]:
     """Final hidden states of packed rows, and the keys and values of every layer.
 
     Args:
       tokens, positions, segment_ids: of rows, or of units `[trunk | row | row | ...]`.
       trunk_length, rows: what a unit is made of, see `packed_attention.PackedRows`.
+      offset: added to what enters the first layer; gradients with respect to it are those with
+        respect to embeddings, token by token.
     """
     packed = PackedRows(positions, segment_ids, trunk_length, rows)
     turns = _turns(self.config, positions)
-    hidden, key_values = self._run(tokens, turns, packed, None, None)
+    hidden, key_values = self._run(tokens, turns, packed, None, None, offset)
     if self.is_initializing():
       for head in self.tops.values():
         head(hidden.astype(jnp.float32))
@@ -381,12 +384,14 @@ class Decoder(nn.Module):
     """The matrix whose product with a hidden state gives logits (before soft-capping)."""
     return self.embedding if self.config.tie_embeddings else self.unembedding
 
-  def _run(self, tokens, turns, packed, step, cache):
+  def _run(self, tokens, turns, packed, step, cache, offset=None):
     c = self.config
     pin = sharding.constrain if cache is None else lambda x, *names: x
     x = pin(pin(self.embedding, "vocab", None)[tokens].astype(c.dtype), "rows", "length", None)
     if c.scale_embeddings:
       x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
+    if offset is not None:
+      x = x + offset.astype(c.dtype)
     if c.scan_layers:
       x, key_values = self.blocks(x, turns, packed, step, cache, jnp.array(c.is_sliding))
     else:

@@ -26,13 +26,14 @@ class Collected:
 
 def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Task]], *,
             prompts: int, base_key: jax.Array, key: tuple[int, ...], step: int,
-            filter_zero_variance: bool = False, max_resample: int = 0) -> Collected:
+            filter_zero_variance: bool = False, max_resample: int = 0, reference: Any = None
+            ) -> Collected:
   """Collects the groups of `prompts` tasks.
 
   Args:
     next_tasks: draws that many tasks from the data; the same task may come again.
     prompts: tasks wanted.
-    base_key, key, step: as in `Rollouts.run`.
+    base_key, key, step, reference: as in `Rollouts.run`.
     filter_zero_variance: drop groups whose scored rewards are all equal, and draw as many tasks
       again until `prompts` of them are left, at most `max_resample` times (dynamic sampling of
       DAPO, arXiv:2503.14476, eq. 11, with a bound). Rounds are of one size, so that none compiles
@@ -47,7 +48,7 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
     drawn = next_tasks(prompts)
     tasks |= {t.id: t for t in drawn}
     groups = _by_group(rollouts.run(params, drawn, base_key=base_key, key=key, step=step,
-                                    first_episode=episodes))
+                                    first_episode=episodes, reference=reference))
     latest = groups or latest
     episodes += len(drawn)
     sampled += [t for g in groups for t in g]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from jaxrl import compose
 from jaxrl.batch import Task, Trajectory
 
 
@@ -56,7 +57,7 @@ def apply(edits, step: Step) -> list[Trajectory]:
     ValueError: an edit that returned no list of trajectories.
   """
   for edit in edits:
-    found = edit(step)
+    found = compose.at(edit, step.index)(step)
     name = getattr(edit, "func", edit).__name__
     if not isinstance(found, list) or not all(isinstance(t, Trajectory) for t in found):
       raise ValueError(f"the edit {name!r} of config.rollout.edits returned "

@@ -17,13 +17,15 @@ import contextvars
 import dataclasses
 import functools
 import traceback
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Request
 from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
@@ -31,6 +33,7 @@ from jaxrl.sampling import SamplingParams
 GROUPS_PER_EPISODE = 1 << 20  # an episode numbers its own groups below this
 WINDOW = 512  # past episodes that the failure rate looks back on
 FEWEST = 16  # episodes that the rate is computed over at least: 1 failure in 2 says little
+Model = Literal["policy", "reference"]
 QUIET_TICKS = 8  # turns of the event loop without a new request after which all are taken to wait
 
 
@@ -51,12 +54,22 @@ _BRANCH: contextvars.ContextVar[_Branch] = contextvars.ContextVar("branch")
 
 
 @dataclasses.dataclass
+class _Reading:
+  """Given tokens that a model is asked about: for log-probabilities, or with a mask for gradients."""
+
+  tokens: Sequence[int]
+  mask: Sequence[bool] | None = None
+
+
+@dataclasses.dataclass
 class _Pending:
   """A request of an episode, waiting to be served."""
 
   episode: int
   future: asyncio.Future
+  model: Model = "policy"
   request: Request | None = None  # for samples
+  reading: _Reading | None = None  # for what a model says of given tokens
   pairs: Sequence[tuple[Task, Trajectory]] = ()  # for scores
   judged: concurrent.futures.Future | None = None  # these scores, if they were begun early
 
@@ -66,23 +79,27 @@ class EpisodeContext:
 
   Attributes:
     step: update that the batch is for.
+    episode: its number among those of the step, which no other one has.
     memory: what the phase remembers of earlier batches, see `edits.Step`. Episodes run in any order,
       so they only read it, and edits write.
   """
 
   def __init__(self, rollouts: "Rollouts", session: "_Session", episode: int):
-    self._rollouts, self._session, self._episode = rollouts, session, episode
+    self._rollouts, self._session, self.episode = rollouts, session, episode
     self.step, self.memory = session.step, rollouts.memory
 
   async def sample(self, prompt: Sequence[int], n: int = 1, *, train: bool = False,
-                   max_tokens: int | None = None, temperature: float | None = None
+                   max_tokens: int | None = None, temperature: float | None = None,
+                   stop_strings: Sequence[str] | None = None, model: Model = "policy"
                    ) -> list[Trajectory]:
     """Samples `n` completions of a context of token ids.
 
     Args:
       prompt: context; any list of token ids, also one that holds earlier samples.
       train: whether the sampled tokens enter the loss.
-      max_tokens, temperature: instead of the run's own.
+      max_tokens, temperature, stop_strings: instead of the run's own.
+      model: who completes: the policy, or the phase's frozen reference, whose samples are not
+        trained on. An episode that asks the reference declares `@compose.needs("reference")`.
 
     Returns:
       Trajectories of prompt and completion, `text` being the completion's.
@@ -91,19 +108,64 @@ class EpisodeContext:
       ValueError: a request that cannot be served, or samples for training at a temperature other
         than the run's, at which the trainer computes their log-probabilities.
     """
-    changes = dict(max_tokens=max_tokens, temperature=temperature)
+    self._check_model(model)
+    changes = dict(max_tokens=None if max_tokens is None else int(max_tokens),
+                   temperature=None if temperature is None else float(temperature),
+                   stop_strings=None if stop_strings is None else tuple(stop_strings))
     params = dataclasses.replace(self._rollouts.sampling,
                                  **{k: v for k, v in changes.items() if v is not None})
+    if train and model != "policy":
+      raise ValueError(f"ctx.sample(train=True, model={model!r}): only the policy's own samples are "
+                       "trained on; use train=False")
     if train and params.temperature != self._rollouts.sampling.temperature:
       raise ValueError(f"ctx.sample(train=True, temperature={temperature}) differs from config."
                        f"rollout.temperature={self._rollouts.sampling.temperature}, at which the "
                        "trainer works; change that one, or sample with train=False")
     branch = _BRANCH.get()
-    key = (*self._session.key, self._episode, *branch.path, branch.requests)
+    key = (*self._session.key, self.episode, *branch.path, branch.requests)
     branch.requests += 1
     request = Request(prompt=list(prompt), n=n, key=key, params=params)
-    samples = await self._session.post(self._episode, request=request)
+    samples = await self._session.post(self.episode, request=request, model=model)
     return [self._trajectory(request, sample, train) for sample in samples]
+
+  async def logprobs(self, prompt: Sequence[int], completion: Sequence[int], *,
+                     model: Model = "reference") -> np.ndarray:
+    """Log-probabilities of given tokens after a context, in nats at the run's temperature.
+    [completion tokens]
+
+    Args:
+      prompt: context of token ids, at least one.
+      completion: token ids, whoever wrote them.
+      model: who is asked, as in `sample`. No gradient goes through the answer.
+
+    Raises:
+      ValueError: no context, or a model that the phase does not have.
+    """
+    self._check_model(model, reads=True)
+    if not len(prompt):
+      raise ValueError("ctx.logprobs: the context is empty; start it with a BOS token")
+    reading = _Reading([*map(int, prompt), *map(int, completion)])
+    found = await self._session.post(self.episode, reading=reading, model=model)
+    return found[len(prompt):]
+
+  async def embedding_gradients(self, tokens: Sequence[int], mask: Sequence[bool], *,
+                                model: Model = "reference") -> np.ndarray:
+    """How the embeddings of tokens move the log-probability of some of them.
+    [tokens, d_model]: d (sum of log p(token | those before) over the mask) / d (embeddings)
+
+    Args:
+      tokens: token ids.
+      mask: whose log-probabilities are summed. [tokens]
+      model: who is asked, as in `sample`.
+
+    Raises:
+      ValueError: a mask of another length, or a model that the phase does not have.
+    """
+    self._check_model(model, reads=True)
+    if len(mask) != len(tokens):
+      raise ValueError(f"ctx.embedding_gradients: {len(tokens)} tokens, but a mask of {len(mask)}")
+    reading = _Reading(list(map(int, tokens)), np.asarray(mask, bool))
+    return await self._session.post(self.episode, reading=reading, model=model)
 
   async def score(self, task: Task, completions: Sequence[Trajectory]) -> np.ma.MaskedArray:
     """Scores completions with the run's reward and records the evidence on each.
@@ -112,7 +174,7 @@ class EpisodeContext:
       One reward per completion; what could not be scored is masked, so that `argmax` and `mean`
       pass over it. [completions]
     """
-    await self._session.post(self._episode, pairs=[(task, c) for c in completions])
+    await self._session.post(self.episode, pairs=[(task, c) for c in completions])
     return np.ma.MaskedArray([c.reward for c in completions],
                              mask=[not c.scored for c in completions])
 
@@ -135,6 +197,17 @@ class EpisodeContext:
       raise ValueError(f"template {template!r} wants {{{error.args[0]}}}, but only "
                        f"{sorted(fields)} were given") from error
 
+  def _check_model(self, model, reads=False):
+    if reads and self._rollouts.likelihood is None:
+      raise ValueError("these rollouts were made without a Likelihood, which answers what episodes "
+                       "ask about given tokens: Rollouts(..., likelihood=Likelihood(config))")
+    if model not in self._session.models:
+      raise ValueError(f"the episode asked for model={model!r}" + compose.nearest(
+          model, ("policy", "reference")))
+    if self._session.models[model] is None:
+      raise ValueError("the episode asks the reference, of which no parameters are kept here: put "
+                       "@compose.needs(\"reference\") on it; evaluations have none")
+
   def _trajectory(self, request, sample, train):
     start, length = len(request.prompt), len(request.prompt) + len(sample.tokens)
     logprobs = np.zeros(length, np.float32)
@@ -152,7 +225,7 @@ class Rollouts:
   def __init__(self, episode: Callable[..., Coroutine[Any, Any, list[Trajectory]]],
                sampler: Sampler, tokenizer, scorer, *, sampling: SamplingParams,
                templates: Mapping[str, str] | None = None, max_failure_rate: float = 0.1,
-               report: Callable[[str], None] = print):
+               report: Callable[[str], None] = print, likelihood: Likelihood | None = None):
     """Args:
       episode: `async (ctx, task) -> list[Trajectory]`, with its keyword arguments bound.
       sampler, tokenizer, scorer: serve the episodes' requests.
@@ -161,12 +234,14 @@ class Rollouts:
       max_failure_rate: share of failing episodes, among those of a call and the last 512 before
         it (taken as 16 if there are fewer), above which the run stops.
       report: takes a line about every failing episode.
+      likelihood: answers what episodes ask about given tokens, None if they may not.
     """
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
     self.max_failure_rate, self.report = max_failure_rate, report
     self.stopped = False
     self.memory: dict[str, Any] = {}
+    self.likelihood = likelihood
     self._failed = collections.deque(maxlen=WINDOW)
 
   def stop(self) -> None:
@@ -174,7 +249,8 @@ class Rollouts:
     self.stopped = True
 
   def run(self, params: Any, tasks: Sequence[Task], *, base_key: jax.Array,
-          key: tuple[int, ...] = (), step: int = 0, first_episode: int = 0) -> list[Trajectory]:
+          key: tuple[int, ...] = (), step: int = 0, first_episode: int = 0, reference: Any = None
+          ) -> list[Trajectory]:
     """Runs one episode per task, all together.
 
     Args:
@@ -182,6 +258,7 @@ class Rollouts:
       base_key, key: PRNG key, and integers folded into it before (episode, request, row).
       step: shown to episodes as `ctx.step`.
       first_episode: number of the first episode, so that later calls of a step draw afresh.
+      reference: parameters of the phase's reference, if it keeps one.
 
     Returns:
       Scored trajectories in the order of their tasks; `group` tells episodes apart.
@@ -190,7 +267,7 @@ class Rollouts:
       EpisodeFailure: when more than `max_failure_rate` of the episodes raised.
       CancelledError: after `stop`.
     """
-    session = _Session(self, params, base_key, key, step)
+    session = _Session(self, {"policy": params, "reference": reference}, base_key, key, step)
     outcomes = _complete(session.serve(tasks, first_episode))
     trajectories, failures = [], []
     for task, outcome in zip(tasks, outcomes):
@@ -225,9 +302,9 @@ class Rollouts:
 class _Session:
   """One call of `Rollouts.run`: the requests in flight and who waits for them."""
 
-  def __init__(self, rollouts, params, base_key, key, step):
-    self.rollouts, self.params, self.base_key = rollouts, params, base_key
-    self.key, self.step = key, step
+  def __init__(self, rollouts, models, base_key, key, step):
+    self.rollouts, self.models, self.base_key = rollouts, models, base_key
+    self.key, self.step, self.episode = key, step, compose.at(rollouts.episode, step)
     self.pending: list[_Pending] = []
     self.over, self.episodes = False, 0
     # Several processes must agree on the order of what they do together, scores among it.
@@ -259,8 +336,11 @@ class _Session:
         batch = [p for p in self.pending
                  if not p.future.done() and not episodes[p.episode].done()]
         self.pending = []
-        await self._serve_scores([p for p in batch if p.request is None])
-        await self._serve_samples([p for p in batch if p.request is not None])
+        await self._serve_scores([p for p in batch if p.request is None and p.reading is None])
+        for model in self.models:
+          asked = [p for p in batch if p.model == model]
+          self._serve_readings(model, [p for p in asked if p.reading])
+          await self._serve_samples(model, [p for p in asked if p.request])
       outcomes = await asyncio.gather(*episodes.values(), return_exceptions=True)
       for pairs, judged in self.ended:
         _record(pairs, await asyncio.wrap_future(judged))
@@ -291,7 +371,7 @@ class _Session:
   async def _run(self, episode, task):
     _BRANCH.set(_Branch())
     try:
-      trajectories = _checked(await self.rollouts.episode(
+      trajectories = _checked(await self.episode(
           EpisodeContext(self.rollouts, self, episode), task))
       for t in trajectories:
         t.task_id = task.id
@@ -303,10 +383,24 @@ class _Session:
     finally:
       self.changed.set()
 
-  async def _serve_samples(self, pending):
+  def _serve_readings(self, model, pending):
+    """What a model says of given tokens; log-probabilities and gradients are two programs."""
+    for gradients in (False, True):
+      some = [p for p in pending if (p.reading.mask is not None) == gradients]
+      if not some:
+        continue
+      arguments = [[p.reading.tokens for p in some]]
+      if gradients:
+        arguments.append([p.reading.mask for p in some])
+      ask = self.rollouts.likelihood.embedding_gradients if gradients else (
+          self.rollouts.likelihood.logprobs)
+      for p, found in zip(some, ask(self.models[model]["params"], *arguments)):
+        _resolve(p.future, found)
+
+  async def _serve_samples(self, model, pending):
     if not pending:
       return
-    sample = functools.partial(self.rollouts.sampler.sample, self.params["params"],
+    sample = functools.partial(self.rollouts.sampler.sample, self.models[model]["params"],
                                [p.request for p in pending], self.base_key)
     if self.judge is None:
       for p, result in zip(pending, sample()):

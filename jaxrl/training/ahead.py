@@ -14,6 +14,7 @@ import collections
 from collections.abc import Callable
 from concurrent import futures
 import dataclasses
+import itertools
 import queue
 import threading
 import time
@@ -30,7 +31,8 @@ class Ahead:
   The thread makes one batch after the other, in order. What goes wrong in it is raised to the
   trainer in the place of the batch that it belongs to.
 
-  At most `staleness + 1` copies of the parameters exist at a time.
+  At most `staleness + 1` copies of the parameters, and of the reference if there is one, exist at a
+  time.
   """
 
   def __init__(self, supply: Supply, *, staleness: int, updates: int, steps: int,
@@ -52,14 +54,15 @@ class Ahead:
     self._jobs = queue.SimpleQueue()
     self._thread: threading.Thread | None = None
     self._handed_out: float | None = None  # when the last batch was
+    self._position: dict | None = None  # of the supply before the batch that it failed to make
 
-  def next(self, params: Any, step: int) -> Supplied:
-    """The batch for update `step`; has another one made with a copy of `params`."""
+  def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
+    """The batch for update `step`; has another one made with a copy of `params` and `reference`."""
     began = time.perf_counter()
     batch = step // self._updates
     end = min(batch + self._staleness + 1, self._batches)
     if self._ordered < end:
-      self._order(self._copy(params), end)
+      self._order(self._copy(params), None if reference is None else self._copy(reference), end)
     ready = time.perf_counter()
     supplied = self._pending.popleft().result()
     now = time.perf_counter()
@@ -72,9 +75,16 @@ class Ahead:
 
   def get_state(self) -> dict:
     """Waits for the batches under way: they cannot be made again without their parameters, so they
-    are part of the position, as NumPy arrays beside JSON-able values."""
-    pending = [stored.to_state(future.result()) for future in self._pending]
-    return {"supply": self._supply.get_state(), "ordered": self._ordered, "pending": pending}
+    are part of the position, as NumPy arrays beside JSON-able values.
+
+    One that could not be made, which the trainer has yet to be told, is not: who continues from here
+    makes it anew, with the parameters of then.
+    """
+    made = list(itertools.takewhile(lambda future: future.exception() is None, self._pending))
+    failed = len(made) < len(self._pending)
+    return {"supply": self._position if failed else self._supply.get_state(),
+            "ordered": self._ordered - len(self._pending) + len(made),
+            "pending": [stored.to_state(future.result()) for future in made]}
 
   def set_state(self, state: dict) -> None:
     self._supply.set_state(state["supply"])
@@ -94,15 +104,15 @@ class Ahead:
       self._jobs.put(None)
       self._thread.join()
 
-  def _order(self, params, end):
-    """Has the thread make all batches before `end`, with a copy of the parameters."""
+  def _order(self, params, reference, end):
+    """Has the thread make all batches before `end`, with copies of the parameters."""
     if self._thread is None:
       # A daemon, so that a second Ctrl-C while `close` waits ends the process.
       self._thread = threading.Thread(target=self._work, name="jaxrl rollouts", daemon=True)
       self._thread.start()
     for batch in range(self._ordered, end):
       self._pending.append(futures.Future())
-      self._jobs.put((self._pending[-1], params, batch * self._updates))
+      self._jobs.put((self._pending[-1], params, reference, batch * self._updates))
     self._ordered = end
 
   def _work(self):
@@ -115,12 +125,14 @@ class Ahead:
     job = self._jobs.get()
     if job is None:
       return False
-    future, params, step = job
+    future, params, reference, step = job
     if not future.set_running_or_notify_cancel():
       return True
+    position = self._supply.get_state()
     try:
-      future.set_result(self._supply.next(params, step))
+      future.set_result(self._supply.next(params, step, reference))
       return True
     except BaseException as error:  # whatever it is, the trainer waits for it
+      self._position = position
       future.set_exception(error)
       return False

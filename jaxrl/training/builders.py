@@ -26,6 +26,7 @@ from jaxrl.models import DecoderConfig
 from jaxrl.models import critic_from_policy
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.rewards import Scorer
+from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
 from jaxrl.training import inputs
@@ -234,10 +235,12 @@ def _sampler(config, decoder, tokenizer, mesh):
 
 def _rollouts(parts, phase, sampler):
   r = phase.settings.rollout
+  mesh = parts.mesh if sampler is parts.sampler else parts.sampling_mesh
   return rollout_lib.Rollouts(
       _episode(phase.settings), sampler, parts.tokenizer, parts.scorer,
       sampling=_sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
-      max_failure_rate=r.max_failure_rate, report=parts.report)
+      max_failure_rate=r.max_failure_rate, report=parts.report,
+      likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0))
 
 
 def _sampling(r, stop_ids):
@@ -310,7 +313,8 @@ def _phase(config, index, name, decoder, mesh):
       learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
-      with_behaviour=sampled, streams=sharding.streams(mesh))
+      with_behaviour=sampled, streams=sharding.streams(mesh),
+      asks_reference=sampled and "reference" in compose.signals_of(_episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
 
 

@@ -59,6 +59,7 @@ class Learning:
     streams: loops over micro-batches that one program runs side by side. On a CPU, where the
       operations of a small model keep one core busy each, one per core.
     refresh: of the reference.
+    asks_reference: rollouts ask the reference, whatever the pieces read.
   """
 
   decoder: DecoderConfig
@@ -72,11 +73,12 @@ class Learning:
   with_behaviour: bool
   streams: int = 1
   refresh: Refresh = Refresh()
+  asks_reference: bool = False
 
   @property
   def needs_reference(self) -> bool:
-    """Whether a piece reads what the reference says."""
-    return any(source == "reference" or name == model_signals.DIVERGENCE
+    """Whether a piece or the rollouts read what the reference says."""
+    return self.asks_reference or any(source == "reference" or name == model_signals.DIVERGENCE
                for source, name in (*_sources(self.terms), *_sources(self.advantage)))
 
   @property

@@ -126,7 +126,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
     start = time.perf_counter()
     fresh = batch is None
     if fresh:
-      supplied = phase.supply.next(state.params, step)
+      supplied = phase.supply.next(state.params, step, state.reference)
       state, batch = _prepare(phase, state, supplied, progress)
       progress.updates_left = phase.updates_per_batch
       if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:

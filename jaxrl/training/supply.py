@@ -35,8 +35,9 @@ class Supply(Protocol):
 
   sampled: bool  # whether trajectories come from a policy, with log-probabilities and rewards
 
-  def next(self, params: Any, step: int) -> Supplied:
-    """The next batch, for the policy `params` at update `step` of the phase."""
+  def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
+    """The next batch, for the policy `params` at update `step` of the phase, and the parameters of
+    its reference if the phase has one."""
 
   def get_state(self) -> dict:
     """Position after the last batch: JSON-able values, and NumPy arrays anywhere among them."""
@@ -57,8 +58,8 @@ class Examples:
                count: int):
     self._tasks, self._to_example, self._count = tasks, to_example, count
 
-  def next(self, params: Any, step: int) -> Supplied:
-    del params, step
+  def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
+    del params, step, reference
     return Supplied([self._to_example(next(self._tasks)) for _ in range(self._count)])
 
   def get_state(self) -> dict:
@@ -84,10 +85,10 @@ class GroupsOfRollouts:
                          filter_zero_variance=filter_zero_variance, max_resample=max_resample)
     self._key = key
 
-  def next(self, params: Any, step: int) -> Supplied:
+  def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
     start = time.perf_counter()
     collected = collect(self._rollouts, params, lambda n: [next(self._tasks) for _ in range(n)],
-                        key=(*self._key, step), step=step, **self._collect)
+                        key=(*self._key, step), step=step, reference=reference, **self._collect)
     metrics = rollout_metrics(collected.sampled)
     metrics["groups"] = collected.groups
     metrics["effective_group_fraction"] = collected.effective_groups / max(collected.groups, 1)

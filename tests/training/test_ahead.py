@@ -200,7 +200,7 @@ class Dawdling:
     self.get_state, self.set_state = supply.get_state, supply.set_state
     self.close = supply.close
 
-  def next(self, params, step):
+  def next(self, params, step, reference=None):
     time.sleep(self._random.choice([0, 0, 0.05]))
     supplied = self._supply.next(params, step)
     time.sleep(self._random.choice([0, 0, 0.05]))
@@ -263,7 +263,7 @@ class Failing(Dawdling):
     super().__init__(supply, 0)
     self._at, self.asked = at, []
 
-  def next(self, params, step):
+  def next(self, params, step, reference=None):
     self.asked.append(step)
     if step == self._at:
       raise ArithmeticError(f"no batch for update {step}")
@@ -278,6 +278,21 @@ def test_a_failure_surfaces_at_its_batch(world, tmp_path):
       loop.train(world.phase(supply, 1, 6), world.start(), loop.Progress(), None,
                  reporter=recorder, checkpoints=checkpoints)
   assert len(recorder.rows) == 3 and not threads()
+
+
+def test_a_failing_batch_ahead_costs_no_checkpoint(world, tmp_path):
+  supply = world.supply(2, 1, 6, lambda s: Failing(s, 3))
+  with pytest.raises(ArithmeticError, match="no batch for update 3"):
+    world.train(supply, 1, 6, tmp_path, checkpoint_every=1)
+  again = []
+
+  def keep(supply):
+    again.append(Failing(supply, None))
+    return again[0]
+  whole, recorder = world.train(world.supply(2, 1, 6, keep), 1, 6, tmp_path, checkpoint_every=1)
+  assert len(recorder.rows) == 3  # updates 3 to 5: the first three were saved
+  assert again[0].asked == [3, 4, 5]
+  assert int(whole.step) == 6
 
 
 def test_no_batch_is_sampled_that_no_update_would_use(world, tmp_path):
@@ -313,7 +328,7 @@ class Endless:
 def test_closing_ends_the_batch_that_is_being_sampled(world):
   endless = Endless(world)
   supply = Ahead(endless.supply, staleness=1, updates=1, steps=9, copy=world.copy)
-  supply._order(world.start().params, 2)
+  supply._order(world.start().params, None, 2)
   endless.wait()
   supply.close()
   assert not threads()
