@@ -32,7 +32,7 @@ class Supply:
       return model_outputs(parts.decoder, params, batch, temperature=parts.temperature).logprobs
     self._logprobs = jax.jit(logprobs)
 
-  def next(self, params, step):
+  def next(self, params, step, reference=None):
     trajectories = self._rollouts(1000 * self.made)
     for t in trajectories:
       batch = pack([t], row_length=16)
