@@ -27,7 +27,8 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
   Args:
     slug: name of the method.
     seeds: of all arms.
-    workdir: where runs are kept, and continued or reused by the same call.
+    workdir: where runs are kept, continued by the same call, and reused by whatever wants the same
+      run: methods with one baseline share it.
     results: where `<slug>.json` and `<slug>.png` go; `RESULTS.md` beside the folder is drawn anew.
     steps: updates of each run instead of the evidence's own, for a trial, which is not written
       to `results`.
@@ -47,8 +48,8 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
   places: dict[str, list[pathlib.Path]] = {}
   for seed in seeds:
     for arm in evidence.arms:
-      place = workdir / slug / (f"{arm}-{steps}" if steps else arm) / f"seed{seed}"
       config = runs.arm_config(evidence, arm, seed, start, steps=steps)
+      place = runs.place_of(config, workdir / "runs")
       metrics = runs.measure(config, place)
       found.setdefault(arm, []).append(metrics)
       places.setdefault(arm, []).append(place)

@@ -40,11 +40,16 @@ def warm_start(warm: Mapping[str, Any], directory: pathlib.Path, report: Callabl
   config = configs.load(WARM)
   config.phases = ("sft",)
   _set(config, {**SMALL, **{"sft.steps": 2000, "sft.until.at_least": 0.3}, **warm})
-  plain = json.dumps(configs.to_dict(config), sort_keys=True)
-  workdir = directory / hashlib.sha256(plain.encode()).hexdigest()[:12]
+  workdir = place_of(config, directory)
   report(f"warm start: {workdir}")
   run.run(config, workdir, quiet=True)
   return workdir
+
+
+def place_of(config: ml_collections.ConfigDict, directory: pathlib.Path) -> pathlib.Path:
+  """The workdir of a run in a directory of many, named by its config."""
+  plain = json.dumps(configs.to_dict(config), sort_keys=True)
+  return directory / hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 
 def arm_config(evidence: Evidence, arm: str, seed: int, start: pathlib.Path, *, steps: int = 0

@@ -35,7 +35,7 @@ def fine_bucket(size: int) -> int:
   return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
-def layout(requests: Sequence[Request], max_rows: int, streams: int = 1
+def layout(requests: Sequence[Request], max_rows: int, streams: int = 1, shards: int = 1
            ) -> Iterator[tuple[list[Slot], int]]:
   """Distributes requests over device calls.
 
@@ -43,14 +43,18 @@ def layout(requests: Sequence[Request], max_rows: int, streams: int = 1
     requests: in any order.
     max_rows: samples in one device call.
     streams: calls that run at the same time; requests are split into as many if they fill them.
+    shards: devices that prompts are distributed over. With fewer requests than these, samples of a
+      request are computed on several of them, each of which reads the prompt.
 
   Yields:
     The slots of a call and the samples per slot (some of which may be padding).
   """
   by_width = {}
+  devices = -(-shards // max(len(requests), 1))  # for each request
   for i, request in enumerate(requests):
-    for first in range(0, request.n, max_rows):
-      slot = Slot(i, first, min(max_rows, request.n - first))
+    most = min(max_rows, -(-request.n // devices))
+    for first in range(0, request.n, most):
+      slot = Slot(i, first, min(most, request.n - first))
       by_width.setdefault(min(max_rows, fine_bucket(slot.count)), []).append(slot)
   widths = sorted(by_width)
   for narrow, wide in zip(widths, widths[1:]):

@@ -121,7 +121,8 @@ class Sampler:
     widest = max((request.n for request in requests), default=1)
     # A request with many samples may take the rows of several streams, so as not to be read twice.
     streams = max(1, min(self._streams, self._max_rows // max(widest, MIN_STREAM_ROWS)))
-    calls = list(layout(requests, self._max_rows // streams, streams))
+    shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
+    calls = list(layout(requests, self._max_rows // streams, streams, shards))
 
     def context():
       return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import pathlib
 from typing import Any
@@ -46,6 +47,8 @@ from jaxrl.training.supply import GroupsOfRollouts
 
 KINDS = ("sft", "rl", "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
+REMEMBERED = 4  # rehearsals of earlier runs
+_REHEARSALS: dict[tuple, Rehearsal] = {}
 AT_LEAST = {  # smallest values of settings that nothing else checks
     "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.micro_batch_rows": 0,
     "batch.vocabulary_chunk": 0,
@@ -417,7 +420,22 @@ def _shape(phase, decoder, mesh, builder, source) -> Shape:
 
 
 def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
-  """Traces the functions of a phase, so that pieces which do not fit together fail now."""
+  """Traces the functions of a phase, so that pieces which do not fit together fail now.
+
+  Runs of one process that differ in nothing that these depend on, such as seeds, share them.
+  """
+  plain = {k: v for k, v in configs.to_dict(phase.settings).items() if k not in ("seed", "start")}
+  pieces = (*phase.learning.terms, *phase.learning.advantage)
+  key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in pieces),
+         phase.learning.decoder, mesh, repr(shape))
+  if key not in _REHEARSALS:
+    while len(_REHEARSALS) >= REMEMBERED:
+      _REHEARSALS.pop(next(iter(_REHEARSALS)))
+    _REHEARSALS[key] = _rehearsal(phase, mesh, shape)
+  return _REHEARSALS[key]
+
+
+def _rehearsal(phase, mesh, shape):
   state = _abstract_state(phase.learning, mesh)
   functions = learner.make_learner(phase.learning, jax.tree.map(lambda x: x.sharding, state))
   batch = learner.to_micro_batches(_empty_batch(phase, shape), shape.micro_batch_rows)

@@ -43,11 +43,12 @@ class Aside:
         self._done.set_result(None)
     threading.Thread(target=run, name="jaxrl-compile").start()
 
-  def first(self, function: Callable) -> Callable:
-    """The function, made to wait for what is being compiled."""
+  def first(self, function: Callable, expected: Any = None) -> Callable:
+    """The function, made to wait for what is being compiled: for a last argument of the shapes of
+    `expected`, or for any. Another shape is another program."""
     @functools.wraps(function)
     def call(*args):
-      if self._done:
+      if self._done and (expected is None or _shapes(args[-1]) == _shapes(expected)):
         futures.wait([self._done])
       return function(*args)
     return call
@@ -78,7 +79,8 @@ class Rehearsal:
       with_signals = batch.with_signals(**signals.out_info[0])
       update = learner.update.trace(state, _abstract(with_signals, mesh))
     self._mesh, self._traced, self._aside = mesh, (signals, update), Aside()
-    self.learner = Learner(self._aside.first(learner.signals), self._aside.first(learner.update))
+    self.learner = Learner(self._aside.first(learner.signals, batch),
+                           self._aside.first(learner.update, with_signals))
 
   def compile(self) -> None:
     """Begins to compile in a thread, unless it has begun before."""
@@ -87,6 +89,10 @@ class Rehearsal:
         for traced in self._traced:
           traced.lower().compile()
     self._aside.compile(compile_all)
+
+
+def _shapes(tree):
+  return [x.shape for x in jax.tree.leaves(tree)]
 
 
 def _abstract(batch: TokenBatch, mesh: jax.sharding.Mesh) -> TokenBatch:

@@ -340,16 +340,25 @@ def test_lengths_end_at_a_stop_token_or_at_the_limit():
 
 
 @given(counts=st.lists(st.integers(1, 70), min_size=1, max_size=30), max_rows=st.integers(1, 64),
-       streams=st.integers(1, 4))
-def test_every_sample_is_in_one_slot_of_a_call_that_is_not_too_large(counts, max_rows, streams):
+       streams=st.integers(1, 4), shards=st.integers(1, 16))
+def test_every_sample_is_in_one_slot_of_a_call_that_is_not_too_large(counts, max_rows, streams,
+                                                                     shards):
   requests = [ask([0] * (1 + n % 3), n=n, max_tokens=1) for n in counts]
   seen = []
-  for slots, width in batching.layout(requests, max_rows, streams):
+  for slots, width in batching.layout(requests, max_rows, streams, shards):
     assert len(slots) * width <= max_rows
     for slot in slots:
       assert 1 <= slot.count <= width
       seen += [(slot.request, slot.first + i) for i in range(slot.count)]
   assert sorted(seen) == [(i, j) for i, n in enumerate(counts) for j in range(n)]
+
+
+def test_more_devices_than_requests_share_the_samples_of_each():
+  requests = [ask([1], n=16, max_tokens=1), ask([2], n=16, max_tokens=1)]
+  (slots, width), = batching.layout(requests, 1024, shards=8)
+  assert (len(slots), width) == (8, 4)  # one slot for each device, no padding
+  (slots, width), = batching.layout(requests, 1024, shards=2)
+  assert (len(slots), width) == (2, 16)
 
 
 @given(st.integers(1, 10_000))
