@@ -1,0 +1,100 @@
+"""Every config: two real updates of a small model, and a resume between them, to the same bits."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxrl import config as configs
+from jaxrl.evidence import methods
+from jaxrl.training import run
+from jaxrl.training.machine import CompileCounter
+
+CLASSICAL = ["reinforce.py", "rloo.py", "ppo.py", "ppo.py:shared", "grpo.py", "dr_grpo.py", "dapo.py",
+             "gspo.py", "cispo.py", "gmpo.py"]
+SMALL = {"data.task": dict(digits=1, answer_format="reversed"), "data.task_size": 300,
+         "tokenizer.alphabet": "0123456789+=", "model.layers": 1, "model.d_model": 32,
+         "model.d_ff": 64, "model.heads": 2, "model.kv_heads": 2, "evaluate.problems": 8,
+         "evaluate.samples": 0, "checkpoint.keep": 10, "checkpoint.every": 1,
+         "log.samples_every": 0, "log.curves_every": 0, "compilation_cache": "off"}
+
+# Confidences have three digits, which the warm start copies from the operand.
+OTHERWISE = {"configs/methods/rlcr.py": {"data.task": dict(digits=3, answer_format="reversed")}}
+
+
+def small(spec):
+  config = configs.load(spec)
+  settings = {**SMALL, **OTHERWISE.get(spec, {})}
+  configs.override(config, {k: v if isinstance(v, str) else repr(v) for k, v in settings.items()})
+  return config
+
+
+@pytest.fixture(scope="module")
+def start_of(tmp_path_factory):
+  """For a config, a supervised run that gets some of its problems right, so that rewards differ."""
+  made = {}
+
+  def start_of(config):
+    key = json.dumps(configs.to_dict(config.data), sort_keys=True)
+    if key not in made:
+      made[key] = tmp_path_factory.mktemp("warm") / "run"
+      warm = small("configs/quickstart.py")
+      warm.phases, warm.data = ("sft",), config.data
+      warm.sft.steps, warm.sft.until = 60, None
+      warm.optimizer.learning_rate = 3e-3
+      warm.checkpoint.every = 0
+      run.run(warm, made[key], quiet=True)
+    return str(made[key])
+  return start_of
+
+
+def rows_of(place):
+  return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays_of(place, number):
+  """All arrays of a checkpoint, by path."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    restored = checkpointer.restore(place / "checkpoints" / str(number) / "state")
+  return {jax.tree_util.keystr(path): np.asarray(x)
+          for path, x in jax.tree_util.tree_leaves_with_path(restored)}
+
+
+@pytest.mark.parametrize("spec", [
+    *(f"configs/{name}" for name in CLASSICAL),
+    *(f"configs/methods/{methods.path_of(slug).name}" for slug in methods.slugs())])
+def test_two_updates_and_a_resume_between_them(spec, start_of, tmp_path):
+  config = small(spec)
+  config.start = start_of(config)
+  config.phases = tuple(name for name in config.phases if config[name].kind == "rl")
+  for name in config.phases:
+    config[name].steps, config[name].until = 2, None
+    configs.override(config, {f"{name}.optimizer.warmup_steps": "0",
+                              f"{name}.optimizer.learning_rate": "1e-3"})
+  last = 2 * len(config.phases)
+  counter = CompileCounter()
+  run.run(config, tmp_path / "whole", quiet=True)
+  counter.close()
+  for name in ("jit(_signals)", "jit(_update)"):
+    assert counter.programs[name] == len(config.phases), f"the second update compiled {name} again"
+  updates = [row for row in rows_of(tmp_path / "whole") if "loss" in row]
+  assert [row["step"] for row in updates] == list(range(1, last + 1))
+  assert all(math.isfinite(row["loss"]) and row["skipped_steps"] == 0 for row in updates)
+  first, final = (arrays_of(tmp_path / "whole", n) for n in (1, last))
+  moved = [k for k in first if "params" in k and (first[k] != final[k]).any()]
+  assert moved, "no parameter moved"
+
+  shutil.copytree(tmp_path / "whole", tmp_path / "again")
+  for number in range(2, last + 1):
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / str(number))
+  (tmp_path / "again" / "summary.json").unlink()
+  run.run(config, tmp_path / "again", quiet=True)
+  found = arrays_of(tmp_path / "again", last)
+  assert set(found) == set(final)
+  for name, array in final.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
