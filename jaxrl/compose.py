@@ -33,6 +33,24 @@ def needs(*signals: str | Callable[..., Sequence[str]]) -> Callable[[Callable], 
   return mark
 
 
+def takes_whole(condition: Callable[..., bool] = lambda: True) -> Callable[[Callable], Callable]:
+  """Declares that a term is defined for one advantage per sequence only.
+
+  Args:
+    condition: a function of those of the term's keywords that it depends on.
+  """
+  def mark(function):
+    function.whole = condition
+    return function
+  return mark
+
+
+def is_whole(piece: Callable) -> bool:
+  """Whether a term, bare or built, takes one advantage per sequence only, see `takes_whole`."""
+  condition = getattr(_bare(piece), "whole", None)
+  return condition is not None and _with_keywords(condition, piece)
+
+
 def carries(initial: Callable[[], Any]) -> Callable[[Callable], Callable]:
   """Declares that a piece remembers something from batch to batch, as part of every checkpoint.
 

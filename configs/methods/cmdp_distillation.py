@@ -22,3 +22,19 @@ def get_config():
   config.objective.append(dict(name="divergence_cost", penalty=PENALTY,
                                aggregation="sequence_mean"))
   return config
+
+
+def get_evidence():
+  return dict(
+      reported="satisfies constraints and reasons better than soft baselines; no figure read",
+      arms=dict(
+          soft=dict(config="configs/grpo.py", overrides={"objective": [
+              dict(name="clipped_surrogate", low=0.2, high=0.2), dict(name="kl", beta=0.04)]}),
+          no_budget=dict(overrides={"advantage": [
+              dict(name="constrain_divergence", budget=1000.0, penalty=PENALTY),
+              dict(name="center_by_group"), dict(name="scale_by_group_std")]})),
+      claims=[
+          dict(text="answers are better than with a soft penalty", metric="test/sampled_accuracy",
+               expect="higher", baseline="soft"),
+          dict(text="and nearer to the teacher than without a budget", metric="late/divergence",
+               expect="lower", baseline="no_budget")])

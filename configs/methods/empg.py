@@ -16,3 +16,13 @@ def get_config():
   config.advantage.append(dict(name="modulate_by_entropy", k=1.0, k_next=1.0, bonus=0.1,
                                steps="token"))
   return config
+
+
+def get_evidence():
+  return dict(
+      reported="ALFWorld success 74.8 -> 78.5 with GRPO (7B)",
+      claims=[
+          dict(text="samples are better", metric="test/sampled_accuracy", expect="higher",
+               baseline="grpo"),
+          dict(text="it learns faster", metric="mean/validation/greedy_accuracy", expect="higher",
+               baseline="grpo")])

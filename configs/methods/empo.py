@@ -16,3 +16,16 @@ def get_config():
   config.rollout.edits = [dict(name="jaxrl.rollouts.semantic:semantic_frequency", min_entropy=0.0,
                                min_confidence=0.25)]
   return config
+
+
+def get_evidence():
+  return dict(
+      reported="mean of five maths sets 51.6 without answers, 51.7 with, 33.7 before (7B)",
+      arms=dict(
+          start=dict(config="configs/grpo.py", overrides={"rl.optimizer.learning_rate": 0.0}),
+          grpo=dict(config="configs/grpo.py")),
+      claims=[
+          dict(text="agreement alone, without labels, improves the policy",
+               metric="test/sampled_accuracy", expect="higher", baseline="start"),
+          dict(text="as much as labels do", metric="test/sampled_accuracy", expect="not lower",
+               margin=0.02, baseline="grpo")])

@@ -21,3 +21,17 @@ def get_config():
                                 thought_tokens=2)
   config.advantage = [dict(name="center_by_group"), dict(name="scale_by_group_std", epsilon=1e-6)]
   return config
+
+
+def get_evidence():
+  return dict(
+      reported="higher accuracy and fewer gradient spikes than GRPO; no figure read",
+      arms=dict(
+          four_samples=dict(config="configs/grpo.py", overrides={"rollout.episode.samples": 4}),
+          sixteen_samples=dict(config="configs/grpo.py", overrides={"rollout.episode.samples": 16})),
+      claims=[
+          dict(text="four answers to each of four thoughts teach more than one",
+               metric="test/sampled_accuracy", expect="higher", baseline="four_samples"),
+          dict(text="and as much as sixteen answers with a thought each",
+               metric="test/sampled_accuracy", expect="not lower", margin=0.02,
+               baseline="sixteen_samples")])

@@ -8,7 +8,8 @@ mean of six maths sets 41.08 -> 45.04 (Nemotron-H-8B), 68.29 -> 69.87 (R1-Distil
 GRPO. Small-scale check: tests/methods/test_igrpo.py.
 
 The paper's template tells the model in words that the draft may be wrong. The toy's alphabet has no
-words: its template writes the draft behind the question, and then the question once more.
+words: its template writes the draft in front of the question, and its warm start has seen such
+questions with drafts that are as often wrong as right.
 """
 
 from configs import grpo
@@ -24,6 +25,8 @@ def get_config():
 def get_evidence():
   return dict(
       reported="mean of six maths sets 45.04, GRPO 41.08 (Nemotron-H-8B)",
+      warm={"data.task": dict(digits=3, answer_format="reversed", drafts=0.5)},
+      overrides={"data.task": dict(digits=3, answer_format="reversed")},
       arms=dict(
           grpo=dict(config="configs/grpo.py"),
           worst_draft=dict(overrides={"rollout.episode.pick": "worst"})),

@@ -17,3 +17,13 @@ def get_config():
   config.advantage.append(dict(name="favour_hidden_rank", stride=1, kappa=2.0, gain=2.0, update=0.3,
                                max_tokens=8))  # rollout.max_tokens
   return config
+
+
+def get_evidence():
+  return dict(
+      reported="pass@1 of 15 maths sets 57.7 -> 59.8 with GRPO (Qwen2.5-7B)",
+      claims=[
+          dict(text="single samples are better", metric="test/sampled_accuracy", expect="higher",
+               baseline="grpo"),
+          dict(text="more problems are solved within 8 samples", metric="test/pass_at_8",
+               expect="higher", baseline="grpo")])

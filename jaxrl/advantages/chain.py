@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import AbstractArray, Array, Float
 
 from jaxrl.batch import TokenBatch, to_tokens
-from jaxrl.compose import initial_of, name_of, signals_of
+from jaxrl.compose import initial_of, is_whole, name_of, signals_of
 
 
 class Credit(NamedTuple):
@@ -42,7 +42,7 @@ def chain(pieces: Sequence[Callable]
   return lambda batch, rewards: run(batch, rewards, {}).values
 
 
-def credit(pieces: Sequence[Callable]) -> Callable[..., Credit]:
+def credit(pieces: Sequence[Callable], terms: Sequence[Callable] = ()) -> Callable[..., Credit]:
   """Composes pieces, first to last, into one function.
 
   A piece maps `(batch, values)` to values, one per sequence or one per token, or to a `Credit`.
@@ -52,6 +52,7 @@ def credit(pieces: Sequence[Callable]) -> Callable[..., Credit]:
 
   Args:
     pieces: as `compose.build` returns them; none leaves the rewards as they are.
+    terms: of the objective, some of which may want one advantage per sequence.
 
   Returns:
     `run(batch, rewards, carried) -> Credit`: values per sequence are spread over their tokens at the
@@ -61,7 +62,7 @@ def credit(pieces: Sequence[Callable]) -> Callable[..., Credit]:
   Raises:
     ValueError: two baselines in the chain; from the returned function: a piece was given values per
       token where it takes them per sequence or the reverse, lacks a signal, or returned another
-      shape.
+      shape; or a term wants one advantage per sequence, and the chain ends with one per token.
   """
   baselines = [name_of(p) for p in pieces if _is_baseline(p)]
   if len(baselines) > 1:
@@ -74,7 +75,7 @@ def credit(pieces: Sequence[Callable]) -> Callable[..., Credit]:
     signals, metrics, carried = {}, {}, dict(carried)
     _check_output(batch, values, source)
     for index, piece in enumerate(pieces):
-      name = f"advantage[{index}] ({name_of(piece)})"
+      name = f"config.advantage[{index}] ({name_of(piece)})"
       _check_input(piece, name, values, source)
       _check_signals(piece, name, batch)
       own = (carried[name_of(piece)],) if initial_of(piece) else ()
@@ -87,6 +88,7 @@ def credit(pieces: Sequence[Callable]) -> Callable[..., Credit]:
       signals, metrics = {**signals, **found.signals}, {**metrics, **found.metrics}
       batch, values, source = batch.with_signals(**found.signals), found.values, name
       _check_output(batch, values, source)
+    _check_whole(terms, values, source)
     per_token = values if values.ndim == 2 else to_tokens(batch, values)
     return Credit(jnp.where(batch.loss_mask, per_token, 0), signals, carried, metrics)
 
@@ -121,6 +123,15 @@ def _check_input(piece, name, values, source):
     raise ValueError(f"{name} takes values [{annotation.dim_str}], but those from {source} are "
                      f"{values.dtype}{list(values.shape)}; pieces that work on sequences come "
                      "before pieces that work on tokens")
+
+
+def _check_whole(terms, values, source):
+  for index, term in enumerate(terms):
+    if values.ndim == 2 and is_whole(term):
+      raise ValueError(
+          f"config.objective[{index}] ({name_of(term)}) weighs whole sequences and takes one "
+          f"advantage for each, but {source} gives one per token: use level='token' or "
+          "'sequence_token' of clipped_surrogate, or pieces of credit that work on sequences")
 
 
 def _check_signals(piece, name, batch):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.evaluation.pass_at_k import pass_at_k
+from jaxrl.evaluation.voting import vote
 from jaxrl.rollouts import Rollouts
 from jaxrl.rollouts import group
 
@@ -39,7 +40,8 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
     base_key, key: randomness, see `Rollouts.run`.
 
   Returns:
-    `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, the mean number of greedy tokens
+    `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, `majority_accuracy` (of the completion that
+    most samples of a task agree on, word for word), the mean number of greedy tokens
     `greedy_tokens` and the share `unscored` of greedy answers that the criterion could not judge.
     Those are left out of the accuracies, as are tasks with fewer than k judged samples of pass@k.
   """
@@ -59,9 +61,13 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
   }
   if samples:
     groups: dict[int, list[bool]] = {}
+    texts: dict[int, list[str]] = {}
     for t in run(samples, temperature, SAMPLED):
       if is_judged(t, correct):
         groups.setdefault(t.group, []).append(is_correct(t, correct))
+        texts.setdefault(t.group, []).append(t.text.strip())
+    metrics["majority_accuracy"] = _mean([
+        g[texts[i].index(vote(texts[i]))] for i, g in groups.items()])
     metrics["sampled_accuracy"] = _mean([np.mean(g) for g in groups.values()])
     metrics[f"pass_at_{k}"] = _mean([pass_at_k(len(g), sum(g), k) for g in groups.values()
                                      if len(g) >= k])

@@ -37,13 +37,19 @@ def warm_start(warm: Mapping[str, Any], directory: pathlib.Path, report: Callabl
     warm: fields of the config beside those of `SMALL`.
     directory: where warm starts are kept.
   """
-  config = configs.load(WARM)
-  config.phases = ("sft",)
-  _set(config, {**SMALL, **{"sft.steps": 2000, "sft.until.at_least": 0.3}, **warm})
+  config = warm_config(warm)
   workdir = place_of(config, directory)
   report(f"warm start: {workdir}")
   run.run(config, workdir, quiet=True)
   return workdir
+
+
+def warm_config(warm: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """The config of a warm start; `warm` as for `warm_start`."""
+  config = configs.load(WARM)
+  config.phases = ("sft",)
+  _set(config, {**SMALL, **{"sft.steps": 2000, "sft.until.at_least": 0.3}, **warm})
+  return config
 
 
 def place_of(config: ml_collections.ConfigDict, directory: pathlib.Path) -> pathlib.Path:

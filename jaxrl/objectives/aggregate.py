@@ -102,8 +102,8 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
   def loss_and_metrics(outputs, batch, weights, mean_weights):
     each = weights if isinstance(weights, Sequence) else [weights] * len(terms)
     loss, metrics = jnp.zeros((), each[0].dtype), {}
-    for name, term, own in zip(names, terms, each, strict=True):
-      _check_signals(name, term, outputs, batch)
+    for index, (name, term, own) in enumerate(zip(names, terms, each, strict=True)):
+      _check_signals(f"config.objective[{index}] ({name})", term, outputs, batch)
       values, diagnostics = term(outputs, batch)
       metrics[f"loss/{name}"] = jnp.sum(own * values)
       loss += metrics[f"loss/{name}"]
@@ -125,7 +125,7 @@ def _scored_tokens(batch: TokenBatch) -> Bool[Array, "rows length"]:
 def _check_signals(name, term, outputs, batch):
   for signal in signals_of(term):
     if signal not in batch.signals and outputs.get(signal) is None:
-      raise ValueError(f"objective term {name!r} needs {signal!r}, which is neither among the "
+      raise ValueError(f"{name} needs {signal!r}, which is neither among the "
                        f"batch's signals ({', '.join(batch.signals) or 'none'}) nor in the model's "
                        "outputs: the trainer computes what the term declares with compose.needs if "
                        "it is a model's; others come from a piece of config.advantage or from the "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch, mean_by_sequence, sum_by_sequence, to_tokens
-from jaxrl.compose import needs
+from jaxrl.compose import needs, takes_whole
 from jaxrl.log_ratio import cap, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 
@@ -58,6 +58,7 @@ def _anchor_signal(anchor):
   return ("old_logprobs",) if anchor == "old" else ()
 
 
+@takes_whole(lambda level: level == "sequence")
 @needs(_anchor_signal)
 def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 0.2,
                       high: float = 0.2, level: str = "token", dual_clip: float | None = None,
@@ -67,18 +68,20 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
     loss_t = -min(r_t * A_t, clip(r_t, 1 - low, 1 + high) * A_t)
     level="token":     r_t = pi(t) / behaviour(t)
     level="sequence":  r_t = exp(mean over the sequence's loss tokens of log(pi / behaviour))
+    level="sequence_token":  the same number, but its gradient is that of log pi(t) alone
 
   At sequence level every token of a sequence has the same ratio, and through it the loss of one
   token has a gradient in all of them; with aggregation "sequence_mean" this is GSPO
-  (arXiv:2507.18071). GSPO-token, in which a token's loss reaches that token only, has the same
-  gradient as long as advantage and weight are equal over a sequence. Asymmetric bounds are DAPO's
-  clip-higher (arXiv:2503.14476).
+  (arXiv:2507.18071), which has one advantage per sequence. "sequence_token" is its GSPO-token, in
+  which a token's loss reaches that token only, for advantages per token; both have the same gradient
+  where advantage and weight are equal over a sequence. Asymmetric bounds are DAPO's clip-higher
+  (arXiv:2503.14476).
 
   Args:
     outputs: supplies `logprobs`.
     batch: supplies `behaviour_logprobs` and `signals["advantages"]`.
     low, high: the ratio is trusted in [1 - low, 1 + high].
-    level: "token" or "sequence".
+    level: "token", "sequence" or "sequence_token".
     dual_clip: for negative advantages the loss is at most `dual_clip * |A_t|`, so that one token
       that has become far more likely cannot rule the batch (arXiv:1912.09729). Above 1, usually 3.
     anchor: what the ratio divides by: "behaviour", the log-probabilities of the sampler, or "old",
@@ -93,8 +96,11 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
   advantages = _advantages(batch)
   log_ratios = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
   drift = log_ratios
-  if level == "sequence":
+  if level != "token":
+    own = log_ratios - jax.lax.stop_gradient(log_ratios)  # 0, with the gradient of one token
     log_ratios = to_tokens(batch, mean_by_sequence(batch, log_ratios))
+    if level == "sequence_token":
+      log_ratios = jax.lax.stop_gradient(log_ratios) + own
     log_ratios = jnp.where(batch.loss_mask, log_ratios, 0)
   ratio = jnp.exp(cap(log_ratios))
   # The minimum only ever binds on one side: from above for A >= 0, from below (and, with the dual
@@ -112,6 +118,7 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
   return -advantages * trusted, metrics
 
 
+@takes_whole()
 @needs(_anchor_signal)
 def geometric_mean(outputs: ModelOutputs, batch: TokenBatch, *, high: float = 0.4,
                    anchor: str = "behaviour") -> TermOutput:
@@ -174,8 +181,9 @@ def _check_importance(importance_cap, level):
 def _check(low, high, level, dual_clip, anchor):
   if anchor not in ("behaviour", "old"):
     raise ValueError(f"clipped_surrogate: anchor={anchor!r}; valid are 'behaviour' and 'old'")
-  if level not in ("token", "sequence"):
-    raise ValueError(f"clipped_surrogate: level={level!r}; valid are 'token' and 'sequence'")
+  if level not in ("token", "sequence", "sequence_token"):
+    raise ValueError(f"clipped_surrogate: level={level!r}; valid are 'token', 'sequence' and "
+                     "'sequence_token'")
   if _is_known(low, high) and (low < 0 or high < 0):
     raise ValueError(f"clipped_surrogate: low={low}, high={high}; both are distances from 1, so at "
                      "least 0")

@@ -1,4 +1,4 @@
-"""Addition of two numbers: `123+456=` -> `579`."""
+"""Addition of two numbers: `123+456=` -> `579`, and `589=123+456=` where a draft comes first."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,8 @@ import numpy as np
 from jaxrl.tasks import knobs
 
 
-def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "plain"
-           ) -> dict[str, Any]:
+def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "plain",
+           drafts: float = 0.0) -> dict[str, Any]:
   """Two operands, each uniform over the numbers of exactly `digits` digits.
 
   Args:
@@ -17,15 +17,30 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
     digits: digits of each operand, 1 (0 to 9) to 18.
     answer_format: how the sum is written, `plain` (579) or `reversed` (975: each digit then depends
       on operand digits and one carry only, which a small model learns sooner).
+    drafts: share of questions that begin with somebody's answer, wrong in a digit as often as right.
   """
   knobs.integer("digits", digits, 1, 18)
   if answer_format not in ("plain", "reversed"):
     raise ValueError(f"answer_format={answer_format!r}: use 'plain' or 'reversed'")
+  if isinstance(drafts, bool) or not isinstance(drafts, (int, float)) or not 0 <= drafts <= 1:
+    raise ValueError(f"drafts={drafts!r}: use a share from 0 to 1")
   smallest = 10 ** (digits - 1) if digits > 1 else 0
   a, b = (int(x) for x in rng.integers(smallest, 10 ** digits, size=2))
   answer = _written(a + b, answer_format)
-  return dict(question=f"{a}+{b}=", answer=answer, solution=answer, a=a, b=b,
+  question = f"{a}+{b}="
+  if drafts and rng.random() < drafts:
+    question = f"{_draft(rng, answer)}={question}"
+  return dict(question=question, answer=answer, solution=answer, a=a, b=b,
               answer_format=answer_format)
+
+
+def _draft(rng, answer):
+  """The answer, half the time with another digit somewhere."""
+  if rng.random() < 0.5:
+    return answer
+  place = int(rng.integers(len(answer)))
+  digit = (int(answer[place]) + int(rng.integers(1, 10))) % 10
+  return f"{answer[:place]}{digit}{answer[place + 1:]}"
 
 
 def check(row: Mapping[str, Any], completion: str) -> bool:

@@ -192,7 +192,7 @@ def _signals(learning: Learning, state: TrainState, batch: TokenBatch
     now = {name: found[f"old_{name}"] for source, name in _sources(learning.advantage)
            if source == "policy"}
     pieces = [compose.at(piece, state.step) for piece in learning.advantage]
-    earned = credit(pieces)(batch.with_signals(**found, **now), batch.rewards, carried)
+    earned = credit(pieces, learning.terms)(batch.with_signals(**found, **now), batch.rewards, carried)
     signals |= {k: x for k, x in earned.signals.items() if k in read}
     signals["advantages"], carried, metrics = earned.values, earned.carried, dict(earned.metrics)
   return signals, carried, metrics

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 import numpy as np
 import pytest
 
-from jaxrl import advantages, compose
-from jaxrl.advantages.chain import baseline, chain
+from jaxrl import advantages, compose, objectives
+from jaxrl.advantages.chain import baseline, chain, credit
 from jaxrl.batch import TokenBatch, Trajectory, pack
 
 
@@ -76,7 +76,7 @@ def test_infinities_off_the_loss_mask_are_cut(batch):
 def test_a_piece_for_sequences_behind_one_for_tokens_is_named(batch):
   run = chain([spread, advantages.center_by_group])
   message = r"advantage\[1\] \(center_by_group\) takes values \[sequences\], but " \
-            r"those from advantage\[0\] \(spread\) are float32\[\d+, 8\]"
+            r"those from config.advantage\[0\] \(spread\) are float32\[\d+, 8\]"
   with pytest.raises(ValueError, match=message):
     jax.jit(run)(batch, batch.rewards)
 
@@ -100,6 +100,23 @@ def test_two_baselines_are_refused_before_anything_runs():
     chain(pieces)
   with pytest.raises(ValueError, match="2 baselines, mine and leave_one_out"):
     chain([baseline(lambda_named("mine")), advantages.leave_one_out])
+
+
+@pytest.mark.parametrize("term, refused", [
+    (dict(name="clipped_surrogate", level="sequence"), True), ("geometric_mean", True),
+    (dict(name="clipped_surrogate", level="sequence_token"), False), ("clipped_surrogate", False),
+    ("reinforce", False)])
+def test_a_ratio_of_sequences_takes_no_advantages_of_tokens(batch, term, refused):
+  terms = [compose.build(dict(name="entropy", coefficient=0.1), objectives), compose.build(term, objectives)]
+  per_token = credit([spread], terms)
+  credit(grpo(), terms)(batch, batch.rewards, {})  # one per sequence suits all
+  if not refused:
+    per_token(batch, batch.rewards, {})
+    return
+  name = term if isinstance(term, str) else term["name"]
+  with pytest.raises(ValueError, match=rf"config.objective\[1\] \({name}\) .*advantage\[0\] "
+                                       r"\(spread\) gives one per token"):
+    jax.eval_shape(lambda: per_token(batch, batch.rewards, {}))
 
 
 def lambda_named(name):

@@ -67,7 +67,7 @@ def test_accuracies_are_those_of_the_script():
   result, _, _ = evaluate("ccw", ["cwww", "cccc", "wwww"], k=2)
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=2 / 3, greedy_tokens=1.0, unscored=0.0, sampled_accuracy=5 / 12,
-      pass_at_2=(0.5 + 1.0 + 0.0) / 3))
+      majority_accuracy=1 / 3, pass_at_2=(0.5 + 1.0 + 0.0) / 3))
   assert [t.text for t in result.answers] == ["c", "c", "w"]
 
 
@@ -75,13 +75,15 @@ def test_what_cannot_be_judged_is_left_out_and_not_wrong():
   result, _, _ = evaluate("c?w?", ["c???", "cw??", "????", "ccww"], k=2)
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=1 / 2, greedy_tokens=1.0, unscored=0.5,
-      sampled_accuracy=(1.0 + 0.5 + 0.5) / 3, pass_at_2=(1.0 + (1 - 1 / 6)) / 2))
+      sampled_accuracy=(1.0 + 0.5 + 0.5) / 3, pass_at_2=(1.0 + (1 - 1 / 6)) / 2,
+      majority_accuracy=1.0))  # of equal numbers, what came first
 
 
 def test_only_the_named_criterion_decides():
   result, _, _ = evaluate("lw", ["ll", "lw"], k=2)
   assert result.metrics == pytest.approx(dict(
-      greedy_accuracy=0.5, greedy_tokens=1.0, unscored=0.0, sampled_accuracy=0.75, pass_at_2=1.0))
+      greedy_accuracy=0.5, greedy_tokens=1.0, unscored=0.0, sampled_accuracy=0.75, pass_at_2=1.0,
+      majority_accuracy=1.0))
   result, _, _ = evaluate("cw", correct="short")
   assert result.metrics["greedy_accuracy"] == 0.0  # a score of 0.5 is not solved
 
@@ -90,7 +92,8 @@ def test_nothing_to_judge_gives_nan_and_no_warning(recwarn):
   result, _, _ = evaluate("??", ["??", "??"])
   assert result.metrics["unscored"] == 1.0
   assert all(math.isnan(result.metrics[name])
-             for name in ("greedy_accuracy", "sampled_accuracy", "pass_at_2"))
+             for name in ("greedy_accuracy", "sampled_accuracy", "pass_at_2",
+                          "majority_accuracy"))
   assert not recwarn.list
 
 

@@ -1,11 +1,13 @@
 """The list of methods, what each changes, and a reproduction from the command to the table."""
 
 import json
+import pathlib
 
 import pytest
 
 from jaxrl import cli
-from jaxrl.evidence import listing, methods, reproduce
+from jaxrl import config as configs
+from jaxrl.evidence import listing, methods, reproduce, runs
 
 TINY = {"model.layers": 1, "model.d_model": 16, "model.d_ff": 16, "model.heads": 2,
         "model.kv_heads": 2, "evaluate.problems": 8, "evaluate.samples": 8,
@@ -24,6 +26,19 @@ def test_every_method_says_what_it_changes_and_is_tested(slug):
   assert methods.parent_of(slug) in listing.one(slug, methods.FOLDER)
   evidence = methods.evidence_of(slug)
   assert evidence is None or evidence.reported
+
+
+@pytest.mark.parametrize("slug", [s for s in methods.slugs() if methods.evidence_of(s)])
+def test_the_arms_of_every_method_have_configs_that_can_be_made(slug):
+  evidence = methods.evidence_of(slug)
+  warm = runs.warm_config(evidence.warm)
+  assert warm.phases == ("sft",)
+  made = {arm: runs.arm_config(evidence, arm, 3, pathlib.Path("warm")) for arm in evidence.arms}
+  plain = {arm: configs.to_dict(config) for arm, config in made.items()}
+  assert all(config["seed"] == 3 and config["start"] == "warm" for config in plain.values())
+  for arm in set(plain) - {"method"}:
+    assert configs.differences(plain[arm], plain["method"]), f"{arm} is the method itself"
+    assert plain[arm]["model"] == plain["method"]["model"] == configs.to_dict(warm.model)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest(capsys):

@@ -163,8 +163,8 @@ def test_terms_that_cannot_be_added_are_refused(packed):
   with pytest.raises(ValueError, match="'also_kl' reports the metric 'kl'"):
     sum_of_terms([compose.build(dict(name="kl", beta=0.1), objectives), also_kl])(
         outputs, batch, weights, weights)
-  with pytest.raises(ValueError, match="'entropy' needs 'entropy', which is neither among"):
+  with pytest.raises(ValueError, match=r"config.objective\[0\] \(entropy\) needs 'entropy', which is neither among"):
     build([dict(name="entropy", coefficient=0.1)])(
         ModelOutputs(logprobs=outputs.logprobs), batch, weights, weights)
-  with pytest.raises(ValueError, match="'kl' needs 'reference_logprobs'.*signals \\(none\\)"):
+  with pytest.raises(ValueError, match=r"\(kl\) needs 'reference_logprobs'.*signals \(none\)"):
     build([dict(name="kl", beta=0.1)])(outputs, batch.replace(signals={}), weights, weights)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.batch import ModelOutputs, Trajectory, pack
+from jaxrl.batch import ModelOutputs, Trajectory, pack, to_tokens
 from jaxrl.objectives import clipped_surrogate, reinforce
 from jaxrl.objectives.aggregate import AGGREGATIONS, loss_weights, mean_weights, sum_of_terms
 
@@ -71,6 +71,45 @@ def test_surrogate_and_its_gradient_equal_the_equation(packed, name, aggregation
     packed.close(gradient.logprobs, packed.finite_differences(loss, logprobs, batch.loss_mask))
     checked += 1
   assert checked >= 4
+
+
+def test_gspo_token_keeps_the_ratio_of_the_sequence_and_the_gradient_of_the_token(packed):
+  low, high = 0.03, 0.06
+  run = step(functools.partial(clipped_surrogate, level="sequence_token", low=low, high=high))
+  cut = kept = 0
+  for seed in range(6):
+    batch, outputs = packed.batch(seed)  # advantages differ within a sequence
+    (value, metrics), gradient = run(outputs, batch)
+    weights = np.asarray(loss_weights(batch, "token_mean"), np.float64)
+    logprobs, total = np.asarray(outputs.logprobs, np.float64), 0.0
+    expected = np.zeros(batch.tokens.shape)
+    for _, rows, columns in packed.sequences(batch):
+      at = (rows, columns)
+      if not len(rows):
+        continue
+      ratio = np.exp(np.mean(logprobs[at] - np.asarray(batch.behaviour_logprobs[at], np.float64)))
+      for r, c in zip(rows, columns):
+        a = float(batch.signals["advantages"][r, c])
+        total -= weights[r, c] * min(ratio * a, np.clip(ratio, 1 - low, 1 + high) * a)
+        trusted = ratio <= 1 + high if a >= 0 else ratio >= 1 - low
+        expected[r, c] = -weights[r, c] * a * ratio * trusted
+        cut, kept = cut + (not trusted), kept + trusted
+    packed.close(value, total)
+    np.testing.assert_allclose(gradient.logprobs, expected, rtol=1e-5, atol=1e-9)
+  assert cut and kept
+
+
+def test_both_levels_of_sequences_agree_where_advantages_are_equal_over_them(packed):
+  for seed in range(4):
+    batch, outputs = packed.batch(seed)
+    values = np.random.default_rng(seed).normal(size=batch.num_sequences).astype(np.float32)
+    batch = batch.with_signals(advantages=to_tokens(batch, values))
+    (a, _), whole = step(functools.partial(clipped_surrogate, level="sequence"),
+                         "sequence_mean")(outputs, batch)
+    (b, _), token = step(functools.partial(clipped_surrogate, level="sequence_token"),
+                         "sequence_mean")(outputs, batch)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(whole.logprobs, token.logprobs, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -269,7 +308,7 @@ def test_off_the_loss_mask_nothing_is_read(packed, term):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(level="tokens"), "level='tokens'; valid are 'token' and 'sequence'"),
+    (dict(level="tokens"), "level='tokens'; valid are 'token', 'sequence' and 'sequence_token'"),
     (dict(low=-0.1), "low=-0.1, high=0.2; both are distances from 1"),
     (dict(dual_clip=0.9), "dual_clip=0.9 has to be above 1"),
 ])
