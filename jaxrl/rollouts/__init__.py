@@ -1,12 +1,16 @@
 """Episodes and the loop that runs them."""
 
 from jaxrl.rollouts.branching import answers_to_thoughts
+from jaxrl.rollouts.caps import capped_group
 from jaxrl.rollouts.collect import Collected
 from jaxrl.rollouts.collect import collect
 from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group
+from jaxrl.rollouts.modes import answer_in_mode
+from jaxrl.rollouts.outlines import outlines_then_paths
 from jaxrl.rollouts.planning import execute_distinct_plans
 from jaxrl.rollouts.planning import plan_then_execute
 from jaxrl.rollouts.refinement import draft_then_refine
+from jaxrl.rollouts.transfer import transferable_answers

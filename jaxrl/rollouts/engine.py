@@ -182,6 +182,10 @@ class EpisodeContext:
     """Token ids of a piece of text, to be appended to a context."""
     return self._rollouts.tokenizer.encode(text)
 
+  def decode(self, tokens: Sequence[int]) -> str:
+    """Text of token ids, such as a part of a completion."""
+    return self._rollouts.tokenizer.decode(list(map(int, tokens)))
+
   def render(self, template: str, **fields: str) -> list[int]:
     """Token ids of a template from `config.rollout.templates`, filled with `fields`.
 

@@ -16,10 +16,12 @@ from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
 from jaxrl.tasks import countdown
 from jaxrl.tasks import modular_arithmetic
+from jaxrl.tasks import scratchpad_addition
 from jaxrl.tasks import sorting
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying, countdown=countdown,
-             modular_arithmetic=modular_arithmetic, sorting=sorting)
+             modular_arithmetic=modular_arithmetic, scratchpad_addition=scratchpad_addition,
+             sorting=sorting)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows
 
