@@ -1,10 +1,10 @@
-"""HiPO: the model decides whether to think, and the decision has its own advantage (arXiv:2509.23967).
+"""HiPO: deciding whether to think has an advantage of its own (arXiv:2509.23967).
 
-Changes in GRPO what answers look like and how they are compared: `rollouts.answer_in_mode` finds the
-decision, `advantages.favour_direct_mode` breaks near-ties in favour of direct answers, and
+Changes in GRPO what answers look like and how they are compared: `rollouts.answer_in_mode` finds
+the decision, `advantages.favour_direct_mode` breaks near-ties in favour of direct answers, and
 `advantages.compare_modes` gives the decision an advantage across modes and the rest one within its
-mode. The reward is 1 for a right answer and 0.2 for the form. Reported, Qwen3-8B against a cold start
-that always thinks: accuracy +6.2%, tokens -30%, thinking rate -39% (GRPO: +3.1% accuracy).
+mode. The reward is 1 for a right answer and 0.2 for the form. Reported, Qwen3-8B against a cold
+start that always thinks: accuracy +6.2%, tokens -30%, thinking rate -39% (GRPO: +3.1% accuracy).
 Small-scale check: tests/methods/test_hipo.py.
 
 The algebra of bonus and advantages was read in part only and is a reconstruction; omega 0.01, gamma

@@ -7,9 +7,9 @@ R1-Distill-Qwen-1.5B on AIME24, accuracy / tokens: low 40.4 / 7093, high 43.6 / 
 10453. Small-scale check: tests/methods/test_siri.py.
 
 The paper's caps are 16384 and 8192 and its cycle 640 updates, three times; the group size is not
-stated. The toy has sums of 1 to 3 digits whose warm start writes a scratchpad for half of them, caps
-of 12 tokens, which hold any scratchpad, and 6, which hold those of the shortest sums only, and
-cycles of 60 updates. Losses are averaged over tokens, as DAPO's are.
+stated. The toy has sums of 1 to 3 digits whose warm start writes a scratchpad for half of them,
+caps of 12 tokens, which hold any scratchpad, and 6, which hold those of the shortest sums only,
+and cycles of 60 updates. Losses are averaged over tokens, as DAPO's are.
 """
 
 from configs import grpo
@@ -39,7 +39,8 @@ def get_evidence():
       overrides={"rl.steps": own.rl.steps},
       warm={"data.train": own.data.train, "data.validation": own.data.validation,
             "data.test": own.data.test, "data.task": own.data.task.to_dict(),
-            "rollout.max_tokens": LONGEST, "reward.criteria": [dict(c) for c in own.reward.criteria]},
+            "rollout.max_tokens": LONGEST,
+            "reward.criteria": [dict(c) for c in own.reward.criteria]},
       arms=dict(
           longest=dict(overrides={"rollout.episode.max_tokens.end": LONGEST}),
           shortest=dict(overrides={"rollout.episode.max_tokens.start": SHORTEST})),

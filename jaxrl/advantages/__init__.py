@@ -7,6 +7,7 @@ from jaxrl.advantages.baselines import center_by_batch
 from jaxrl.advantages.baselines import center_by_group
 from jaxrl.advantages.baselines import leave_one_out
 from jaxrl.advantages.constraints import constrain_divergence
+from jaxrl.advantages.contrast import contrast_halves
 from jaxrl.advantages.corrections import penalise_kl
 from jaxrl.advantages.corrections import truncate_importance
 from jaxrl.advantages.entropy_anchor import anchor_entropy

@@ -1,7 +1,7 @@
 """Modes: the decision to think is compared across modes, an answer with its like.
 
-Both pieces read `columns["mode"]` as `rollouts.answer_in_mode` writes it: 1 with thought, 2 without,
-0 undecided.
+Both pieces read `columns["mode"]` as `rollouts.answer_in_mode` writes it: 1 with thought, 2
+without, 0 undecided.
 """
 
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ def favour_direct_mode(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
 
     b = omega * mean_on(r),    r_i <- r_i + b  for i in mode off,  if 0 <= mean_on - mean_off <= b
 
-  with means over a group's answers in that mode. Then off is the better mode in exactly those groups
-  in which on gains at most a share of omega. A group in which a mode is missing stays as it is.
+  with means over a group's answers in that mode. Where on gains at most a share of omega, off is
+  then the better mode, at the bound as good; elsewhere nothing changes.
 
   Args:
     batch: supplies `columns["mode"]`.
@@ -30,8 +30,8 @@ def favour_direct_mode(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
     omega: share of the reward with thought that a gain has to exceed; 0 changes no reward.
 
   Returns:
-    Rewards; metrics `thinking_rate` (answers in mode on), `direct_favoured` (answers in groups where
-    the rule applied), and `thinking_tokens` and `direct_tokens`, mean lengths by mode.
+    Rewards; metrics `thinking_rate` (answers in mode on), `direct_favoured` (answers in groups
+    where the rule applied), and `thinking_tokens` and `direct_tokens`, mean lengths by mode.
   """
   mode, present = _mode(batch, "favour_direct_mode"), {}
   means = {}

@@ -5,6 +5,7 @@ loss mask both are finite and pass no gradient. A term divides by nothing that d
 rows: `jaxrl.objectives.aggregate` weighs tokens, over the whole optimiser step, and adds terms up.
 """
 
+from jaxrl.objectives.anchored_answers import anchor_first_answers
 from jaxrl.objectives.anchored_entropy import anchored_entropy
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss

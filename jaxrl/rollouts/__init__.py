@@ -4,6 +4,7 @@ from jaxrl.rollouts.branching import answers_to_thoughts
 from jaxrl.rollouts.caps import capped_group
 from jaxrl.rollouts.collect import Collected
 from jaxrl.rollouts.collect import collect
+from jaxrl.rollouts.corrections import recombined_corrections
 from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts

@@ -12,9 +12,9 @@ async def capped_group(ctx: EpisodeContext, task: Task, *, samples: int, max_tok
 
     L = round(max_tokens),    r(y) = what the reward says of the first L tokens of y
 
-  There is no other penalty of length: an answer that does not come within L tokens is wrong, so where
-  some answers of a group fit and others do not, the short ones have the better advantage. The cap is
-  data to the sampler's programs; they are compiled for its power of two, from 16 to 64.
+  There is no other penalty of length: an answer that does not come within L tokens is wrong, so
+  where some answers of a group fit and others do not, the short ones have the better advantage. The
+  cap is data to the sampler's programs; they are compiled for its power of two, from 16 to 64.
 
   Args:
     ctx: serves samples and scores.
@@ -31,8 +31,8 @@ async def capped_group(ctx: EpisodeContext, task: Task, *, samples: int, max_tok
   """
   cap = round(float(max_tokens))
   if cap < 1:
-    raise ValueError(f"capped_group: max_tokens={float(max_tokens):g} at update {ctx.step} leaves no "
-                     "room for an answer; keep both ends of the schedule at 1 or more")
+    raise ValueError(f"capped_group: max_tokens={float(max_tokens):g} at update {ctx.step} leaves "
+                     "no room for an answer; keep both ends of the schedule at 1 or more")
   answers = await ctx.sample(task.prompt, n=samples, train=True, max_tokens=cap)
   await ctx.score(task, answers)
   for t in answers:

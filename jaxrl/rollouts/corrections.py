@@ -150,7 +150,7 @@ def _split(ctx, t, marker, answer):
   tokens = t.tokens[t.prompt_length:].tolist()
   ends = [i for i in range(len(tokens)) if tokens[i:i + len(marker)] == marker]
   # A stop token, which ends the text, belongs to an answer that is not followed by another.
-  stop = t.finish == "stop" and ctx.decode(tokens) != t.text
+  stop = t.finish == "stop" and ctx.decode(tokens[:-1]) == t.text
   if not ends:
     return _part(ctx, tokens[:len(tokens) - stop], False, answer), None
   start = ends[0] + len(marker)

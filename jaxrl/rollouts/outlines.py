@@ -53,7 +53,7 @@ async def outlines_then_paths(ctx: EpisodeContext, task: Task, *, samples: int, 
 
   Returns:
     Sets of outlines, group 0, whose evidence also holds `any_right`, `majority_right` and
-    `distinct_outlines`, and paths, group i for outline i. `tag_ids` are 1 in outlines and 2 in paths.
+    `distinct_outlines`, and paths, group i for outline i. `tag_ids` are 1 in outlines, 2 in paths.
 
   Raises:
     ValueError: another `train`, a number below 1, or samples that do not divide.

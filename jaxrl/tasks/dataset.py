@@ -14,12 +14,14 @@ from jaxrl.batch import Trajectory
 from jaxrl.tasks import addition
 from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
+from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import scratchpad_addition
 from jaxrl.tasks import sorting
 
-TASKS = dict(addition=addition, brackets=brackets, copying=copying, countdown=countdown,
+TASKS = dict(addition=addition, brackets=brackets, copying=copying,
+             corrected_addition=corrected_addition, countdown=countdown,
              modular_arithmetic=modular_arithmetic, scratchpad_addition=scratchpad_addition,
              sorting=sorting)
 SPLITS = ("train", "validation", "test")

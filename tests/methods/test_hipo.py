@@ -1,4 +1,4 @@
-"""HiPO: modes told apart, the bonus and its window, and two advantages against loops over groups."""
+"""HiPO: modes told apart, the bonus and its window, two advantages against loops over groups."""
 
 import fractions
 import functools

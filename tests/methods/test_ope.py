@@ -1,4 +1,4 @@
-"""OPE: outlines see one another, paths only their own; rewards, turns, and what diversity is worth."""
+"""OPE: outlines see one another, paths only their own; rewards, turns, and the use of diversity."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""SIRI: cycles of a length cap, what the cap does to rewards, and that the sampler compiles once."""
+"""SIRI: cycles of a length cap, what it does to rewards, and that the sampler compiles once."""
 
 import functools
 import math
@@ -125,7 +125,8 @@ def test_a_scheduled_cap_is_that_of_the_update(play):
                   sampling=SamplingParams(max_tokens=12, stop_ids=(ord("$"),)))
   found = []
   for step in range(21):
-    runs.run({"params": None}, [Task(id="0", prompt=[48, 63])], base_key=None, key=(step,), step=step)
+    runs.run({"params": None}, [Task(id="0", prompt=[48, 63])], base_key=None, key=(step,),
+             step=step)
     found.append(probe.policy.asked[-1].params.max_tokens)
   assert found == [round(9 + 3 * math.cos(2 * math.pi * step / 10)) for step in range(21)]
   assert found[0] == found[10] == 12 and found[5] == 6

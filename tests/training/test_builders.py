@@ -11,6 +11,7 @@ from jaxrl import compose
 from jaxrl import config as configs
 from jaxrl import data
 from jaxrl.evaluation import policy
+from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import builders, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -105,6 +106,32 @@ def test_a_reference_is_kept_only_where_a_term_needs_it(config, build, untraced)
   parts = build(config)
   kept = [builders.abstract_state(parts, phase).reference is not None for phase in parts.phases]
   assert kept == [False, True]
+
+
+def test_a_term_may_have_an_aggregation_of_its_own(config, build, untraced):
+  config.aggregation.update(kind="constant", constant=8.0)
+  config.rl.objective = [
+      dict(name="clipped_surrogate"), dict(name="entropy", coefficient=0.1, aggregation="token_mean"),
+      dict(name="kl", beta=0.1, aggregation=dict(kind="constant", constant=3.0)),
+      dict(name="cross_entropy", aggregation="constant")]
+  learning = build(config).phases[1].learning
+  assert learning.aggregations == [
+      Aggregation("constant", 8.0), Aggregation("token_mean", 8.0), Aggregation("constant", 3.0),
+      Aggregation("constant", 8.0)]
+  assert names(learning.terms) == ["clipped_surrogate", "entropy", "kl", "cross_entropy"]
+  assert [term.keywords for term in learning.terms[1:]] == [{"coefficient": 0.1}, {"beta": 0.1}, {}]
+
+
+@pytest.mark.parametrize("aggregation, message", [
+    (dict(constant=3.0), r"config.objective\[0\].aggregation=.*must be a kind"),
+    (dict(kind="constant", tokens=3.0), r"config.objective\[0\].aggregation=.*must be a kind"),
+    ("token_meen", "unknown aggregation 'token_meen'; did you mean 'token_mean'"),
+    ("constant", "divides by constant=0.0: set it to a positive number")])
+def test_an_aggregation_that_is_none_is_refused(config, build, aggregation, message):
+  config.phases = ("rl",)
+  config.rl.objective = [dict(name="clipped_surrogate", aggregation=aggregation)]
+  with pytest.raises(ValueError, match=message):
+    build(config)
 
 
 def test_an_evaluation_needs_no_steps_and_no_warm_up(config, build):

@@ -8,10 +8,13 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl import compose
+from jaxrl import objectives
 from jaxrl import sharding
 from jaxrl.batch import pack
 from jaxrl.batch import Trajectory
 from jaxrl.models import decoder as decoders
+from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
 
@@ -207,4 +210,41 @@ def test_loss_equals_its_equations_in_float64_and_the_gradient_is_its_slope(toys
     moved = before.replace(params=jax.tree.map(lambda p, g: p + way * g / length, before.params,
                                                gradient))
     ends.append(expected_grpo(parts, moved, trajectories))
+  assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(length, rel=1e-2)
+
+
+def expected_of_two(parts, params, trajectories):
+  """By term: REINFORCE on raw rewards, a mean over sequences of means over their tokens; entropy, a
+  sum over tokens divided by sequences and 7.5."""
+  scored = [t for t in trajectories if t.scored]
+  reinforce = entropy = 0.0
+  for t in scored:
+    policy = log_softmax(parts, params, t.tokens)
+    at = np.nonzero(t.loss_mask)[0]
+    reinforce -= t.weight * t.reward * policy[at - 1, t.tokens[at]].mean() / len(scored)
+    bonus = (np.exp(policy) * policy).sum(-1)[at - 1].sum()
+    entropy += t.weight * 0.4 * bonus / (len(scored) * 7.5)
+  return reinforce, entropy
+
+
+def test_every_term_has_its_own_aggregation(toys):
+  terms = [dict(name="reinforce"), dict(name="entropy", coefficient=0.4)]
+  parts = toys.learning(
+      terms=[compose.build(t, objectives) for t in terms], advantage=[],
+      aggregations=[Aggregation("sequence_mean"), Aggregation("constant", 7.5)])
+  learner = make_learner(parts, toys.shardings(parts, toys.one_device()))
+  trajectories, state = toys.rollouts(6), toys.start(parts)
+  params = jax.device_get(state.params)
+  batch = put(trajectories, 2)
+  assert batch.tokens.shape[0] // batch.micro_batch_rows > 1
+  _, state, metrics = step(learner, state, batch)
+  expected = expected_of_two(parts, params, trajectories)
+  assert metrics["loss/reinforce"] == pytest.approx(expected[0], rel=1e-5)
+  assert metrics["loss/entropy"] == pytest.approx(expected[1], rel=1e-5)
+  assert metrics["loss"] == pytest.approx(sum(expected), rel=1e-5)
+  gradient = jax.device_get(toys.gradient(state))
+  length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+  ends = [sum(expected_of_two(parts, jax.tree.map(lambda p, g: p + way * g / length, params,
+                                                  gradient), trajectories))
+          for way in (1e-2, -1e-2)]
   assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(length, rel=1e-2)
