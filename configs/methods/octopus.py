@@ -1,10 +1,11 @@
 """Octopus: first and second answers recombined into corrections (arXiv:2602.08503).
 
-Changes the episode of GRPO (`rollouts.recombined_corrections`) and the objective, which is GSPO's with
-advantages per token and, in the first of two stages, holds first answers near the reference
-(`objectives.anchor_first_answers`). Stage 1 trains second answers only; stage 2 first ones too where
-both are right or both wrong. Reported: mean of seven benchmarks 71.7, about 1.0 above GSPO with 16
-samples at 0.72 of its time per step (Qwen3-VL-8B). Small-scale check: tests/methods/test_octopus.py.
+Changes the episode of GRPO (`rollouts.recombined_corrections`) and the objective, which is GSPO's
+with advantages per token and, in the first of two stages, holds first answers near the reference
+(`objectives.anchor_first_answers`). Stage 1 trains second answers only; stage 2 first ones too
+where both are right or both wrong. Reported: mean of seven benchmarks 71.7, about 1.0 above GSPO with 16
+samples at 0.72 of its time per step (Qwen3-VL-8B). Small-scale check:
+tests/methods/test_octopus.py.
 
 Text alone: vision is not needed for the idea. The toy writes 123+456= as 974=975, two attempts with
 "=" between them; the warm start has seen first attempts that are wrong half of the time. Choices

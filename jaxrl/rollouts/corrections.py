@@ -38,8 +38,8 @@ async def recombined_corrections(ctx: EpisodeContext, task: Task, *, samples: in
 
   Y1 are all first answers, also of samples that have no second one, Y2 all second answers; a third
   is cut off. `select` picks n of the pairs so that about half of the 2n are right. Rewards are
-  those of `correction_reward`. The log-probabilities of a spliced y2 are the policy's own behind its
-  new y1, so ratios begin at 1; the sample is still one that was drawn behind another y1.
+  those of `correction_reward`. The log-probabilities of a spliced y2 are the policy's own behind
+  its new y1, so ratios begin at 1; the sample is still one that was drawn behind another y1.
 
   Stage 1 trains second answers only. Stage 2 trains first ones too where both are right or both
   wrong, so that nothing teaches to answer wrongly first. A sample without correction is trained
@@ -130,8 +130,8 @@ def correction_reward(first_right: bool, second_right: bool | None, *, same: boo
                       first_formed: bool = True, second_formed: bool = True) -> float:
   """0.9 S + 0.1 F (Octopus, arXiv:2602.08503).
 
-  S of a correction is 1 for wrong to right, 0.75 for right twice, 0 for wrong twice, -0.25 for right
-  to wrong; at most 0.5 if both are the same text or the second is malformed, at most 0 if the first
+  S of a correction is 1 for wrong to right, 0.75 for right twice, 0 for wrong twice, -0.25 for
+  right to wrong; at most 0.5 if both are the same text or the second is malformed, at most 0 if the first
   is. Without correction (`second_right` is None) it is 0.5 if right, else -0.5. F is 1 for two
   well-formed answers, else 0.
   """

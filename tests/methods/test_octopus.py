@@ -101,7 +101,7 @@ def test_no_correction_to_recombine_repeats_samples():
 
 @pytest.mark.parametrize("right,counts,expected", [
     (2, dict(wc=9, cc=9, cw=9, ww=9), dict(wc=3, cc=3, cw=1, ww=1)),  # half is 3
-    (2, dict(wc=1, cc=9, cw=2, ww=1), dict(wc=1, cc=4, cw=2, ww=1)),  # 3 cc, both cw, ww, then 1 cc that is left
+    (2, dict(wc=1, cc=9, cw=2, ww=1), dict(wc=1, cc=4, cw=2, ww=1)),  # the last cc fills up
     (8, dict(wc=9, cc=9, cw=9, ww=9), dict(cw=1, ww=7)),
     (7, dict(wc=2, cc=0, cw=3, ww=2), dict(wc=2, cw=3, ww=2)),
     (0, dict(wc=1, cc=1, cw=0, ww=0), dict(wc=1, cc=1))])
