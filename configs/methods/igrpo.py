@@ -25,7 +25,9 @@ def get_config():
 def get_evidence():
   return dict(
       reported="mean of six maths sets 45.04, GRPO 41.08 (Nemotron-H-8B)",
-      warm={"data.task": dict(digits=3, answer_format="reversed", drafts=0.5)},
+      # A quarter of the questions come with a draft; copying those alone would reach 0.13.
+      warm={"data.task": dict(digits=3, answer_format="reversed", drafts=0.25),
+            "sft.until.at_least": 0.4, "sft.steps": 4000},
       overrides={"data.task": dict(digits=3, answer_format="reversed")},
       arms=dict(
           grpo=dict(config="configs/grpo.py"),
