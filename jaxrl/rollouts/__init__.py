@@ -15,3 +15,5 @@ from jaxrl.rollouts.planning import execute_distinct_plans
 from jaxrl.rollouts.planning import plan_then_execute
 from jaxrl.rollouts.refinement import draft_then_refine
 from jaxrl.rollouts.transfer import transferable_answers
+from jaxrl.rollouts.world_models import explain_transitions
+from jaxrl.rollouts.world_models import imagine_next_states

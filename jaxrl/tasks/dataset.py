@@ -19,11 +19,12 @@ from jaxrl.tasks import countdown
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import scratchpad_addition
 from jaxrl.tasks import sorting
+from jaxrl.tasks import transitions
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              corrected_addition=corrected_addition, countdown=countdown,
              modular_arithmetic=modular_arithmetic, scratchpad_addition=scratchpad_addition,
-             sorting=sorting)
+             sorting=sorting, transitions=transitions)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows
 
