@@ -6,6 +6,7 @@
 from jaxrl.advantages.baselines import center_by_batch
 from jaxrl.advantages.baselines import center_by_group
 from jaxrl.advantages.baselines import leave_one_out
+from jaxrl.advantages.certainty import weigh_by_certainty
 from jaxrl.advantages.constraints import constrain_divergence
 from jaxrl.advantages.contrast import contrast_halves
 from jaxrl.advantages.corrections import penalise_kl
@@ -21,3 +22,4 @@ from jaxrl.advantages.scales import scale_by_group_std
 from jaxrl.advantages.scales import whiten_tokens
 from jaxrl.advantages.segments import weigh_plans
 from jaxrl.advantages.values import gae
+from jaxrl.advantages.verdicts import weigh_verdicts
