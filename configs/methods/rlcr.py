@@ -45,8 +45,8 @@ def get_evidence():
       reported="HotpotQA accuracy / ECE 0.444 / 0.078, without confidence 0.460 / 0.540 (7B)",
       warm={"data.more": ("a",), "data.solution_template": config.data.solution_template,
             "rollout.max_tokens": config.rollout.max_tokens,
-            "reward.criteria": [dict(c) for c in config.reward.criteria],
-            "reward.max_failure_rate": 1.0},  # a model at its start states no confidence
+            "reward.criteria": [dict(config.reward.criteria[0])]},  # at its start it has no confidence
+      overrides={"reward.criteria": [dict(c) for c in config.reward.criteria]},
       arms=dict(rlvr=dict(config="configs/methods/rlcr.py:rlvr")),
       claims=[
           dict(text="confidences are calibrated", metric="late/ece", expect="lower",

@@ -7,8 +7,10 @@ from jaxrl.advantages.baselines import center_by_batch
 from jaxrl.advantages.baselines import center_by_group
 from jaxrl.advantages.baselines import leave_one_out
 from jaxrl.advantages.certainty import weigh_by_certainty
+from jaxrl.advantages.confidence_targets import target_confidence
 from jaxrl.advantages.constraints import constrain_divergence
 from jaxrl.advantages.contrast import contrast_halves
+from jaxrl.advantages.corrections import penalise_centred_kl
 from jaxrl.advantages.corrections import penalise_kl
 from jaxrl.advantages.corrections import truncate_importance
 from jaxrl.advantages.entropy_anchor import anchor_entropy

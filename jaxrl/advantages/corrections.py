@@ -42,6 +42,30 @@ def penalise_kl(batch: TokenBatch, rewards: Float[Array, "sequences"], *, beta: 
   return Credit(rewards - beta * total, metrics=metrics)
 
 
+@needs("logprobs", "reference_logprobs")
+def penalise_centred_kl(batch: TokenBatch, values: Float[Array, "sequences"], *, beta: float
+                        ) -> Credit:
+  """Ranks answers by their distance from the reference, and shifts none on the whole (T1,
+  arXiv:2501.11651).
+
+    k_i = sum_t log(policy(t) / reference(t)),    value_i = v_i - beta * (k_i - mean over the batch of k)
+
+  Args:
+    batch: supplies `signals["logprobs"]` of the policy that the batch began with, and
+      `signals["reference_logprobs"]`.
+    values: one per sequence, rewards or advantages; masked sequences get 0.
+    beta: coefficient.
+
+  Returns:
+    Credit of values whose sum is that of the values before; metric `centred_kl`, the mean of k.
+  """
+  scored = batch.sequence_mask
+  difference = log_ratio(batch, batch.signals["logprobs"], batch.signals["reference_logprobs"])
+  total = jnp.where(scored, sum_by_sequence(batch, difference), 0)
+  mean = jnp.sum(total) / jnp.maximum(jnp.sum(scored), 1)
+  return Credit(jnp.where(scored, values - beta * (total - mean), 0), metrics={"centred_kl": mean})
+
+
 @needs("logprobs")
 def truncate_importance(batch: TokenBatch, values: Float[Array, "..."], *, cap_at: float = 2.0,
                         level: str = "token") -> Credit:

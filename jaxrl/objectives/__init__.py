@@ -7,6 +7,7 @@ rows: `jaxrl.objectives.aggregate` weighs tokens, over the whole optimiser step,
 
 from jaxrl.objectives.anchored_answers import anchor_first_answers
 from jaxrl.objectives.anchored_entropy import anchored_entropy
+from jaxrl.objectives.confidence import confident_policy_gradient
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss
 from jaxrl.objectives.policy import clipped_surrogate
