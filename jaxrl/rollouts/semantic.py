@@ -101,6 +101,34 @@ def _answer(text, pattern):
   return matches[-1].strip() if matches else ""
 
 
+@compose.supplies(columns=("answer_id",))
+def number_answers(step: Step, *, judge: str | Mapping[str, Any] = "exact_match", pattern: str = ""
+                   ) -> list[Trajectory]:
+  """Says which answers of a group mean the same, for credit that votes.
+
+  Args:
+    step: the batch.
+    judge, pattern: as in `semantic_frequency`.
+
+  Returns:
+    The trajectories with `columns["answer_id"]`: the cluster within the group, counted from 0 in
+    order of appearance, and -1 for answers that are empty or not scored, which do not vote.
+
+  Raises:
+    ValueError: a pattern without exactly one group.
+  """
+  _check(pattern, 0, 1, 0, who="number_answers")
+  criterion = compose.build(judge, rewards, where="number_answers.judge")
+  found: dict[int, int] = {}
+  for group in step.groups():
+    members = [t for t in group if t.scored]
+    answers = [_answer(t.text, pattern) for t in members]
+    ids = clusters(answers, _relation(criterion, step.tasks, members, answers))
+    found |= {id(t): k if answer else -1 for t, k, answer in zip(members, ids, answers)}
+  return [dataclasses.replace(t, columns={**t.columns, "answer_id": float(found.get(id(t), -1))})
+          for t in step.trajectories]
+
+
 def _relation(criterion, tasks, members, answers):
   def same(first, other):
     if answers[first] == answers[other]:
@@ -116,14 +144,14 @@ def _mean(values):
   return math.fsum(values) / len(values)
 
 
-def _check(pattern, min_entropy, max_entropy, min_confidence):
+def _check(pattern, min_entropy, max_entropy, min_confidence, who="semantic_frequency"):
   try:
     groups = re.compile(pattern).groups
   except re.error as error:
-    raise ValueError(f"semantic_frequency: pattern={pattern!r} is not a regular expression: {error}"
+    raise ValueError(f"{who}: pattern={pattern!r} is not a regular expression: {error}"
                      ) from error
   if pattern and groups != 1:
-    raise ValueError(f"semantic_frequency: pattern={pattern!r} has {groups} groups; it needs "
+    raise ValueError(f"{who}: pattern={pattern!r} has {groups} groups; it needs "
                      "exactly one, around the answer; write others as (?:...)")
   if not min_entropy < max_entropy or not 0 <= min_confidence <= 1:
     raise ValueError(f"semantic_frequency: no group passes min_entropy={min_entropy}, max_entropy="
