@@ -10,6 +10,8 @@ from jaxrl.objectives.anchored_entropy import anchored_entropy
 from jaxrl.objectives.confidence import confident_policy_gradient
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss
+from jaxrl.objectives.next_tokens import next_tokens
+from jaxrl.objectives.imitation import imitate_marked
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
 from jaxrl.objectives.policy import reinforce

@@ -1,0 +1,159 @@
+"""Annealed-RLVR: the trigger, what is remembered, the batch while heating, and the term."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl import compose, objectives
+from jaxrl import config as configs
+from jaxrl.batch import ModelOutputs, Task, Trajectory, pack
+from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
+from jaxrl.rollouts import edits
+from jaxrl.rollouts.annealing import heat_once, is_worst_moment
+
+CURVE = [1 - np.exp(-i / 8) for i in range(60)]  # fast, then slow
+VALLEY = [10 - 0.3 * min(i, 20) + 0.2 * max(i - 20, 0) for i in range(60)]  # shortest at update 20
+
+
+def test_the_moment_is_a_minimum_that_has_passed_at_the_knee_of_the_reward():
+  found = [i for i in range(1, 60) if is_worst_moment(CURVE[:i], VALLEY[:i], 5, 0.5)]
+  assert found[0] == 26  # 5 updates behind the 21st average
+  rising = list(np.arange(60) / 60)  # no knee
+  assert not any(is_worst_moment(rising[:i], VALLEY[:i], 5, 0.5) for i in range(1, 60))
+  shrinking = list(np.arange(60, 0, -1.0))  # no minimum yet
+  assert not any(is_worst_moment(CURVE[:i], shrinking[:i], 5, 0.5) for i in range(1, 60))
+  assert not is_worst_moment([0.0] * 40, VALLEY[:40], 5, 0.5), "nothing was ever gained"
+
+
+def sample(question, right, *, length=3, group=0, scored=True):
+  tokens = [7, 7, *range(length)]
+  return Trajectory(tokens, [False, False] + [True] * length, [0, 0] + [-0.5] * length, group=group,
+                    reward=float(right), scored=scored, task_id=question, prompt_length=2,
+                    text="x" * length, finish="stop")
+
+
+TASKS = {q: Task(id=q, prompt=[7, 7], question=q) for q in "abcd"}
+
+
+def play(memory, index, group, **options):
+  step = edits.Step(list(group), TASKS, index, memory, {})
+  return heat_once(step, **options), step.metrics
+
+
+def first_batch():
+  """a: 1 of 8 right, b: 4 of 8, c: never, d: 1 of 8, by a longer answer too."""
+  return ([sample("a", i == 0, group=0) for i in range(8)]
+          + [sample("b", i < 4, group=1) for i in range(8)]
+          + [sample("c", False, group=2) for i in range(8)]
+          + [sample("d", i == 3, group=3, length=4) for i in range(8)]
+          + [sample("c", True, group=2, scored=False)])
+
+
+def test_hard_questions_with_a_known_answer_are_imitated_for_so_many_updates():
+  memory = {}
+  found, metrics = play(memory, 0, first_batch(), at=1, updates=2, examples=5)
+  assert len(found) == 33 and all(t.columns == {"imitate": 0.0} for t in found)
+  assert metrics["heating"] == 0 and metrics["hard_questions"] == 2
+  memory = json.loads(json.dumps(memory))  # as a checkpoint keeps it
+  found, metrics = play(memory, 1, first_batch(), at=1, updates=2, examples=5)
+  assert metrics["heating"] == 1
+  assert sorted(t.task_id for t in found) == ["a", "d"], "not b, which goes well, nor c, unsolved"
+  assert all(t.columns["imitate"] == 1 and t.scored for t in found)
+  assert len({t.group for t in found}) == 2
+  for t in found:
+    assert t.loss_mask.tolist() == [False, False] + [True] * (len(t.tokens) - 2)
+  assert play(memory, 2, first_batch(), at=1, updates=2)[1]["heating"] == 1
+  assert play(memory, 3, first_batch(), at=1, updates=2)[1]["heating"] == 0, "once and no more"
+
+
+def test_examples_go_round_and_a_question_that_is_learned_is_left():
+  memory = {}
+  play(memory, 0, first_batch(), at=1, updates=9, examples=1)
+  turns = [play(memory, i, first_batch(), at=1, updates=9, examples=1)[0][0].task_id for i in (1, 2, 3)]
+  assert turns[0] == turns[2] != turns[1]
+  better = [sample("a", True) for _ in range(200)] + first_batch()
+  found, metrics = play(memory, 4, better, at=1, updates=9, examples=4)
+  assert [t.task_id for t in found] == ["d"] and metrics["hard_questions"] == 1
+
+
+def test_nothing_to_imitate_is_no_heating():
+  found, metrics = play({}, 5, [sample("c", False) for _ in range(4)], at=0)
+  assert len(found) == 4 and metrics["heating"] == 0
+
+
+@pytest.mark.parametrize("options", [dict(updates=0), dict(examples=0), dict(patience=0),
+                                     dict(smoothing=1.0)])
+def test_numbers_out_of_range_are_refused(options):
+  with pytest.raises(ValueError, match="heat_once"):
+    play({}, 0, first_batch(), **options)
+
+
+def test_the_term_is_the_likelihood_of_examples_and_leaves_samples_alone():
+  rng = np.random.default_rng(0)
+  made = [Trajectory(rng.integers(0, 9, n + 1), [False] + [True] * n, group=g, reward=r,
+                     columns={"imitate": float(mark)})
+          for n, g, r, mark in ((3, 0, 1.0, 0), (2, 0, 0.0, 0), (4, 1, 0.0, 1), (1, 2, 0.0, 1))]
+  batch = pack(made, row_length=8)
+  logprobs = jnp.asarray(-rng.exponential(1.0, batch.tokens.shape), jnp.float32)
+  objective = sum_of_terms([functools.partial(objectives.imitate_marked, coefficient=0.5)])
+
+  def loss(logprobs):
+    return objective(ModelOutputs(logprobs=logprobs), batch, loss_weights(batch, "token_mean"),
+                     mean_weights(batch))
+  (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+  marked = np.zeros(batch.tokens.shape, bool)
+  for i in (2, 3):
+    marked |= (np.asarray(batch.sequence_ids) == i) & np.asarray(batch.loss_mask)
+  assert marked.sum() == 5
+  total = -np.asarray(logprobs, np.float64)[marked].sum() / 10
+  assert float(value) == pytest.approx(0.5 * total, rel=1e-6)
+  assert float(metrics["imitation"]) == pytest.approx(total, rel=1e-6)
+  np.testing.assert_allclose(gradient, np.where(marked, -0.05, 0), rtol=1e-6)
+  with pytest.raises(ValueError, match="heat_once"):
+    objectives.imitate_marked(ModelOutputs(logprobs=logprobs), batch.replace(columns={}))
+
+
+def test_a_walk_on_a_random_graph_learns_in_two_stages():
+  """CoNet in miniature: softmax walks on a regular graph, one answer node for each question; the
+  success rate rises fast, then slowly, and the walks that succeed get shorter."""
+  rng = np.random.default_rng(1)
+  n, degree, questions = 60, 6, 8
+  edges = np.stack([rng.permutation(n) for _ in range(degree)], axis=1)
+  logits = np.zeros((n, degree))
+  starts, answers = rng.integers(0, n, questions), rng.integers(0, n, questions)
+  rewards, lengths = [], []
+  for _ in range(250):
+    hits, steps, gradient = [], [], np.zeros_like(logits)
+    for start, answer in zip(starts, answers):
+      group = []
+      for _ in range(16):
+        node, path = start, []
+        while len(path) < 25 and node != answer:
+          p = np.exp(logits[node] - logits[node].max())
+          p /= p.sum()
+          k = rng.choice(degree, p=p)
+          path.append((node, k, p))
+          node = edges[node, k]
+        group.append((float(node == answer), path))
+      mean = np.mean([r for r, _ in group])
+      for r, path in group:
+        hits.append(r)
+        steps += [len(path)] * int(r)
+        for node, k, p in path:
+          gradient[node] += (r - mean) / 16 * ((np.arange(degree) == k) - p)
+    logits += gradient
+    rewards.append(np.mean(hits))
+    lengths.append(np.mean(steps) if steps else 25.0)
+  early, middle, late = (np.mean(rewards[a:b]) for a, b in ((0, 10), (90, 110), (230, 250)))
+  assert middle - early > 3 * abs(late - middle) and late > 0.9
+  assert np.mean(lengths[230:]) < np.mean(lengths[:20])
+
+
+def test_the_config_builds():
+  config = configs.to_dict(configs.load("configs/methods/annealed_rlvr.py"))
+  edit = compose.build(config["rollout"]["edits"][0], edits)
+  assert compose.supplied_by(edit) == ((), ("imitate",))
