@@ -24,5 +24,6 @@ from jaxrl.advantages.scales import scale_by_group_std
 from jaxrl.advantages.scales import whiten_tokens
 from jaxrl.advantages.segments import weigh_plans
 from jaxrl.advantages.self_scoring import score_by_confidence
+from jaxrl.advantages.stored import stored_advantages
 from jaxrl.advantages.values import gae
 from jaxrl.advantages.verdicts import weigh_verdicts

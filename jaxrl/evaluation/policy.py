@@ -86,11 +86,13 @@ def is_correct(trajectory: Trajectory, criterion: str) -> bool:
 
 def sample_rows(trajectories: Sequence[Trajectory], tasks: Mapping[str, Task],
                 **more: Sequence[Any]) -> list[dict[str, Any]]:
-  """What a run writes down about trajectories, one JSON-able row each."""
+  """What a run writes down about trajectories, one JSON-able row each; those of tasks that are not
+  there, replayed from earlier batches, without question and answer."""
   rows = []
   for i, t in enumerate(trajectories):
+    task = tasks.get(t.task_id)
     rows.append(dict(
-        task=t.task_id, prompt=tasks[t.task_id].question, answer=tasks[t.task_id].answer,
+        task=t.task_id, prompt=task.question if task else None, answer=task.answer if task else None,
         completion=t.text, finish=t.finish, tokens=len(t.tokens) - t.prompt_length,
         reward=t.reward if t.scored else None,
         criteria={name: dataclasses.asdict(c) for name, c in t.evidence.items()},
