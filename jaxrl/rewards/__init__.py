@@ -8,6 +8,7 @@ worker processes load it.
 
 from jaxrl.rewards.aggregate import product_gate, weighted_sum
 from jaxrl.rewards.confidence import brier, confidence, correct_and_formed, well_formed
+from jaxrl.rewards.continuations import continues_text
 from jaxrl.rewards.criterion import Criterion, declare, failed, ok, unscorable
 from jaxrl.rewards.numeric import numeric_answer
 from jaxrl.rewards.scorer import RewardFailure, Scored, Scorer

@@ -1,4 +1,5 @@
-"""Addition of two numbers: `123+456=` -> `579`, and `589=123+456=` where a draft comes first."""
+"""Addition of two numbers: `123+456=` -> `579`; with a draft in front, `589=123+456=`; or as a question
+about an answer, `123+456=589+` -> `0`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from jaxrl.tasks import knobs
 
 
 def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "plain",
-           drafts: float = 0.0) -> dict[str, Any]:
+           drafts: float = 0.0, verdicts: float = 0.0) -> dict[str, Any]:
   """Two operands, each uniform over the numbers of exactly `digits` digits.
 
   Args:
@@ -18,18 +19,24 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
     answer_format: how the sum is written, `plain` (579) or `reversed` (975: each digit then depends
       on operand digits and one carry only, which a small model learns sooner).
     drafts: share of questions that begin with somebody's answer, wrong in a digit as often as right.
+    verdicts: share of questions, among the others, that end with such an answer and want to know
+      whether it is right, 1, or not, 0.
   """
   knobs.integer("digits", digits, 1, 18)
   if answer_format not in ("plain", "reversed"):
     raise ValueError(f"answer_format={answer_format!r}: use 'plain' or 'reversed'")
-  if isinstance(drafts, bool) or not isinstance(drafts, (int, float)) or not 0 <= drafts <= 1:
-    raise ValueError(f"drafts={drafts!r}: use a share from 0 to 1")
+  for name, share in (("drafts", drafts), ("verdicts", verdicts)):
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+      raise ValueError(f"{name}={share!r}: use a share from 0 to 1")
   smallest = 10 ** (digits - 1) if digits > 1 else 0
   a, b = (int(x) for x in rng.integers(smallest, 10 ** digits, size=2))
   answer = _written(a + b, answer_format)
   question = f"{a}+{b}="
   if drafts and rng.random() < drafts:
     question = f"{_draft(rng, answer)}={question}"
+  elif verdicts and rng.random() < verdicts:
+    draft = _draft(rng, answer)
+    question, answer = f"{question}{draft}+", str(int(draft == answer))
   return dict(question=question, answer=answer, solution=answer, a=a, b=b,
               answer_format=answer_format)
 
@@ -44,7 +51,9 @@ def _draft(rng, answer):
 
 
 def check(row: Mapping[str, Any], completion: str) -> bool:
-  """Whether the completion is the sum, written in the row's format."""
+  """Whether the completion is the sum, written in the row's format, or the verdict that is asked for."""
+  if row["question"].endswith("+"):
+    return completion.strip() == row["answer"]
   return completion.strip() == _written(row["a"] + row["b"], row["answer_format"])
 
 

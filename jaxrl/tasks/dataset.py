@@ -17,14 +17,17 @@ from jaxrl.tasks import copying
 from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
 from jaxrl.tasks import modular_arithmetic
+from jaxrl.tasks import repeated_addition
 from jaxrl.tasks import scratchpad_addition
+from jaxrl.tasks import series
 from jaxrl.tasks import sorting
 from jaxrl.tasks import transitions
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              corrected_addition=corrected_addition, countdown=countdown,
-             modular_arithmetic=modular_arithmetic, scratchpad_addition=scratchpad_addition,
-             sorting=sorting, transitions=transitions)
+             modular_arithmetic=modular_arithmetic, repeated_addition=repeated_addition,
+             scratchpad_addition=scratchpad_addition, series=series, sorting=sorting,
+             transitions=transitions)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows
 
