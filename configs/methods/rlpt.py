@@ -1,4 +1,4 @@
-"""RLPT: segments of documents are predicted, and the document says what is right (arXiv:2509.19249).
+"""RLPT: segments of documents are predicted, and the document is the judge (arXiv:2509.19249).
 
 Changes in GRPO the episode (`rollouts.predict_segments`: half of the documents are continued, half
 have a gap filled) and the reward (`rewards.continues_text`: a prediction may go on through the next
@@ -7,10 +7,10 @@ GPQA-Diamond 31.3 -> 39.4, AIME24 20.6 -> 27.2 from its cold start. Small-scale 
 tests/methods/test_rlpt.py.
 
 The judge is a comparison of strings. lambda and the number of segments in the reference are not
-stated: 0.5, on the loss of gaps, and 3. The toy's documents are task:series, 123+456+579+035+..., in
-which every term is the sum of the two before; 123+456+ is continued 975=579, thought, tag and
-prediction, and 123+456+=035+ is the same with the gap in front of 035. The cold start predicts one to
-three terms. The first two terms, which nothing determines, are no targets.
+stated: 0.5, on the loss of gaps, and 3. The toy's documents are task:series, 123+456+579+035+...+,
+in which every term is the sum of the two before; 123+456+ is continued 975=579, thought, tag and
+prediction, and 123+456+=035+ is the same with the gap in front of 035. The cold start predicts one
+to three terms. The first two terms, which nothing determines, are no targets.
 """
 
 from configs import grpo

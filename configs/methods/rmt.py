@@ -7,12 +7,12 @@ easy / medium / hard / mean, 76.9 / 55.8 / 44.6 / 59.1 against 48.7 / 35.8 / 23.
 (Qwen3-14B). Small-scale check: tests/methods/test_rmt.py.
 
 Read in two digests. Choices made: entropies of the policy that the phase began with, estimated by
-samples; tiers by terciles over recent texts; p1, p2, the weight of the length and its largest reward
-are the episode's defaults; lambda multiplies the mean over a text, not the sum. The toy's texts are
-task:repeated_addition, 12+34=46+34=80, of which tokens behind the first "=" are thought about:
-12+34=4++3= states a budget of 3 and is answered 640=6. Budgets shrink from 6 to 3 (the paper: 800 to
-160), as sums have up to three digits. The warm start has seen thoughts that miss their budget by up
-to two tokens, and texts alone.
+samples; tiers by terciles over recent texts; p1, p2, the weight of the length and its largest
+reward are the episode's defaults; lambda multiplies the mean over a text, not the sum. The toy's
+texts are task:repeated_addition, 12+34=46+34=80, of which tokens behind the first "=" are thought
+about: 12+34=4++3= states a budget of 3 and is answered 640=6. Budgets shrink from 6 to 3 (the
+paper: 800 to 160), as sums have up to three digits. The warm start has seen thoughts that miss
+their budget by up to two tokens, and texts alone.
 """
 
 from configs import grpo

@@ -8,7 +8,8 @@ from jaxrl.objectives.aggregate import TermOutput
 TEXT = 4  # `tag_ids` of such texts, as `rollouts.predict_tokens` gives them
 
 
-def next_tokens(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: float = 0.1) -> TermOutput:
+def next_tokens(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: float = 0.1
+                ) -> TermOutput:
   """Next-token prediction of texts in a batch of rollouts (RMT, arXiv:2509.24375).
 
     loss_t = -coefficient * log pi(t) at t where `tag_ids` are 4, else 0

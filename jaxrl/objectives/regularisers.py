@@ -2,15 +2,15 @@
 
 import jax.numpy as jnp
 
-from jaxrl.batch import ModelOutputs, TokenBatch
+from jaxrl.batch import ModelOutputs, TokenBatch, to_tokens
 from jaxrl.compose import needs
 from jaxrl.log_ratio import kl_estimate, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 
 
 @needs("reference_logprobs")
-def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str = "k3"
-       ) -> TermOutput:
+def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str = "k3",
+       weight: str = "") -> TermOutput:
   """Penalty `beta * KL(policy || reference)`, estimated at the sampled token (Schulman, 2020).
 
   With d = log policy(t) - log reference(t) and t sampled from the policy:
@@ -30,13 +30,24 @@ def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str 
     batch: supplies `signals["reference_logprobs"]`.
     beta: coefficient.
     estimator: "k1", "k2" or "k3".
+    weight: column of sequences that multiplies `beta`, such as how hard their problem is; empty is
+      none.
 
   Returns:
     Loss per token; metric `kl`, the estimate before `beta`.
+
+  Raises:
+    ValueError: no such column.
   """
   difference = log_ratio(batch, outputs.logprobs, batch.signals["reference_logprobs"])
   estimate = kl_estimate(difference, estimator)
-  return beta * estimate, {"kl": estimate}
+  if not weight:
+    return beta * estimate, {"kl": estimate}
+  if weight not in batch.columns:
+    raise ValueError(f"kl: weight={weight!r} is none of the batch's columns, "
+                     f"{', '.join(batch.columns) or 'of which there are none'}; episodes and edits "
+                     "supply columns")
+  return beta * to_tokens(batch, batch.columns[weight]) * estimate, {"kl": estimate}
 
 
 @needs("entropy")

@@ -87,14 +87,14 @@ def opening(ctx: EpisodeContext, task: Task) -> list[int]:
   """The tokens of a prompt in front of its question, such as BOS.
 
   Raises:
-    ValueError: the prompt does not end with the question, because a template or chat goes around it.
+    ValueError: the prompt does not end with the question, as a template or chat goes around it.
   """
   question = ctx.encode(task.question)
   start = len(task.prompt) - len(question)
   if start < 0 or task.prompt[start:] != question:
-    raise ValueError(f"the prompt of task {task.id!r} does not end with its question, but a document "
-                     "has prompts of its own: leave config.data.chat off and prompt_template as it "
-                     "is")
+    raise ValueError(f"the prompt of task {task.id!r} does not end with its question, but "
+                     "documents have prompts of their own: leave config.data.chat off and prompt_template "
+                     "as it is")
   return task.prompt[:start]
 
 

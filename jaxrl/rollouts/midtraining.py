@@ -43,7 +43,7 @@ async def predict_tokens(ctx: EpisodeContext, task: Task, *, samples: int, bound
   Tiers are the terciles of H_pos, the entropy of the frozen reference at each token, over the texts
   so far (`remember_difficulty`), at first over the text itself. H_pos is estimated without bias by
   the mean -log p of `probes` samples of a token. The other tokens are for `objectives.next_tokens`,
-  which under the aggregation "sequence_mean" adds the mean over them to that of the policy gradient.
+  which adds the mean over them to that of the policy gradient under aggregation "sequence_mean".
 
   Args:
     ctx: serves samples, scores and log-probabilities; `config.rollout.templates` has a "think" of
@@ -121,7 +121,7 @@ def remember_difficulty(step: Step, *, window: int = 4096) -> list[Trajectory]:
   if window < 1:
     raise ValueError(f"remember_difficulty: window={window}; keep at least 1 token")
   if any(KEY not in t.signals for t in step.trajectories):
-    raise ValueError("remember_difficulty reads what the episode predict_tokens measures: name that "
+    raise ValueError("remember_difficulty reads what the episode predict_tokens measures: name it "
                      "in config.rollout.episode")
   new = [t.signals[KEY][t.signals[KEY] != UNMEASURED] for t in step.trajectories]
   kept = np.concatenate([np.asarray(step.memory.get(KEY, ()), np.float32), *new])[-window:]
@@ -139,8 +139,9 @@ def budget_at(step: int, steps: int, *, budget: int, smallest: int, shrink: floa
     ValueError: budgets that are not 1 <= smallest <= budget, or a shrink not in (0, 1].
   """
   if steps < 1 or not 1 <= smallest <= budget or not 0 < shrink <= 1:
-    raise ValueError(f"predict_tokens: budget={budget}, smallest={smallest}, shrink={shrink}, steps="
-                     f"{steps}; use 1 <= smallest <= budget, 0 < shrink <= 1, and at least 1 step")
+    raise ValueError(f"predict_tokens: budget={budget}, smallest={smallest}, shrink={shrink}, "
+                     f"steps={steps}; use 1 <= smallest <= budget, 0 < shrink <= 1, and at least "
+                     "1 step")
   # The addend takes 7 * 1 / 7 and the like for what they are.
   return max(smallest, math.floor(budget * shrink ** min(step / steps, 1.0) + 1e-9))
 
@@ -165,7 +166,7 @@ def tier_probabilities(step: int, steps: int, *, early: Sequence[float], late: S
 
 
 def length_reward(length: int, budget: int, largest: float = 1.0) -> float:
-  """A triangle over the length of a thought: 0 at 0, `largest` at the budget, 0 from twice it on."""
+  """A triangle over the length of a thought: 0 at 0, `largest` at the budget, 0 from twice that."""
   return largest * max(0.0, 1.0 - abs(length / budget - 1.0))
 
 

@@ -1,5 +1,5 @@
-"""Addition of two numbers: `123+456=` -> `579`; with a draft in front, `589=123+456=`; or as a question
-about an answer, `123+456=589+` -> `0`."""
+"""Addition of two numbers: `123+456=` -> `579`; with a draft in front, `589=123+456=`; as a question
+about an answer, `123+456=589+` -> `0`; or to be put in other words, `=123+456=` -> `456+123=`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jaxrl.tasks import knobs
 
 
 def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "plain",
-           drafts: float = 0.0, verdicts: float = 0.0) -> dict[str, Any]:
+           drafts: float = 0.0, verdicts: float = 0.0, rewrites: float = 0.0) -> dict[str, Any]:
   """Two operands, each uniform over the numbers of exactly `digits` digits.
 
   Args:
@@ -21,11 +21,12 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
     drafts: share of questions that begin with somebody's answer, wrong in a digit as often as right.
     verdicts: share of questions, among the others, that end with such an answer and want to know
       whether it is right, 1, or not, 0.
+    rewrites: share of questions, among the others, that want another question with the same answer.
   """
   knobs.integer("digits", digits, 1, 18)
   if answer_format not in ("plain", "reversed"):
     raise ValueError(f"answer_format={answer_format!r}: use 'plain' or 'reversed'")
-  for name, share in (("drafts", drafts), ("verdicts", verdicts)):
+  for name, share in (("drafts", drafts), ("verdicts", verdicts), ("rewrites", rewrites)):
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
       raise ValueError(f"{name}={share!r}: use a share from 0 to 1")
   smallest = 10 ** (digits - 1) if digits > 1 else 0
@@ -37,6 +38,8 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
   elif verdicts and rng.random() < verdicts:
     draft = _draft(rng, answer)
     question, answer = f"{question}{draft}+", str(int(draft == answer))
+  elif rewrites and rng.random() < rewrites:
+    question, answer = f"={question}", f"{b}+{a}="
   return dict(question=question, answer=answer, solution=answer, a=a, b=b,
               answer_format=answer_format)
 
@@ -51,8 +54,9 @@ def _draft(rng, answer):
 
 
 def check(row: Mapping[str, Any], completion: str) -> bool:
-  """Whether the completion is the sum, written in the row's format, or the verdict that is asked for."""
-  if row["question"].endswith("+"):
+  """Whether the completion is the sum, written in the row's format, or the verdict or the
+  question that is asked for."""
+  if row["question"].endswith("+") or row["question"].startswith("="):
     return completion.strip() == row["answer"]
   return completion.strip() == _written(row["a"] + row["b"], row["answer_format"])
 

@@ -44,7 +44,7 @@ def sample(rng: np.random.Generator, *, digits: int = 3, terms: int = 6, missing
     question += f"={written[at + 1]}+"
   rest = written[at:]
   shown = rest[:int(rng.integers(1, most + 1))]
-  return dict(question=question, answer="+".join(rest), document="+".join(written),
+  return dict(question=question, answer="+".join(rest), document="".join(f"{x}+" for x in written),
               solution=f"{rest[0][::-1]}={'+'.join(shown)}", first=series[:2], digits=digits)
 
 

@@ -40,8 +40,8 @@ def play(documents, texts=("x", "y"), steps=1, **options):
   options = dict(dict(segments=WORD, field="text"), **options)
   scorer = Scorer.from_config(dict(criteria=[dict(
       name="continues_text", label="prefix", pattern=r"(?:.*:)?(.+)", segments=WORD)]))
-  made = Rollouts(functools.partial(rollouts.predict_segments, samples=len(texts), **options), policy,
-                  Characters(), scorer, templates=TEMPLATES, max_failure_rate=0.0,
+  made = Rollouts(functools.partial(rollouts.predict_segments, samples=len(texts), **options),
+                  policy, Characters(), scorer, templates=TEMPLATES, max_failure_rate=0.0,
                   sampling=SamplingParams(max_tokens=30))
   problems = [Task(id=str(i), prompt=[2, *map(ord, "ask?")], question="ask?", solution="me",
                    row=dict(text=text))
@@ -178,10 +178,10 @@ def test_the_toy_s_series_are_sums_and_no_cycle_is_in_two_splits():
   for split in ("train", "validation", "test"):
     data = tasks.open_task("series", split=split, size=60, seed=1, digits=2, missing=0.5)
     for row in data:
-      terms = list(map(int, row["document"].split("+")))
+      terms = list(map(int, row["document"].removesuffix("+").split("+")))
       assert all((a + b) % 100 == c for a, b, c in zip(terms, terms[1:], terms[2:]))
       context = row["question"].partition("=")[0]
-      assert row["document"] == context + row["answer"]
+      assert row["document"] == context + row["answer"] + "+"
       thought, _, shown = row["solution"].partition("=")
       assert row["answer"].startswith(shown) and thought == row["answer"][:2][::-1]
       if "=" in row["question"]:
@@ -191,6 +191,27 @@ def test_the_toy_s_series_are_sums_and_no_cycle_is_in_two_splits():
         pair = pair[1], sum(pair) % 100
         smallest = min(smallest, pair)
       assert cycles.setdefault(smallest, split) == split
+
+
+def test_what_the_toy_asks_in_evaluations_is_what_the_episode_asks():
+  config = configs.load("configs/methods/rlpt.py")
+  data = tasks.open_task("series", split="train", size=100, seed=0, **config.data.task.to_dict())
+  policy = Parrot(["7=7"])
+  scorer = Scorer.from_config(configs.to_dict(config.reward))
+  options = {**configs.to_dict(config.rollout.episode), "samples": 1}
+  del options["name"]
+  made = Rollouts(functools.partial(rollouts.predict_segments, **options), policy, Characters(),
+                  scorer, templates=config.rollout.templates.to_dict(), max_failure_rate=0.0,
+                  sampling=SamplingParams(max_tokens=16))
+  shape = lambda text: re.sub(r"\d", "0", text)
+  made.run({"params": None}, [Task(id=row["id"], prompt=[2, *map(ord, row["question"])],
+                                   question=row["question"], row=row) for row in data],
+           base_key=None)
+  scorer.close()
+  asked, own = (collections.Counter(map(shape, texts)) for texts in (
+      [text[1:] for text in policy.asked], [row["question"] for row in data]))
+  assert set(asked) == set(own) and len(own) == 6
+  assert all(abs(asked[k] - own[k]) < 20 for k in own)
 
 
 def test_the_config_builds_and_rewards_the_toy_s_own_solutions():

@@ -103,7 +103,7 @@ CHOICES = dict(zip(DOCUMENT, [1, 1, 1, 1, 2, 2, 2, 8, 8, 8]))
 
 
 class Reader:
-  """Reference and policy as tables: both ask about the document, the policy answers thoughts too."""
+  """Reference and policy as tables: both read the document, the policy thinks too."""
 
   def __init__(self, completions):
     self.completions, self.probed, self.thought = completions, [], []
@@ -144,8 +144,8 @@ def play(completions=("xxx=*", "x=!", "xxxxxx"), step=0, tasks=200, memory=None,
   options = dict(dict(SETTINGS, budget=3, shrink=1.0, steps=10, boundary="=", probes=2,
                       first=0, field="text"), **options)
   made = Rollouts(functools.partial(rollouts.predict_tokens, samples=len(completions), **options),
-                  reader, Characters(), judge, templates=dict(think="<{budget}>"), likelihood=reader,
-                  max_failure_rate=0.0, sampling=SamplingParams(max_tokens=9))
+                  reader, Characters(), judge, templates=dict(think="<{budget}>"),
+                  likelihood=reader, max_failure_rate=0.0, sampling=SamplingParams(max_tokens=9))
   made.memory.update(memory or {})
   problems = [Task(id=str(i), prompt=[2, *map(ord, "ask")], question="ask", row=dict(text=DOCUMENT))
               for i in range(tasks)]
