@@ -93,8 +93,8 @@ def opening(ctx: EpisodeContext, task: Task) -> list[int]:
   start = len(task.prompt) - len(question)
   if start < 0 or task.prompt[start:] != question:
     raise ValueError(f"the prompt of task {task.id!r} does not end with its question, but "
-                     "documents have prompts of their own: leave config.data.chat off and prompt_template "
-                     "as it is")
+                     "documents have prompts of their own: leave config.data.chat off, and "
+                     "prompt_template as it is")
   return task.prompt[:start]
 
 
