@@ -161,6 +161,7 @@ class ModelOutputs:
   entropy: Float[Array, "rows length"] | None = None  # of the distribution that tokens[t] is from
   hidden: Float[Array, "rows length width"] | None = None  # final hidden state at tokens[t]
   values: Float[Array, "rows length"] | None = None  # value of the state before tokens[t]
+  action_values: Float[Array, "rows length"] | None = None  # the same head, read at tokens[t]
   scores: Float[Array, "rows length heads"] | None = None  # scalar heads read at tokens[t]
   # Of the distribution that tokens[t] is from, by name: see `models.distributions`.
   distribution: dict[str, Float[Array, "rows length"]] = flax.struct.field(default_factory=dict)

@@ -16,6 +16,7 @@ from jaxrl.advantages.corrections import truncate_importance
 from jaxrl.advantages.entropy_anchor import anchor_entropy
 from jaxrl.advantages.entropy_modulation import modulate_by_entropy
 from jaxrl.advantages.hidden_rank import favour_hidden_rank
+from jaxrl.advantages.inverse import inverse_rewards
 from jaxrl.advantages.modes import compare_modes
 from jaxrl.advantages.modes import favour_direct_mode
 from jaxrl.advantages.risk import risk_seeking

@@ -18,7 +18,9 @@ from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.logprobs import token_logprobs
 
 DIVERGENCE = "reference_kl"  # the signal of two models
-MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "scores", *distributions.SIGNALS)
+MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "action_values", "scores",
+                 *distributions.SIGNALS)
+VALUES = ("values", "action_values")  # of the critic, if the config has one
 VALUE_HEAD = "value"  # of `heads_on_top`; the others are scores
 
 
@@ -74,6 +76,7 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
       `entropy`: of the distribution that tokens[t] is drawn from, in nats; differentiable.
       `hidden`: final hidden state at tokens[t].
       `values`: the head `value` read just before tokens[t].
+      `action_values`: the head `value` read at tokens[t], which knows the token.
       `scores`: all other heads read at tokens[t], in the order of the config.
       `reference_kl`: KL(policy || reference) over the whole vocabulary.
       those of `models.distributions`: of the distribution that tokens[t] is drawn from.
@@ -113,13 +116,15 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     found[DIVERGENCE] = distributions.divergence(
         before, vocabulary, other, decoder.apply(reference, method="vocabulary"), **how)
   outputs = outputs.replace(distribution={k: jnp.where(predicted, x, 0) for k, x in found.items()})
-  if "values" in signals:
-    critic, critic_params, state = decoder, params, before
+  if set(VALUES) & set(signals):
+    critic, critic_params, states = decoder, params, (before, hidden)
     if config.critic:
       critic, critic_params = Decoder(critic_of(config)), {"params": params["critic"]}
-      _, state = _hidden_states(critic, critic_params, batch)
-    values = critic.apply(critic_params, VALUE_HEAD, state, method="head")[..., 0]
-    outputs = outputs.replace(values=jnp.where(predicted, values, 0))
+      states = _hidden_states(critic, critic_params, batch)[::-1]
+    for name, state in zip(VALUES, states):
+      if name in signals:
+        values = critic.apply(critic_params, VALUE_HEAD, state, method="head")[..., 0]
+        outputs = outputs.replace(**{name: jnp.where(predicted, values, 0)})
   if "scores" in signals:
     scores = [decoder.apply(params, name, hidden, method="head")
               for name, _ in config.heads_on_top if name != VALUE_HEAD]
@@ -170,8 +175,9 @@ def _check_signals(config, signals):
     if not is_signal(name):
       raise ValueError(f"a model has no signal {name!r}{nearest(name, MODEL_SIGNALS)}")
   heads = [name for name, _ in config.heads_on_top]
-  if "values" in signals and VALUE_HEAD not in heads and not config.critic:
-    raise ValueError(f"signal 'values' needs a value head, but config.model.heads_on_top={heads}: "
+  wanted = sorted(set(VALUES) & set(signals))
+  if wanted and VALUE_HEAD not in heads and not config.critic:
+    raise ValueError(f"signal {wanted[-1]!r} needs a value head, but config.model.heads_on_top={heads}: "
                      f"add ({VALUE_HEAD!r}, 1) to config.model.heads_on_top, or set "
                      "config.model.critic for a critic of its own")
   if "scores" in signals and not set(heads) - {VALUE_HEAD}:

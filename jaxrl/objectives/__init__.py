@@ -12,6 +12,7 @@ from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss
 from jaxrl.objectives.next_tokens import next_tokens
 from jaxrl.objectives.imitation import imitate_marked
+from jaxrl.objectives.inverse import fit_inverse_reward
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
 from jaxrl.objectives.policy import reinforce

@@ -11,6 +11,7 @@ from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group
 from jaxrl.rollouts.midtraining import predict_tokens
+from jaxrl.rollouts.experts import group_and_expert
 from jaxrl.rollouts.modes import answer_in_mode
 from jaxrl.rollouts.outlines import outlines_then_paths
 from jaxrl.rollouts.planning import execute_distinct_plans

@@ -25,6 +25,7 @@ import numpy as np
 from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.data.examples import supervised
 from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Request
 from jaxrl.sampling import Sampler
@@ -181,6 +182,17 @@ class EpisodeContext:
   def encode(self, text: str) -> list[int]:
     """Token ids of a piece of text, to be appended to a context."""
     return self._rollouts.tokenizer.encode(text)
+
+  def solved(self, task: Task) -> Trajectory:
+    """The task's own solution as a completion, with EOS, all of it under the loss mask.
+
+    Raises:
+      ValueError: the task has none.
+    """
+    if not task.solution:
+      raise ValueError(f"task {task.id!r} has no solution to learn from; config.data.solution names "
+                       "its field")
+    return supervised(task, self._rollouts.tokenizer)
 
   def decode(self, tokens: Sequence[int]) -> str:
     """Text of token ids, such as a part of a completion."""

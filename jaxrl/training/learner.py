@@ -84,7 +84,8 @@ class Learning:
   @property
   def needs_values(self) -> bool:
     """Whether a piece reads values."""
-    return any(name == "values" for _, name in (*_sources(self.terms), *_sources(self.advantage)))
+    return any(name in model_signals.VALUES
+               for _, name in (*_sources(self.terms), *_sources(self.advantage)))
 
   @property
   def term_signals(self) -> frozenset[str]:
