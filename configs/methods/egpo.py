@@ -1,5 +1,4 @@
-"""EGPO: advantages weighed by the answer's own entropy, and a push where all are wrong
-(arXiv:2602.22751).
+"""EGPO: advantages weighed by certainty, and a push where all are wrong (arXiv:2602.22751).
 
 Changes one thing in GRPO: baseline and scale give way to `advantages.weigh_by_certainty`. Ratios are
 of tokens, as in the library that the paper used. Reported, pass@1 on MATH-500 and GSM8K: GRPO 67.2 and
