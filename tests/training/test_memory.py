@@ -17,8 +17,8 @@ from jaxrl.training import run as runs
 from jaxrl.training import stored
 
 STEPS, UPDATES = 4, 2  # batches of two updates: checkpoints 1 and 3 are between these
-CLOCKS = ("step_seconds", "tokens_per_second", "rollout_seconds", "copy_seconds", "wait_seconds",
-          "wait_fraction")
+CLOCKS = ("compilations", "compile_seconds", "step_seconds", "tokens_per_second", "rollout_seconds",
+          "copy_seconds", "wait_seconds", "wait_fraction")
 
 # All that is sampled and rewarded depends on all that is remembered.
 PIECES = """
