@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = dict(
       train="", validation="", test="",
       task=dict(), task_size=1_000_000,  # knobs, and problems in the train split of a toy task
+      held_out_task=dict(),  # knobs that differ in validation and test, such as longer problems
       question="question", answer="answer", solution="solution", id="",  # field names
       messages="",  # field with chat messages, instead of question; or
       chat=False,  # wrap the prompt in a user message of the tokenizer's chat template
@@ -99,6 +100,7 @@ def get_config() -> ml_collections.ConfigDict:
       problems=256,  # of validation, and of test
       samples=8, temperature=1.0, k=8,  # per problem, for sampled accuracy and pass@k; 0 is none
       correct="",  # criterion that decides what is correct; "" is the first
+      episode=dict(),  # whose last trajectory is the answer; without a name, the plain question
       every=0)  # also evaluate greedily on validation problems every so many updates; 0 is never
   config.checkpoint = dict(every=100, keep=2)  # updates between checkpoints; 0 is only phase ends
   config.log = dict(samples_every=50, curves_every=100)  # updates; 0 is never

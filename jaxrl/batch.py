@@ -412,27 +412,31 @@ def count_by_group(batch: TokenBatch) -> Float[Array, "sequences"]:
   return sum_by_group(batch, jnp.ones_like(batch.rewards))
 
 
-def mean_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
-                  ) -> Float[Array, "sequences"]:
+def mean_by_group(batch: TokenBatch, values: Float[Array, "sequences"],
+                  weights: Float[Array, "sequences"] | None = None) -> Float[Array, "sequences"]:
   """At each scored sequence, the mean over the scored sequences of its group; 0 elsewhere.
 
-  A group whose values are all equal has exactly that value as its mean.
+  A group whose values are all equal has exactly that value as its mean. With `weights`, none below
+  0, each sequence counts as so many.
   """
   # Summing differences keeps what rounding would take from small differences of large values.
   origin = jax.lax.stop_gradient(max_by_group(batch, values))
-  total = sum_by_group(batch, values - origin)
-  return origin + total / jnp.maximum(count_by_group(batch), 1)
+  weights = jnp.ones_like(batch.rewards) if weights is None else weights
+  total, count = sum_by_group(batch, weights * (values - origin)), sum_by_group(batch, weights)
+  return origin + total / jnp.where(count > 0, count, 1)
 
 
-def deviation_by_group(batch: TokenBatch, values: Float[Array, "sequences"]
+def deviation_by_group(batch: TokenBatch, values: Float[Array, "sequences"],
+                       weights: Float[Array, "sequences"] | None = None
                        ) -> Float[Array, "sequences"]:
   """At each scored sequence, its value minus the mean of its group; 0 elsewhere.
 
-  Exactly 0 in a group whose values are all equal, singletons included.
+  Exactly 0 in a group whose values are all equal, singletons included. Weights as in
+  `mean_by_group`.
   """
   origin = jax.lax.stop_gradient(max_by_group(batch, values))
   shifted = jnp.where(batch.sequence_mask, values - origin, 0)
-  return shifted - mean_by_group(batch, shifted)
+  return shifted - mean_by_group(batch, shifted, weights)
 
 
 def max_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[Array, "sequences"]:
@@ -447,16 +451,34 @@ def min_by_group(batch: TokenBatch, values: Float[Array, "sequences"]) -> Float[
   return -max_by_group(batch, -values)
 
 
-def std_by_group(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: int = 0
+def std_by_group(batch: TokenBatch, values: Float[Array, "sequences"],
+                 weights: Float[Array, "sequences"] | None = None, *, ddof: int = 0
                  ) -> Float[Array, "sequences"]:
   """At each scored sequence, the standard deviation of its group; 0 elsewhere.
 
-  Groups with one value only give exactly 0, singletons with `ddof=1` too.
+  Groups with one value only give exactly 0, singletons with `ddof=1` too. Weights as in
+  `mean_by_group`.
   """
-  squares = sum_by_group(batch, deviation_by_group(batch, values) ** 2)
-  variance = squares / jnp.maximum(count_by_group(batch) - ddof, 1)
+  weights = jnp.ones_like(batch.rewards) if weights is None else weights
+  squares = sum_by_group(batch, weights * deviation_by_group(batch, values, weights) ** 2)
+  variance = squares / jnp.maximum(sum_by_group(batch, weights) - ddof, 1)
   positive = variance > 0  # the square root has no gradient at 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
+def column_of(batch: TokenBatch, name: str | None, reader: str) -> Float[Array, "sequences"] | None:
+  """A column that a piece was told to read; None if it was told none.
+
+  Raises:
+    ValueError: the batch has no such column; `reader` is who was told.
+  """
+  if name is None:
+    return None
+  if name not in batch.columns:
+    raise ValueError(f"{reader} reads the column {name!r}, and this batch has "
+                     f"{sorted(batch.columns) or 'none'}: an episode or edit supplies it "
+                     "(`@compose.supplies(columns=...)`)")
+  return batch.columns[name]
 
 
 def as_one_group(batch: TokenBatch) -> TokenBatch:

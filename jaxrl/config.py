@@ -29,8 +29,8 @@ SHARED = ("seed", "phases", "start", "data", "tokenizer", "model", "mesh", "comp
           "reward", "evaluate.problems", "rollout.max_rows", "rollout.weights_dtype",
           "rollout.cache_dtype", "checkpoint.keep")
 # Where any field may be added: knobs, texts and arguments, which whoever reads them checks.
-OPEN = re.compile(r"config(\.\w+)?\.(data\.task|rollout\.templates|rollout\.episode|"
-                  r"reward\.aggregate(\.weights)?)|.*\[\d+\]")
+OPEN = re.compile(r"config(\.\w+)?\.(data\.task|data\.held_out_task|rollout\.templates|"
+                  r"rollout\.episode|evaluate\.episode|reward\.aggregate(\.weights)?)|.*\[\d+\]")
 
 
 class ConfigError(ValueError):

@@ -4,19 +4,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl.advantages.chain import baseline
-from jaxrl.batch import TokenBatch, as_one_group, count_by_group, deviation_by_group
+from jaxrl.batch import TokenBatch, as_one_group, column_of, count_by_group, deviation_by_group
 
 
 @baseline
-def center_by_group(batch: TokenBatch, rewards: Float[Array, "sequences"]
-                    ) -> Float[Array, "sequences"]:
+def center_by_group(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
+                    weight: str | None = None) -> Float[Array, "sequences"]:
   """Reward minus the mean of its group (GRPO without its scale, arXiv:2402.03300; Dr. GRPO).
 
     advantage_i = r_i - mean_j(r_j)
 
   Masked sequences are ignored and get 0; groups of one value, singletons included, give exactly 0.
+
+  Args:
+    batch: supplies `group_ids` and `sequence_mask`.
+    rewards: one per sequence.
+    weight: column of what each sequence counts in the mean, such as the `share` that a sequence has
+      in an answer of several; None counts each as 1.
   """
-  return deviation_by_group(batch, rewards)
+  return deviation_by_group(batch, rewards, column_of(batch, weight, "center_by_group"))
 
 
 @baseline

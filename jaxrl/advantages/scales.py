@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl.batch import TokenBatch, as_one_group, std_by_group, to_tokens
+from jaxrl.batch import TokenBatch, as_one_group, column_of, std_by_group, to_tokens
 
 
 def scale_by_group_std(batch: TokenBatch, values: Float[Array, "sequences"], *, ddof: int = 1,
-                       epsilon: float = 1e-4) -> Float[Array, "sequences"]:
+                       epsilon: float = 1e-4, weight: str | None = None
+                       ) -> Float[Array, "sequences"]:
   """Divides by the standard deviation of the group (GRPO, arXiv:2402.03300).
 
     advantage_i = v_i / (std_j(v_j) + epsilon)
@@ -25,11 +26,12 @@ def scale_by_group_std(batch: TokenBatch, values: Float[Array, "sequences"], *, 
     values: one per sequence; masked sequences are ignored and get 0.
     ddof: 1 divides the squares by n - 1, as TRL and verl do; 0 by n. The paper does not say.
     epsilon: keeps groups of nearly equal values bounded; TRL's default.
+    weight: as in `center_by_group`; n is then the sum of the weights.
 
   Returns:
     Exactly 0 in groups without any variance, centred or not: they carry no comparison.
   """
-  std = std_by_group(batch, values, ddof=ddof)
+  std = std_by_group(batch, values, column_of(batch, weight, "scale_by_group_std"), ddof=ddof)
   return jnp.where(std > 0, values / jnp.where(std > 0, std + epsilon, 1), 0)
 
 

@@ -1,6 +1,6 @@
 """How well a policy solves problems: greedily, on average over samples, and in k tries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -14,6 +14,7 @@ from jaxrl.evaluation.pass_at_k import pass_at_k
 from jaxrl.evaluation.voting import vote
 from jaxrl.rollouts import Rollouts
 from jaxrl.rollouts import group
+from jaxrl.rollouts.engine import GROUPS_PER_EPISODE
 
 GREEDY, SAMPLED = 0, 1  # last integer of the PRNG key of either kind
 GREEDY_METRICS = ("greedy_accuracy", "greedy_tokens", "unscored")
@@ -28,16 +29,20 @@ class Evaluation:
 
 
 def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct: str, samples: int,
-             k: int, temperature: float, base_key: jax.Array, key: tuple[int, ...]) -> Evaluation:
+             k: int, temperature: float, base_key: jax.Array, key: tuple[int, ...],
+             episode: Callable[..., Coroutine[Any, Any, list[Trajectory]]] | None = None
+             ) -> Evaluation:
   """Evaluates a policy on tasks.
 
   Args:
-    rollouts: supplies sampler, tokenizer, scorer and limits; its own episode is not used.
+    rollouts: supplies sampler, tokenizer, scorer, templates and limits; its own episode is not used.
     correct: criterion that counts as solved at a score of 1.
     samples: draws per task for the sampled metrics; 0 leaves them out.
     k: of pass@k, at most `samples`.
     temperature: of the draws.
     base_key, key: randomness, see `Rollouts.run`.
+    episode: how a task is answered, once for each answer: the last trajectory that it returns is
+      the answer, and the tokens of all count. None asks the plain question.
 
   Returns:
     `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, `majority_accuracy` (of the completion that
@@ -46,26 +51,36 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
     Those are left out of the accuracies, as are tasks with fewer than k judged samples of pass@k.
   """
   def run(n, temperature, kind):
-    session = Rollouts(functools.partial(group, samples=n), rollouts.sampler, rollouts.tokenizer,
-                       rollouts.scorer, report=rollouts.report,
+    """Answers with the index of their task, and the tokens that were written for each."""
+    ask = episode or functools.partial(group, samples=n)
+    session = Rollouts(ask, rollouts.sampler, rollouts.tokenizer, rollouts.scorer,
+                       templates=rollouts.templates, likelihood=rollouts.likelihood,
+                       report=rollouts.report, max_failure_rate=rollouts.max_failure_rate,
                        sampling=dataclasses.replace(rollouts.sampling, temperature=temperature,
                                                     top_k=0, top_p=1.0, min_p=0.0))
-    return session.run(params, tasks, base_key=base_key, key=(*key, kind))
+    asked = [task for task in tasks for _ in range(n)] if episode else tasks
+    found: dict[Any, list[Trajectory]] = {}
+    for i, t in enumerate(session.run(params, asked, base_key=base_key, key=(*key, kind))):
+      number = t.group // GROUPS_PER_EPISODE
+      found.setdefault((number, None if episode else i), []).append(t)
+    return [(number // n if episode else number, ts[-1],
+             sum(len(t.tokens) - t.prompt_length for t in ts)) for (number, _), ts in found.items()]
 
-  answers = run(1, 0.0, GREEDY)
+  greedy = run(1, 0.0, GREEDY)
+  answers = [t for _, t, _ in greedy]
   judged = [t for t in answers if is_judged(t, correct)]
   metrics = {
       "greedy_accuracy": _mean([is_correct(t, correct) for t in judged]),
-      "greedy_tokens": _mean([len(t.tokens) - t.prompt_length for t in answers]),
+      "greedy_tokens": _mean([tokens for _, _, tokens in greedy]),
       "unscored": 1.0 - len(judged) / len(answers) if answers else float("nan"),
   }
   if samples:
     groups: dict[int, list[bool]] = {}
     texts: dict[int, list[str]] = {}
-    for t in run(samples, temperature, SAMPLED):
+    for index, t, _ in run(samples, temperature, SAMPLED):
       if is_judged(t, correct):
-        groups.setdefault(t.group, []).append(is_correct(t, correct))
-        texts.setdefault(t.group, []).append(t.text.strip())
+        groups.setdefault(index, []).append(is_correct(t, correct))
+        texts.setdefault(index, []).append(t.text.strip())
     metrics["majority_accuracy"] = _mean([
         g[texts[i].index(vote(texts[i]))] for i, g in groups.items()])
     metrics["sampled_accuracy"] = _mean([np.mean(g) for g in groups.values()])

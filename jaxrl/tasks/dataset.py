@@ -18,6 +18,7 @@ from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import repeated_addition
+from jaxrl.tasks import running_sum
 from jaxrl.tasks import scratchpad_addition
 from jaxrl.tasks import series
 from jaxrl.tasks import sorting
@@ -26,8 +27,8 @@ from jaxrl.tasks import transitions
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              corrected_addition=corrected_addition, countdown=countdown,
              modular_arithmetic=modular_arithmetic, repeated_addition=repeated_addition,
-             scratchpad_addition=scratchpad_addition, series=series, sorting=sorting,
-             transitions=transitions)
+             running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,
+             sorting=sorting, transitions=transitions)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows
 

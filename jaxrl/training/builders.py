@@ -188,7 +188,7 @@ def evaluate(parts: Parts, phase: Phase, params: Any, tasks: list[Task], key: tu
   return policy.evaluate(
       _rollouts(parts, phase, parts.sampler), params, tasks, correct=_correct(parts, phase),
       samples=s.samples, k=s.k, temperature=s.temperature, base_key=parts.base_key,
-      key=(TESTING, *key))
+      key=(TESTING, *key), episode=_asking(phase.settings))
 
 
 def _validator(parts, phase):
@@ -197,7 +197,8 @@ def _validator(parts, phase):
   def validate(params, step):
     return policy.evaluate(rollouts, params, parts.validation, correct=_correct(parts, phase),
                            samples=0, k=1, temperature=0.0, base_key=parts.base_key,
-                           key=(VALIDATING, phase.index, step)).metrics
+                           key=(VALIDATING, phase.index, step),
+                           episode=_asking(phase.settings)).metrics
   return validate
 
 
@@ -256,11 +257,25 @@ def _sampling(r, stop_ids):
 
 
 def _episode(settings):
-  where = "config.rollout.episode"
-  episode = compose.build(_plain(settings.rollout.episode), rollout_lib, where=where)
+  return _build_episode(settings.rollout.episode, "config.rollout.episode")
+
+
+def _asking(settings):
+  """The episode that evaluations ask by; None for the plain question."""
+  spec, where = settings.evaluate.episode, "config.evaluate.episode"
+  if not spec:
+    return None
+  episode = _build_episode(spec, where)
+  if "reference" in compose.signals_of(episode):
+    raise ValueError(f"{where}: {spec.name!r} asks the reference, and evaluations have none")
+  return episode
+
+
+def _build_episode(spec, where):
+  episode = compose.build(_plain(spec), rollout_lib, where=where)
   if not inspect.iscoroutinefunction(episode.func):
-    raise ValueError(f"{where}: {settings.rollout.episode.name!r} is no episode; an episode is an "
-                     "`async def my_episode(ctx, task, *, ...)`")
+    raise ValueError(f"{where}: {spec.name!r} is no episode; an episode is an `async def "
+                     "my_episode(ctx, task, *, ...)`")
   return episode
 
 
@@ -353,6 +368,7 @@ def _check_phase(phase, mesh, held_out):
                      "the share of itself that the reference keeps; with every=0 it stays as it is")
   _sampling(s.rollout, ())
   _episode(s)
+  _asking(s)
   _edits(s)
   if phase.kind == "rl" and s.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "

@@ -55,8 +55,9 @@ def _open(config, split, spec):
     return None
   if spec.startswith("task:"):
     size = config.data.task_size if split == "train" else max(config.evaluate.problems, 1)
+    own = {} if split == "train" else config.data.held_out_task
     return tasks.open_task(spec.removeprefix("task:"), split=split, size=size, seed=config.seed
-                           if split == "train" else 0, **config.data.task)
+                           if split == "train" else 0, **{**config.data.task, **own})
   match = re.fullmatch(r"(.*)\[(-?\d*):(-?\d*)\]", spec)
   if not match:
     return data.open_source(spec)

@@ -124,3 +124,32 @@ def test_rows_of_samples_hold_what_a_reader_needs():
       criteria=dict(short=dict(score=0.5, status="ok", detail=""),
                     right=dict(score=1.0, status="ok", detail="")), advantage=0.5)
   assert rows[1]["reward"] is None and rows[1]["criteria"]["right"]["status"] == "unscorable"
+
+
+async def two_rounds(ctx, task):
+  """A first answer that nobody asked for, then the one that counts."""
+  first = await ctx.sample(task.prompt)
+  first[0].group = 1
+  return first + await ctx.sample(task.prompt)
+
+
+def test_an_episode_answers_with_its_last_trajectory_once_for_each_sample():
+  world = Script(["wc", "cw", "c?"])
+  tasks = [Task(f"t{i}", [i], question=f"q{i}", answer="c") for i in range(3)]
+  rollouts = Rollouts(None, world, world, world, sampling=SamplingParams(max_tokens=4))
+  result = policy.evaluate(rollouts, {"params": None}, tasks, correct="right", samples=3, k=3,
+                           temperature=0.8, base_key="base", key=(1,), episode=two_rounds)
+  assert result.metrics == pytest.approx(dict(
+      greedy_accuracy=1 / 2, greedy_tokens=2.0, unscored=1 / 3, sampled_accuracy=1 / 2,
+      majority_accuracy=1 / 2, pass_at_3=1 / 2))
+  assert [t.task_id for t in result.answers] == ["t0", "t1", "t2"]
+
+
+class Script(Scripted):
+  """Task i answers the first request of an episode with its first letter, then with its second."""
+
+  def __init__(self, answers):
+    super().__init__(answers, answers)
+
+  def _answers(self, request):
+    return self.greedy[request.prompt[0]][request.key[-1]]
