@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrl.advantages.chain import Credit
-from jaxrl.batch import TokenBatch, max_by_group, mean_by_sequence, sum_by_sequence
+from jaxrl.batch import TokenBatch, max_by_group, mean_by_sequence, sum_by_sequence, to_tokens
 from jaxrl.compose import needs
 
 
@@ -48,9 +48,10 @@ def score_by_confidence(batch: TokenBatch, rewards: Float[Array, "sequences"], *
                      "'jaxrl.rollouts.semantic:number_answers') to config.rollout.edits")
   scored, ids = batch.sequence_mask, batch.columns["answer_id"]
   gap, entropy = batch.signals["top2_gap"], batch.signals["entropy"]
-  mean = mean_by_sequence(batch, gap)
-  variance = mean_by_sequence(batch, gap ** 2) - mean ** 2
-  confidence = jnp.where(scored, jnp.exp(kappa * jnp.sqrt(jnp.maximum(variance, 0))), 0)
+  # From deviations: a difference of squares would leave even gaps a deviation of 3e-4 in float32.
+  deviation = gap - to_tokens(batch, mean_by_sequence(batch, gap))
+  confidence = jnp.where(scored, jnp.exp(
+      kappa * jnp.sqrt(mean_by_sequence(batch, deviation ** 2))), 0)
   votes_count = scored & (ids >= 0)
   together = ((batch.group_ids[:, None] == batch.group_ids[None]) & (ids[:, None] == ids[None])
               & votes_count[:, None] & votes_count[None])

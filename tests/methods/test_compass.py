@@ -75,6 +75,18 @@ def test_without_confidence_it_is_the_majority_and_ties_go_to_the_first():
   np.testing.assert_allclose(run(batch, 5, kappa=0.0, path_weight=0.0)[0], [0, 1, 1, 0, 1])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_gaps_that_do_not_vary_make_a_tie_whatever_the_lengths(seed):
+  rng = np.random.default_rng(seed)
+  gap, made = rng.random(), []
+  for answer, length in enumerate(rng.integers(1, 60, 2)):
+    made.append(Trajectory(
+        np.ones(length + 1), [False] + [True] * length, columns={"answer_id": float(answer)},
+        signals={"top2_gap": np.full(length + 1, gap), "entropy": np.ones(length + 1)}))
+  found, _ = run(pack(made, row_length=64), 2, path_weight=0.0)
+  np.testing.assert_allclose(found, [1, 0], atol=1e-5)
+
+
 def test_a_confident_minority_can_win():
   batch, made = batch_of([0, 0, 1], [0] * 3)
   for t, gaps in zip(made, ([0.5, 0.5], [0.5, 0.5], [0.0, 1.0])):
