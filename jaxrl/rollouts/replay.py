@@ -15,7 +15,8 @@ from jaxrl.rollouts.edits import Step
 MEMORY = "rollout_bandit"  # key of `Step.memory`
 FEATURES = ("reward", "group_mean", "group_std", "advantage", "length", "logprob", "age", "uses",
             "truncated")
-ARRAYS = ("tokens", "loss_mask", "behaviour_logprobs", "turn_ids", "tag_ids")
+KEPT = ("tokens", "loss_mask", "behaviour_logprobs", "turn_ids", "tag_ids", "signals",
+        "prompt_length", "text", "task_id", "finish", "weight")
 
 
 @compose.supplies(columns=("advantage",))
@@ -67,27 +68,29 @@ def choose_rollouts(step: Step, *, share: float = 0.5, count: int = 0, buffer: i
     raise ValueError(f"choose_rollouts: share={share}, explore={explore}, buffer={buffer}, count="
                      f"{count}, window={window}; use 0 < share <= 1, 0 <= explore <= 1, window >= 1")
   rng = np.random.default_rng([step.index, 2602])
-  memory = step.memory.setdefault(MEMORY, {"network": _network(rng, width), "adam": 0, "past": [],
-                                           "store": [], "pending": None, "seen": None})
-  fresh = [_record(t, a, step.index) for t, a in _with_advantages(step, epsilon)]
+  memory = step.memory.setdefault(MEMORY, {
+      "network": _network(rng, width), "adam": 0, "past": [], "store": [], "pending": None,
+      "seen": None, "batches": 0})
+  now = memory["batches"]  # `step.index` counts updates, of which a batch may have several
+  memory["batches"] += 1
+  fresh = [_record(t, a, now) for t, a in _with_advantages(step, epsilon)]
   if not fresh:
     return [dataclasses.replace(t, columns={**t.columns, "advantage": 0.0})
             for t in step.trajectories]
   _learn(memory, fresh, step, entropy_weight, entropy_floor, smoothing, window, learning_rate, passes)
   candidates = fresh + memory["store"]
-  contexts = np.array([_context(c, step.index) for c in candidates])
+  contexts = np.array([_context(c, now) for c in candidates])
   places = min(count or max(1, round(share * len(fresh))), len(candidates))
   chosen = _choose(memory, candidates, contexts, places, rule, explore, rng)
   memory["pending"] = contexts[chosen]
   for i in chosen:
     candidates[i]["uses"] += 1
-  oldest = step.index - buffer
+  oldest = now - buffer
   memory["store"] = [c for c in candidates if c["index"] > oldest] if buffer else []
-  step.metrics |= {"replayed": float(np.mean([candidates[i]["index"] < step.index for i in chosen])),
+  step.metrics |= {"replayed": float(np.mean([candidates[i]["index"] < now for i in chosen])),
                    "chosen_reward": float(np.mean([candidates[i]["reward"] for i in chosen]))}
   mine = {id(c): t for c, t in zip(fresh, (t for t in step.trajectories if t.scored))}
-  others = step.trajectories[0].columns
-  return [_trajectory(candidates[i], mine.get(id(candidates[i])), -1 - place, others)
+  return [_trajectory(candidates[i], mine.get(id(candidates[i])), -1 - place)
           for place, i in enumerate(sorted(chosen))]
 
 
@@ -103,9 +106,10 @@ def _with_advantages(step, epsilon):
 
 def _record(t: Trajectory, advantage: float, index: int) -> dict[str, Any]:
   """What is remembered of a rollout: NumPy arrays and plain values."""
-  return {**{name: getattr(t, name) for name in ARRAYS}, "reward": float(t.reward), "index": index,
-          "advantage": float(advantage), "uses": 0, "prompt": t.prompt_length, "text": t.text,
-          "task": t.task_id, "finish": t.finish, "group": int(t.group)}
+  return {**{name: getattr(t, name) for name in KEPT}, "reward": float(t.reward), "index": index,
+          "advantage": float(advantage), "uses": 0, "group": int(t.group),
+          "weight": float(t.weight),
+          "columns": {**{k: float(v) for k, v in t.columns.items()}, "advantage": float(advantage)}}
 
 
 def _context(record, index) -> list[float]:
@@ -116,14 +120,12 @@ def _context(record, index) -> list[float]:
           record["uses"] / 4, float(record["finish"] == "length")]
 
 
-def _trajectory(record, fresh, group, columns):
+def _trajectory(record, fresh, group):
   """The rollout itself, or once more what is remembered of it, in a group of its own."""
   if fresh is not None:
-    return dataclasses.replace(fresh, columns={**fresh.columns, "advantage": record["advantage"]})
-  return Trajectory(**{name: record[name] for name in ARRAYS}, group=group, reward=record["reward"],
-                    columns={**dict.fromkeys(columns, 0.0), "advantage": record["advantage"]},
-                    task_id=record["task"], prompt_length=record["prompt"], text=record["text"],
-                    finish=record["finish"])
+    return dataclasses.replace(fresh, columns=dict(record["columns"]))
+  return Trajectory(**{name: record[name] for name in KEPT}, group=group, reward=record["reward"],
+                    columns=dict(record["columns"]))
 
 
 def _choose(memory, candidates, contexts, places, rule, explore, rng):

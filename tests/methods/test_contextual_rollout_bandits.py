@@ -65,6 +65,30 @@ def test_replayed_rollouts_keep_what_they_had_and_leave_first_in_first_out():
   assert len({t.group for t in found if t.group < 0}) == sum(t.group < 0 for t in found)
 
 
+def test_a_buffer_counts_batches_where_each_has_several_updates():
+  memory, ages = {}, set()
+  for batch in range(5):
+    found, _ = play(memory, 4 * batch, group_of([1, 0, 1, 0], 0, seed=batch), count=12, buffer=2)
+    ages |= {batch - int(t.task_id.split("-")[0]) for t in found}
+  assert ages == {0, 1, 2}
+
+
+def test_replayed_rollouts_keep_their_columns_signals_and_weights():
+  memory = {}
+  for index in range(2):
+    made = group_of([1, 0, 1, 0], 0, seed=index)
+    for t in made:
+      t.columns, t.weight = {"mode": float(index + 1)}, index + 0.5
+      t.signals = {"hint": np.full(len(t.tokens), index + 7.0, np.float32)}
+    found, _ = play(memory, index, made, count=8)
+  assert len(found) == 8
+  for t in found:
+    index = int(t.task_id.split("-")[0])
+    assert t.columns["mode"] == index + 1 and t.weight == index + 0.5
+    assert (t.signals["hint"] == index + 7).all()
+  pack(found, row_length=16)
+
+
 def test_the_target_comes_one_update_later():
   memory = {}
   options = dict(buffer=0, smoothing=0.5, entropy_weight=0.1, entropy_floor=0.3)
