@@ -89,7 +89,8 @@ def choose_rollouts(step: Step, *, share: float = 0.5, count: int = 0, buffer: i
   memory["store"] = [c for c in candidates if c["index"] > oldest] if buffer else []
   step.metrics |= {"replayed": float(np.mean([candidates[i]["index"] < now for i in chosen])),
                    "chosen_reward": float(np.mean([candidates[i]["reward"] for i in chosen]))}
-  mine = {id(c): t for c, t in zip(fresh, (t for t in step.trajectories if t.scored))}
+  mine = {id(c): t for c, t in zip(
+      fresh, (t for group in step.groups() for t in group if t.scored))}
   return [_trajectory(candidates[i], mine.get(id(candidates[i])), -1 - place)
           for place, i in enumerate(sorted(chosen))]
 

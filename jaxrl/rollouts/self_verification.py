@@ -20,18 +20,18 @@ MEMORY = "to_verify"  # key of `Step.memory`
 async def answer_or_verify(ctx: EpisodeContext, task: Task, *, samples: int, interval: int = 5,
                            yes: str = "Yes", no: str = "No", train_answers: bool = True
                            ) -> list[Trajectory]:
-  """Every `interval`-th update the policy learns to judge its own answers (arXiv:2602.07594).
+  """Every `interval`-th batch the policy learns to judge its own answers (arXiv:2602.07594).
 
-  Such an update (the last of every interval, if anything is remembered) asks `verify` about a
+  Such a batch (the last of every interval, if anything is remembered) asks `verify` about a
   remembered question and answer instead of the task: a group of judgements, reward 1 for the right
   one. No gradient goes through the answer that is judged.
 
   Args:
     ctx: serves samples and scores; `config.rollout.templates` has a "verify" of `{question}` and
       `{answer}`.
-    task: the problem of other updates.
+    task: the problem of other batches.
     samples: answers or judgements, a group.
-    interval: updates; 1 would leave nothing to judge.
+    interval: batches; 1 would leave nothing to judge.
     yes, no: what judgements have to say, white space around them aside.
     train_answers: False learns from judgements alone.
 
@@ -42,10 +42,11 @@ async def answer_or_verify(ctx: EpisodeContext, task: Task, *, samples: int, int
     ValueError: an interval below 2.
   """
   if interval < 2:
-    raise ValueError(f"answer_or_verify: interval={interval} leaves no update that answers; use 2 or "
+    raise ValueError(f"answer_or_verify: interval={interval} leaves no batch that answers; use 2 or "
                      "more")
-  items = ctx.memory.get(MEMORY, {}).get("items", [])
-  if not is_verifying(ctx.step, interval) or not items:
+  memory = ctx.memory.get(MEMORY, _nothing())
+  items = memory["items"]
+  if not is_verifying(memory["batches"], interval) or not items:
     return await ctx.sample(task.prompt, n=samples, train=train_answers)
   item = items[ctx.episode % len(items)]
   prompt = ctx.render("verify", question=item["question"], answer=item["answer"])
@@ -58,8 +59,13 @@ async def answer_or_verify(ctx: EpisodeContext, task: Task, *, samples: int, int
 
 
 def is_verifying(index: int, interval: int) -> bool:
-  """Whether an update is one of judgements: the last of every interval."""
+  """Whether a batch is one of judgements: the last of every interval."""
   return index % interval == interval - 1
+
+
+def _nothing():
+  """The memory of a phase that begins; updates are no count of batches, which may have several."""
+  return {"items": [], "batches": 0}
 
 
 def collect_answers(step: Step, *, interval: int = 5, right_from: float = 1.0) -> list[Trajectory]:
@@ -79,15 +85,16 @@ def collect_answers(step: Step, *, interval: int = 5, right_from: float = 1.0) -
     The trajectories as they are. Metrics: `to_verify`, answers that are remembered, and after
     judgements `verdict_accuracy`.
   """
-  memory = step.memory.setdefault(MEMORY, {"items": []})
+  memory = step.memory.setdefault(MEMORY, _nothing())
   judged = [t.evidence["verdict"].score for t in step.trajectories if "verdict" in t.evidence]
   if judged:
     step.metrics["verdict_accuracy"] = float(np.mean(judged))
     memory["items"] = []
   else:
     memory["items"] += _balanced(step, right_from)
-  if is_verifying(step.index, interval):
+  if is_verifying(memory["batches"], interval):
     memory["items"] = []  # also where no answer could be judged
+  memory["batches"] += 1
   step.metrics["to_verify"] = float(len(memory["items"]))
   return step.trajectories
 

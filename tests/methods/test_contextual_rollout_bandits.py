@@ -65,6 +65,14 @@ def test_replayed_rollouts_keep_what_they_had_and_leave_first_in_first_out():
   assert len({t.group for t in found if t.group < 0}) == sum(t.group < 0 for t in found)
 
 
+def test_groups_may_lie_among_one_another():
+  a, b = group_of([1, 0, 0], 0), group_of([1, 1, 0], 1)
+  found, _ = play({}, 0, [t for pair in zip(a, b) for t in pair], share=1.0, explore=0.0)
+  for t in found:
+    mean = (1 / 3, 2 / 3)[t.group]
+    assert t.columns["advantage"] == pytest.approx((t.reward - mean) / (3 ** -0.5 + 1e-4))
+
+
 def test_a_buffer_counts_batches_where_each_has_several_updates():
   memory, ages = {}, set()
   for batch in range(5):

@@ -81,6 +81,18 @@ def test_judgements_end_what_was_remembered():
   assert metrics == {"verdict_accuracy": 0.5, "to_verify": 0.0}
 
 
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_intervals_count_batches_where_each_has_several_updates(updates):
+  """With four updates to a batch, say, no update is the last of 4 when a batch is sampled."""
+  memory, seen = {}, []
+  for number in range(8):
+    collect(memory, updates * number, batch(dict(a=2, b=2)), interval=4)
+    seen.append(len(memory[MEMORY]["items"]))
+  assert seen == [2, 4, 6, 0] * 2
+  judged, world = play(3, ITEMS, interval=4, update=updates * 3)
+  assert world.asked[0] == "1+1=2+" and all("verdict" in t.evidence for t in judged)
+
+
 class World:
   labels, has_workers = ["right"], False
 
@@ -102,15 +114,16 @@ class World:
     return [Scored(1.0, True, {"right": ok(1.0)}) for _ in pairs]
 
 
-def play(step, items, says="10", **options):
+def play(step, items, says="10", update=None, **options):
   world = World(says)
   episode = functools.partial(rollouts.answer_or_verify, samples=len(says), yes="1", no="0",
                               **{"interval": 5, **options})
   made = Rollouts(episode, world, world, world, templates=dict(verify="{question}{answer}+"),
                   max_failure_rate=0.0, sampling=SamplingParams(max_tokens=3))
-  made.memory[MEMORY] = {"items": copy.deepcopy(items)}
+  made.memory[MEMORY] = {"items": copy.deepcopy(items), "batches": step}
   problems = [Task(id=str(i), prompt=[ord("p")], question="p") for i in range(3)]
-  return made.run({"params": None}, problems, base_key=None, step=step), world
+  return made.run({"params": None}, problems, base_key=None,
+                  step=step if update is None else update), world
 
 
 ITEMS = [dict(question="1+1=", answer="2", right=True), dict(question="1+2=", answer="4", right=False)]
