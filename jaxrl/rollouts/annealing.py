@@ -22,8 +22,8 @@ def heat_once(step: Step, *, updates: int = 30, examples: int = 64, at: int = -1
   """Imitates known solutions of hard questions for a while, once (Annealed-RLVR, arXiv:2509.23629).
 
   Two moving averages are watched: the mean reward and the mean length of right answers. Heating
-  begins at the first update at which the length has had its minimum `patience` updates ago or
-  earlier, while the reward gains less over `patience` updates than `knee` of the most that it ever
+  begins at the first batch at which the length has had its minimum `patience` batches ago or
+  earlier, while the reward gains less over `patience` batches than `knee` of the most that it ever
   did. Then `updates` batches consist of right answers, the policy's own of earlier updates, to
   questions that it has answered rightly in less than `hard_below` of all samples so far. What was
   sampled meanwhile is not trained on, only remembered. Afterwards reinforcement goes on. Every
@@ -34,8 +34,8 @@ def heat_once(step: Step, *, updates: int = 30, examples: int = 64, at: int = -1
     updates: batches of imitation.
     examples: answers in each of them, going round through the hard questions.
     at: the update at which heating begins, whatever the averages say; -1 waits for these.
-    smoothing: share that moving averages keep at each update.
-    patience: updates.
+    smoothing: share that moving averages keep at each batch.
+    patience: batches.
     knee: share of the fastest gain of reward.
     hard_below: success rate of hard questions.
     right_from: smallest reward of a right answer.
@@ -52,15 +52,17 @@ def heat_once(step: Step, *, updates: int = 30, examples: int = 64, at: int = -1
     raise ValueError(f"heat_once: updates={updates}, examples={examples}, patience={patience}, "
                      f"smoothing={smoothing}; use at least 1, and 0 <= smoothing < 1")
   memory = step.memory.setdefault(MEMORY, {
-      "rewards": [], "lengths": [], "questions": {}, "began": -1, "next": 0})
+      "rewards": [], "lengths": [], "questions": {}, "began": -1, "next": 0, "batches": 0})
+  now = memory["batches"]  # `step.index` counts updates, of which a batch may have several
+  memory["batches"] += 1
   _remember(memory, step, right_from)
   _watch(memory, step, smoothing, right_from)
   if memory["began"] < 0 and (step.index >= at if at >= 0 else is_worst_moment(
       memory["rewards"], memory["lengths"], patience, knee)):
-    memory["began"] = step.index
+    memory["began"] = now
   hard = [q for q in memory["questions"].values()
           if q["solution"] and q["right"] < hard_below * q["seen"]]
-  heating = 0 <= step.index - memory["began"] < updates if memory["began"] >= 0 else False
+  heating = memory["began"] >= 0 and now - memory["began"] < updates
   heating = heating and bool(hard)
   step.metrics |= {"heating": float(heating), "hard_questions": float(len(hard))}
   if memory["lengths"]:
@@ -75,10 +77,10 @@ def heat_once(step: Step, *, updates: int = 30, examples: int = 64, at: int = -1
 
 
 def is_worst_moment(rewards: list[float], lengths: list[float], patience: int, knee: float) -> bool:
-  """Whether right answers were shortest `patience` updates ago or earlier, and rewards rise slowly.
+  """Whether right answers were shortest `patience` batches ago or earlier, and rewards rise slowly.
 
   Args:
-    rewards, lengths: moving averages, one per update.
+    rewards, lengths: moving averages, one per batch.
     patience, knee: as in `heat_once`.
   """
   if len(rewards) <= 2 * patience or len(lengths) <= 2 * patience:
@@ -90,7 +92,7 @@ def is_worst_moment(rewards: list[float], lengths: list[float], patience: int, k
 
 def _remember(memory: dict[str, Any], step: Step, right_from: float) -> None:
   """Counts successes of each question, and keeps its shortest right answer."""
-  for t in step.trajectories:
+  for t in step.sampled:
     if not t.scored:
       continue
     question = memory["questions"].setdefault(
@@ -105,8 +107,8 @@ def _remember(memory: dict[str, Any], step: Step, right_from: float) -> None:
 
 
 def _watch(memory, step, smoothing, right_from):
-  """Goes on with the moving averages; an update without right answers says nothing of lengths."""
-  scored = [t for t in step.trajectories if t.scored]
+  """Goes on with the moving averages; a batch without right answers says nothing of lengths."""
+  scored = [t for t in step.sampled if t.scored]
   lengths = [len(t.tokens) - t.prompt_length for t in scored if t.reward >= right_from]
   for name, values in (("rewards", [t.reward for t in scored]), ("lengths", lengths)):
     if values:

@@ -25,6 +25,8 @@ class Step:
       anywhere among them. Changed in place; the run's checkpoints keep it.
     metrics: scalars to log; an edit may add some.
     decode: token ids to text.
+    sampled: all scored trajectories of the batch, also of groups that `filter_zero_variance` dropped
+      and that no edit gives back; by default the same as `trajectories`.
   """
 
   trajectories: list[Trajectory]
@@ -33,6 +35,10 @@ class Step:
   memory: dict[str, Any]
   metrics: dict[str, float]
   decode: Any = None
+  sampled: list[Trajectory] | None = None
+
+  def __post_init__(self):
+    self.sampled = self.trajectories if self.sampled is None else self.sampled
 
   def groups(self) -> list[list[Trajectory]]:
     """The trajectories by group, in order."""

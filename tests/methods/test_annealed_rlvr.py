@@ -70,6 +70,22 @@ def test_hard_questions_with_a_known_answer_are_imitated_for_so_many_updates():
   assert play(memory, 3, first_batch(), at=1, updates=2)[1]["heating"] == 0, "once and no more"
 
 
+def test_batches_of_imitation_are_counted_where_each_has_several_updates():
+  memory = {}
+  heating = [play(memory, 4 * i, first_batch(), at=4, updates=3)[1]["heating"] for i in range(6)]
+  assert heating == [0, 1, 1, 1, 0, 0]
+
+
+def test_groups_that_were_filtered_out_count_in_the_success_rate():
+  """Kept is one group with 2 of 8 right; its question was asked twice more without success."""
+  kept = [sample("a", i < 2, group=0) for i in range(8)]
+  dropped = [sample("a", False, group=g) for g in (1, 2) for _ in range(8)]
+  step = edits.Step(list(kept), TASKS, 0, {}, {}, sampled=kept + dropped)
+  found = heat_once(step, at=5, hard_below=0.2)
+  assert len(found) == 8 and step.metrics["hard_questions"] == 1
+  assert step.memory["annealing"]["rewards"] == [pytest.approx(2 / 24)]
+
+
 def test_examples_go_round_and_a_question_that_is_learned_is_left():
   memory = {}
   play(memory, 0, first_batch(), at=1, updates=9, examples=1)
