@@ -38,7 +38,8 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
       again until `prompts` of them are left, at most `max_resample` times (dynamic sampling of
       DAPO, arXiv:2503.14476, eq. 11, with a bound). Rounds are of one size, so that none compiles
       anything new; what the last brings too many is dropped. If no group differs at all the last
-      round is kept: its advantages are 0.
+      round is kept: its advantages are 0. A sequence alone is no comparison, such as a known solution
+      beside samples: it stays if another group of its episode does.
 
   Raises:
     EpisodeFailure: no episode returned anything, or as in `Rollouts.run`.
@@ -53,9 +54,10 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
     episodes += len(drawn)
     sampled += [t for g in groups for t in g]
     total += len(groups)
-    differing = [g for g in groups if len({t.reward for t in g if t.scored}) > 1]
-    effective += len(differing)
-    kept += differing if filter_zero_variance else groups
+    differing = {_episode(g) for g in groups if _differs(g)}
+    effective += sum(map(_differs, groups))
+    kept += [g for g in groups if not filter_zero_variance or _differs(g)
+             or len(g) == 1 and _episode(g) in differing]
     if len({_episode(g) for g in kept}) >= prompts:
       break
   if not latest:
@@ -71,6 +73,10 @@ def _by_group(trajectories):
   for t in trajectories:
     groups.setdefault(t.group, []).append(t)
   return list(groups.values())
+
+
+def _differs(group):
+  return len({t.reward for t in group if t.scored}) > 1
 
 
 def _episode(group):

@@ -132,6 +132,19 @@ def test_prompts_are_counted_in_tasks_where_an_episode_gives_several_groups(run)
   assert collected.effective_groups == 12
 
 
+async def one_beside_a_group(ctx, task):
+  result = await ctx.sample(task.prompt, n=3, train=True)
+  result[2].group = 1
+  return result
+
+
+def test_a_sequence_alone_stays_with_the_group_that_it_belongs_to(run):
+  collected, _ = run(lambda i: (0.0, 1.0, 0.0) if i == 1 else (0.0, 0.0, 1.0), prompts=2,
+                     episode=one_beside_a_group, filter_zero_variance=True)
+  assert ids(collected) == ["t1"] and len(collected.trajectories) == 3
+  assert (collected.groups, collected.effective_groups) == (4, 1)
+
+
 async def nothing(ctx, task):
   return []
 
