@@ -19,6 +19,7 @@ def get_config():
   config.data.train = config.data.validation = config.data.test = "task:running_sum"
   config.data.task = dict(shortest=6, longest=9, piece=4, resumed=0.6)
   config.data.held_out_task = dict(resumed=0.0)
+  config.data.max_prompt_tokens = 28
   rounds = dict(name="summarised_rounds", rounds=5, summary=r"\+\+(\d\d)$",
                 conclusion=r"^\d*=\d$")
   config.rollout.max_tokens = 9
@@ -40,6 +41,7 @@ def get_evidence():
                "against 47.31 (149 s) of RL on one chain (R1-Distill-Qwen-1.5B)",
       warm={**{f"data.{split}": own.data[split] for split in ("train", "validation", "test")},
             "data.task": own.data.task.to_dict(), "data.held_out_task": dict(resumed=0.0),
+            "data.max_prompt_tokens": own.data.max_prompt_tokens,
             "rollout.max_tokens": own.rollout.max_tokens,
             "rollout.templates": own.rollout.templates.to_dict(),
             "evaluate.episode": own.evaluate.episode.to_dict(),

@@ -17,6 +17,7 @@ from jaxrl import sharding
 from jaxrl.models import scores
 
 BLOCK = 1024  # queries whose scores exist at one time
+IN_CACHE, BLOCKS = 64, 8  # on a CPU: queries whose scores stay in its cache, blocks at most
 KERNELS = ("xla", "fused")
 
 
@@ -83,15 +84,25 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
 
 def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap):
   """Rows over their keys, of which the first `trunk` are the trunk's. [units, rows, length, ...]"""
-  length = q.shape[2]
+  length, size = q.shape[2], _block_of(q.shape[2])
   block = functools.partial(_attend_block, trunk=trunk, window=window, soft_cap=soft_cap)
-  if length <= BLOCK:
+  if length <= size:
     return block(q, k, v, positions, ids)
-  # A block needs no keys after it; what the backward pass needs of its scores is computed again.
-  block, ends = jax.checkpoint(block), [*range(BLOCK, length, BLOCK), length]
+  if length > BLOCK:  # what the backward pass needs of the scores is computed again
+    block = jax.checkpoint(block)
+  ends = [*range(size, length, size), length]  # a block needs no keys after it
   return jnp.concatenate([
       block(q[:, :, start:end], *(x[:, :, :trunk + end] for x in (k, v, positions, ids)))
       for start, end in zip([0, *ends], ends)], axis=2)
+
+
+def _block_of(length):
+  """Queries of a block: blocks save the products with later keys, and cost time to compile."""
+  if jax.default_backend() != "cpu":
+    return BLOCK
+  if length <= 2 * IN_CACHE:
+    return length
+  return min(max(1, round(length / BLOCKS / IN_CACHE)) * IN_CACHE, BLOCK)
 
 
 def _attend_block(q, k, v, positions, ids, *, trunk, window, soft_cap):

@@ -441,7 +441,7 @@ def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   Runs of one process that differ in nothing that these depend on, such as seeds, share them.
   """
   plain = {k: v for k, v in configs.to_dict(phase.settings).items() if k not in ("seed", "start")}
-  pieces = (*phase.learning.terms, *phase.learning.advantage)
+  pieces = (*phase.learning.terms, *phase.learning.advantage, *_suppliers(phase))
   key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in pieces),
          phase.learning.decoder, mesh, repr(shape))
   if key not in _REHEARSALS:
@@ -466,15 +466,18 @@ def _abstract_state(learning, mesh):
 def _empty_batch(phase, shape):
   """A host batch of the expected shape, with the signals and columns that episode and edits add."""
   batch = shape.pack([])
-  if phase.kind != "rl":
-    return batch
-  for piece in (_episode(phase.settings), *_edits(phase.settings)):
+  for piece in _suppliers(phase):
     signals, columns = compose.supplied_by(piece)
     batch = batch.with_signals(**{name: np.zeros(batch.tokens.shape, np.float32)
                                   for name in signals})
     batch = batch.replace(columns={**batch.columns, **{
         name: np.zeros(batch.num_sequences, np.float32) for name in columns}})
   return batch
+
+
+def _suppliers(phase):
+  """What makes the trajectories of a phase, as far as they are sampled."""
+  return (_episode(phase.settings), *_edits(phase.settings)) if phase.kind == "rl" else ()
 
 
 def _plain(spec: Any) -> Any:

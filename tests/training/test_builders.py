@@ -185,6 +185,25 @@ def test_episodes_and_rewards_of_ones_own_are_found_by_module(config, build, unt
   assert parts.scorer.labels == ["always"]
 
 
+def test_programs_are_shared_by_seeds_but_not_by_functions_of_one_name(config, build, monkeypatch):
+  async def plain(ctx, task):
+    return await ctx.sample(task.prompt, n=2, train=True)
+
+  @compose.needs("reference")
+  @compose.supplies(columns=("mark",))
+  async def asking(ctx, task):
+    return await ctx.sample(task.prompt, n=2, train=True)
+
+  configs.override(config, {"phases": "('rl',)"})
+  found = []
+  for seed, episode in enumerate((plain, plain, asking)):
+    monkeypatch.setitem(sys.modules, "my_pieces", types.SimpleNamespace(mine=episode))
+    config.seed, config.rollout.episode = seed, dict(name="my_pieces:mine")
+    found.append(build(config).rehearsals["rl"])
+  assert found[0] is found[1], "seeds differ in no program"
+  assert found[1] is not found[2], "the state of the last has a reference too"
+
+
 def test_a_function_that_is_no_coroutine_is_no_episode(config, build, module):
   config.rollout.episode = dict(name=f"{module}:narrow")
   with pytest.raises(ValueError, match="'my_pieces:narrow' is no episode; .*`async def my_ep"):
