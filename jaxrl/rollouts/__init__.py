@@ -10,6 +10,7 @@ from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group
+from jaxrl.rollouts.influence import influence_rewarded
 from jaxrl.rollouts.midtraining import predict_tokens
 from jaxrl.rollouts.experts import group_and_expert
 from jaxrl.rollouts.modes import answer_in_mode
