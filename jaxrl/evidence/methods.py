@@ -47,10 +47,9 @@ def path_of(slug: str) -> pathlib.Path:
   Raises:
     ValueError: there is none of that name.
   """
-  path = FOLDER / f"{slug.replace('-', '_')}.py"
-  if not path.is_file():
+  if slug not in slugs():
     raise ValueError(f"there is no method {slug!r}{nearest(slug, slugs())}")
-  return path
+  return FOLDER / f"{slug.replace('-', '_')}.py"
 
 
 def module_of(slug: str):

@@ -41,6 +41,12 @@ def test_the_arms_of_every_method_have_configs_that_can_be_made(slug):
     assert plain[arm]["model"] == plain["method"]["model"] == configs.to_dict(warm.model)
 
 
+@pytest.mark.parametrize("slug", ["../grpo", "grpo_ma", "__init__"])
+def test_a_file_that_is_no_method_by_that_name_is_none(slug):
+  with pytest.raises(ValueError, match="there is no method"):
+    methods.path_of(slug)
+
+
 def test_an_unknown_method_is_refused_with_the_nearest(capsys):
   with pytest.raises(SystemExit):
     cli.main(["methods", "igrpos"])
