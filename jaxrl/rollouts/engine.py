@@ -160,11 +160,12 @@ class EpisodeContext:
       model: who is asked, as in `sample`.
 
     Raises:
-      ValueError: a mask of another length, or a model that the phase does not have.
+      ValueError: no tokens, a mask of another length, or a model that the phase does not have.
     """
     self._check_model(model, reads=True)
-    if len(mask) != len(tokens):
-      raise ValueError(f"ctx.embedding_gradients: {len(tokens)} tokens, but a mask of {len(mask)}")
+    if len(mask) != len(tokens) or not len(tokens):
+      raise ValueError(f"ctx.embedding_gradients: {len(tokens)} tokens, but a mask of {len(mask)}; "
+                       "give as many of both, at least 1")
     reading = _Reading(list(map(int, tokens)), np.asarray(mask, bool))
     return await self._session.post(self.episode, reading=reading, model=model)
 

@@ -94,6 +94,7 @@ async def capped(ctx, task, *, most):
     (lambda ctx, p: ctx.sample(p, model="referense"), "did you mean 'reference'"),
     (lambda ctx, p: ctx.logprobs([], [1]), "context is empty"),
     (lambda ctx, p: ctx.embedding_gradients([1, 2], [True]), "2 tokens, but a mask of 1"),
+    (lambda ctx, p: ctx.embedding_gradients([], []), "0 tokens.*at least 1"),
 ])
 def test_what_cannot_be_asked_is_said(world, run, ask, message):
   async def episode(ctx, task):
