@@ -53,14 +53,19 @@ def _reproduce(_, options):
   """Measures a method, and ends with one message if that is not possible."""
   try:
     with _loading():
+      from jaxrl.evidence import methods
       from jaxrl.evidence import reproduce
-    seeds = _seeds(options.seeds)
-    for slug in options.method.split(","):
+      from jaxrl.evidence import table
+    seeds, slugs = _seeds(options.seeds), options.method.split(",")
+    for slug in slugs:  # before the first one has run for an hour
+      methods.path_of(slug)
+    for slug in slugs:
       found = reproduce.reproduce(slug, seeds, workdir=pathlib.Path(options.workdir),
                                   results=pathlib.Path(options.results), steps=options.steps)
       for claim in found["claims"]:
-        print(f"{slug}: {claim['text']}: {claim['verdict']} (difference {claim['difference']:.4g} ± "
-              f"{claim['difference_interval'] or float('nan'):.2g})", flush=True)
+        difference = dict(mean=claim["difference"], interval=claim["difference_interval"])
+        print(f"{slug}: {claim['text']}: {claim['verdict']} (difference {table.figure(difference)})",
+              flush=True)
   except KeyboardInterrupt as stop:
     _fail("interrupted; the same command continues",
           code=128 + (stop.args[0] if stop.args else signal.SIGINT))

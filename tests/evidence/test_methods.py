@@ -55,6 +55,20 @@ def test_an_unknown_method_is_refused_with_the_nearest(capsys):
     reproduce.reproduce("igrpo", [0, 0], workdir=None, results=None)
 
 
+def test_all_names_are_looked_at_before_the_first_method_runs(monkeypatch, capsys):
+  ran = []
+  claims = [dict(text="it is better", verdict="no difference", difference=d, difference_interval=i)
+            for d, i in ((0.25, 0.0), (0.5, None))]
+  monkeypatch.setattr(reproduce, "reproduce", lambda slug, *_, **__: ran.append(slug) or dict(
+      claims=claims))
+  with pytest.raises(SystemExit):
+    cli.main(["reproduce", "--method=igrpo,igrpos"])
+  assert not ran and "did you mean 'igrpo'?" in capsys.readouterr().err
+  cli.main(["reproduce", "--method=igrpo"])
+  found = capsys.readouterr().out
+  assert ran == ["igrpo"] and "(difference 0.25 ± 0)" in found and "(difference 0.5)" in found
+
+
 def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
   real = methods.evidence_of("rs-grpo")
 
