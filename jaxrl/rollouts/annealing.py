@@ -72,8 +72,7 @@ def heat_once(step: Step, *, updates: int = 30, examples: int = 64, at: int = -1
   count = min(examples, len(hard))
   chosen = [hard[(memory["next"] + i) % len(hard)] for i in range(count)]
   memory["next"] = (memory["next"] + count) % len(hard)
-  others = step.trajectories[0].columns
-  return [_example(q["solution"], group, others) for group, q in enumerate(chosen)]
+  return [_example(q["solution"], group) for group, q in enumerate(chosen)]
 
 
 def is_worst_moment(rewards: list[float], lengths: list[float], patience: int, knee: float) -> bool:
@@ -103,7 +102,9 @@ def _remember(memory: dict[str, Any], step: Step, right_from: float) -> None:
       kept = question["solution"]
       if kept is None or len(t.tokens) < len(kept["tokens"]):
         question["solution"] = dict(tokens=t.tokens.tolist(), prompt=t.prompt_length, text=t.text,
-                                    task=t.task_id, logprobs=t.behaviour_logprobs.tolist())
+                                    task=t.task_id, logprobs=t.behaviour_logprobs.tolist(),
+                                    columns={k: float(v) for k, v in t.columns.items()},
+                                    signals={k: v.tolist() for k, v in t.signals.items()})
 
 
 def _watch(memory, step, smoothing, right_from):
@@ -116,9 +117,9 @@ def _watch(memory, step, smoothing, right_from):
       past.append(smoothing * past[-1] + (1 - smoothing) * now if past else now)
 
 
-def _example(solution, group, columns):
+def _example(solution, group):
   length = len(solution["tokens"])
   return Trajectory(
       solution["tokens"], np.arange(length) >= solution["prompt"], solution["logprobs"], group=group,
       prompt_length=solution["prompt"], text=solution["text"], task_id=solution["task"], finish="stop",
-      columns={**dict.fromkeys(columns, 0.0), "imitate": 1.0})
+      columns={**solution["columns"], "imitate": 1.0}, signals=solution["signals"])

@@ -96,6 +96,17 @@ def test_examples_go_round_and_a_question_that_is_learned_is_left():
   assert [t.task_id for t in found] == ["d"] and metrics["hard_questions"] == 1
 
 
+def test_examples_keep_their_columns_and_signals():
+  made = [sample("a", i == 0) for i in range(8)]
+  for i, t in enumerate(made):
+    t.columns, t.signals = {"share": 0.5 + i}, {"hint": np.arange(len(t.tokens), dtype=np.float32)}
+  memory = {}
+  play(memory, 0, made, at=1)
+  found, _ = play(json.loads(json.dumps(memory)), 1, made, at=1)
+  assert found[0].columns == {"share": 0.5, "imitate": 1.0}
+  np.testing.assert_array_equal(found[0].signals["hint"], np.arange(len(found[0].tokens)))
+
+
 def test_nothing_to_imitate_is_no_heating():
   found, metrics = play({}, 5, [sample("c", False) for _ in range(4)], at=0)
   assert len(found) == 4 and metrics["heating"] == 0
