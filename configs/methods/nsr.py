@@ -35,9 +35,12 @@ def get_evidence():
       overrides={"rl.steps": 400},
       arms=dict(
           grpo=dict(config="configs/grpo.py", overrides={"rollout.updates": 4}),
-          psr=dict(config="configs/methods/nsr.py:psr")),
+          psr=dict(config="configs/methods/nsr.py:psr"),
+          w_reinforce=dict(config="configs/methods/nsr.py:w_reinforce")),
       claims=[
           dict(text="more problems are solved within 8 samples", metric="test/pass_at_8",
                expect="higher", baseline="grpo"),
           dict(text="and more than when right answers alone are learned from",
-               metric="test/pass_at_8", expect="higher", baseline="psr")])
+               metric="test/pass_at_8", expect="higher", baseline="psr"),
+          dict(text="with right answers at a tenth, more problems are solved within 8 samples",
+               method="w_reinforce", metric="test/pass_at_8", expect="higher", baseline="grpo")])

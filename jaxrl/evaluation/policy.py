@@ -30,8 +30,8 @@ class Evaluation:
 
 def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct: str, samples: int,
              k: int, temperature: float, base_key: jax.Array, key: tuple[int, ...],
-             episode: Callable[..., Coroutine[Any, Any, list[Trajectory]]] | None = None
-             ) -> Evaluation:
+             episode: Callable[..., Coroutine[Any, Any, list[Trajectory]]] | None = None,
+             step: int = 0) -> Evaluation:
   """Evaluates a policy on tasks.
 
   Args:
@@ -43,6 +43,7 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
     base_key, key: randomness, see `Rollouts.run`.
     episode: how a task is answered, once for each answer: the last trajectory that it returns is
       the answer, and the tokens of all count. None asks the plain question.
+    step: update at which its scheduled numbers are read.
 
   Returns:
     `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, `majority_accuracy` (of the completion that
@@ -60,7 +61,8 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
                                                     top_k=0, top_p=1.0, min_p=0.0))
     asked = [task for task in tasks for _ in range(n)] if episode else tasks
     found: dict[Any, list[Trajectory]] = {}
-    for i, t in enumerate(session.run(params, asked, base_key=base_key, key=(*key, kind))):
+    for i, t in enumerate(session.run(params, asked, base_key=base_key, key=(*key, kind),
+                                     step=step)):
       number = t.group // GROUPS_PER_EPISODE
       found.setdefault((number, None if episode else i), []).append(t)
     return [(number // n if episode else number, ts[-1],

@@ -65,8 +65,13 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
     method, baseline: one value per seed, in the same order of seeds.
 
   Raises:
-    ValueError: another number of seeds, or none.
+    ValueError: another number of seeds, or none; a run in which there was nothing to measure.
   """
+  for name, values in ((claim.method, method), (claim.baseline, baseline)):
+    if not np.all(np.isfinite(values)):
+      raise ValueError(f"claim {claim.text!r}: {claim.metric} is {list(values)} in the runs of "
+                       f"{name!r}, and a claim needs a finite number of each; look at their samples, "
+                       "or claim something that is always there")
   if len(method) != len(baseline) or not len(method):
     raise ValueError(f"claim {claim.text!r} compares {len(method)} runs with {len(baseline)}: both "
                      "arms need a run for each seed")
@@ -74,9 +79,7 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
   sign = -1 if claim.expect in ("lower", "not higher") else 1
   slack = claim.margin if claim.expect.startswith("not ") else 0.0
   centre = sign * mean + slack
-  if not math.isfinite(mean):
-    verdict = "no difference"
-  elif centre - half > 0 or (slack > 0 and centre - half >= 0):
+  if centre - half > 0 or (slack > 0 and centre - half >= 0):
     verdict = "confirmed"
   elif centre + half < 0:
     verdict = "contradicted"

@@ -181,14 +181,15 @@ def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
       curves_every=s.log.curves_every)
 
 
-def evaluate(parts: Parts, phase: Phase, params: Any, tasks: list[Task], key: tuple[int, ...]
-             ) -> policy.Evaluation:
-  """Greedy and sampled metrics of a policy on the test problems, with the settings of a phase."""
+def evaluate(parts: Parts, phase: Phase, params: Any, tasks: list[Task], key: tuple[int, ...], *,
+             step: int) -> policy.Evaluation:
+  """Greedy and sampled metrics of a policy on the test problems, with the settings of a phase as
+  they are at one of its updates."""
   s = phase.settings.evaluate
   return policy.evaluate(
       _rollouts(parts, phase, parts.sampler), params, tasks, correct=_correct(parts, phase),
       samples=s.samples, k=s.k, temperature=s.temperature, base_key=parts.base_key,
-      key=(TESTING, *key), episode=_asking(phase.settings))
+      key=(TESTING, *key), episode=_asking(phase.settings), step=step)
 
 
 def _validator(parts, phase):
@@ -198,7 +199,7 @@ def _validator(parts, phase):
     return policy.evaluate(rollouts, params, parts.validation, correct=_correct(parts, phase),
                            samples=0, k=1, temperature=0.0, base_key=parts.base_key,
                            key=(VALIDATING, phase.index, step),
-                           episode=_asking(phase.settings)).metrics
+                           episode=_asking(phase.settings), step=step).metrics
   return validate
 
 

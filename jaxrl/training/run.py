@@ -160,7 +160,8 @@ def _train(parts, phase, state, progress, buffer, reporter, checkpoints, stop):
 def _evaluate(parts, phase, params, updates, reporter, moment) -> dict[str, float]:
   if not parts.test:
     return {}
-  evaluation = builders.evaluate(parts, phase, params, parts.test, (phase.index, updates))
+  evaluation = builders.evaluate(parts, phase, params, parts.test, (phase.index, updates),
+                                 step=0 if moment == START else phase.steps)
   reporter.evaluation(moment, evaluation.metrics)
   rows = policy.sample_rows(evaluation.answers, {t.id: t for t in parts.test})
   reporter.samples(f"evaluation_{moment}", updates, rows, replace=True)

@@ -128,6 +128,7 @@ def test_rows_of_samples_hold_what_a_reader_needs():
 
 async def two_rounds(ctx, task):
   """A first answer that nobody asked for, then the one that counts."""
+  assert ctx.step == 30
   first = await ctx.sample(task.prompt)
   first[0].group = 1
   return first + await ctx.sample(task.prompt)
@@ -138,7 +139,8 @@ def test_an_episode_answers_with_its_last_trajectory_once_for_each_sample():
   tasks = [Task(f"t{i}", [i], question=f"q{i}", answer="c") for i in range(3)]
   rollouts = Rollouts(None, world, world, world, sampling=SamplingParams(max_tokens=4))
   result = policy.evaluate(rollouts, {"params": None}, tasks, correct="right", samples=3, k=3,
-                           temperature=0.8, base_key="base", key=(1,), episode=two_rounds)
+                           temperature=0.8, base_key="base", key=(1,), episode=two_rounds,
+                           step=30)
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=1 / 2, greedy_tokens=2.0, unscored=1 / 3, sampled_accuracy=1 / 2,
       majority_accuracy=1 / 2, pass_at_3=1 / 2))

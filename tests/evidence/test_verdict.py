@@ -47,3 +47,8 @@ def test_claims_that_name_nothing_are_refused():
     verdict.claims_of([], ["method"], "x")
   with pytest.raises(ValueError, match="none of higher"):
     claim(expect="better")
+
+
+def test_a_run_without_the_metric_is_no_evidence_of_no_difference():
+  with pytest.raises(ValueError, match="test/x is .*nan.* in the runs of 'b', .*look at their samples"):
+    verdict.judge(verdict.Claim("t", "test/x", "higher", "b"), [1.0, 2.0], [0.5, float("nan")])
