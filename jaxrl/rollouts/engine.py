@@ -3,10 +3,10 @@
 An episode asks for samples and scores with `await`. When every live episode waits, all requests are
 served in one batched call. Where rewards are judged in worker processes, what has ended is judged
 while the rest is still being sampled. What an episode gets never depends on which others run beside
-it, or on when (readings of given tokens do in their last bits: sums of floats have another order): each sampled row has its own PRNG key made of (phase, step, episode, branch, request,
-row). Branches are the asyncio tasks that an episode starts (`asyncio.gather`, `asyncio.create_task`),
-numbered in the order in which it starts them, so it does not matter either which of them is the first
-to ask.
+it, or on when (but for the last bits of what a model says of given tokens): each sampled row has its
+own PRNG key made of (phase, step, episode, branch, request, row). Branches are the asyncio tasks that
+an episode starts (`asyncio.gather`, `asyncio.create_task`), numbered in the order in which it starts
+them, so it does not matter either which of them is the first to ask.
 """
 
 import asyncio

@@ -23,8 +23,8 @@ SMALL = {"data.task_size": 300, "tokenizer.alphabet": "0123456789+=", "model.lay
          "log.samples_every": 0, "log.curves_every": 0, "compilation_cache": "off"}
 
 SIZES = ("digits", "shortest", "longest")  # knobs of tasks that make problems longer
-LONG = ("configs/methods/inftythink_plus.py", "configs/methods/rlcr.py", "configs/methods/rlpt.py")  # whose formats need their digits
-
+# Whose formats need their digits.
+LONG = tuple(f"configs/methods/{name}.py" for name in ("inftythink_plus", "rlcr", "rlpt"))
 
 # Predictions are right after minutes of warm start only: here those of an even length count.
 EVEN = {"configs/methods/rlpt.py": [
