@@ -149,7 +149,7 @@ def test_the_first_criterion_counts_as_correct_unless_one_is_named(
   config.reward.criteria = [dict(name="exact_match"), dict(name="finished", label="length")]
   config.evaluate.correct = label
   parts = build(config)
-  builders.evaluate(parts, parts.phases[1], None, parts.test, (1, 20))
+  builders.evaluate(parts, parts.phases[1], None, parts.test, (1, 20), step=20)
   assert seen[0]["correct"] == (label or "exact_match")
   assert seen[0]["key"] == (builders.TESTING, 1, 20) and seen[0]["samples"] == 8
 
@@ -270,7 +270,7 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
   def touch(parts, checkpoints, reporter, stop):
     for phase in parts.phases:
       builders.phase_run(parts, phase)
-      builders.evaluate(parts, phase, None, parts.test, ())
+      builders.evaluate(parts, phase, None, parts.test, (), step=0)
 
   sections = [name for name in config if isinstance(config[name], ml_collections.ConfigDict)
               and name not in ("sft", "rl")]

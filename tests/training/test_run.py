@@ -183,11 +183,11 @@ def test_a_run_stopped_during_an_evaluation_goes_on_to_the_same_end(
   whole = runs.run(config, tmp_path / "whole", quiet=True)
   evaluate, moments = builders.evaluate, [(1, 3), (2, 3), (4, 6)]  # phase index, updates
 
-  def killed_once_each(parts, phase, params, tasks, key):
+  def killed_once_each(parts, phase, params, tasks, key, *, step):
     if key in moments:
       moments.remove(key)
       raise Killed
-    return evaluate(parts, phase, params, tasks, key)
+    return evaluate(parts, phase, params, tasks, key, step=step)
   monkeypatch.setattr(builders, "evaluate", killed_once_each)
   while moments:
     with pytest.raises(Killed):
