@@ -13,9 +13,12 @@ import asyncio
 import collections
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import functools
+import signal
+import threading
 import traceback
 from typing import Any, Literal
 
@@ -490,6 +493,26 @@ def _checked(trajectories):
   return trajectories
 
 
+@contextlib.contextmanager
+def _interrupts_wait():
+  """Signals that Python handles are handled at the end of the block."""
+  if threading.current_thread() is not threading.main_thread():
+    yield  # signals never interrupt it
+    return
+  caught = []
+  handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+  for number in handlers:
+    signal.signal(number, lambda number, _: caught.append(number))
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+  for number in caught:
+    signal.raise_signal(number)
+
+
 def _complete(coroutine):
   """Runs a coroutine to its end, also where an event loop already runs (notebooks)."""
   results = []
@@ -502,7 +525,10 @@ def _complete(coroutine):
   try:
     asyncio.get_running_loop()
   except RuntimeError:
-    asyncio.run(complete())
+    with asyncio.Runner() as runner:
+      with _interrupts_wait():  # half an event loop would complain at its end
+        runner.get_loop()
+      runner.run(complete())
   else:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       pool.submit(asyncio.run, complete()).result()
