@@ -179,6 +179,16 @@ def bucket(size: int, minimum: int = 1) -> int:
   return 1 << max(size - 1, minimum - 1, 0).bit_length()
 
 
+def bundles(trajectories: Sequence[Trajectory], together: bool) -> list[list[int]]:
+  """Items that share a row: those of a group, or each by itself."""
+  if not together:
+    return [[item] for item in range(len(trajectories))]
+  groups = {}
+  for item, t in enumerate(trajectories):
+    groups.setdefault(t.group, []).append(item)
+  return list(groups.values())
+
+
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
   """Assigns items to bins of equal capacity: longest first, each into the first bin with room."""
   bins, room = [], []
@@ -218,7 +228,7 @@ def prompt_length(trajectory: Trajectory) -> int:
 
 def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_length: int = 0,
          rows_per_trunk: int = 1, rows_multiple: int = 1, min_rows: int = 1,
-         min_sequences: int = 1) -> TokenBatch:
+         min_sequences: int = 1, together: bool = False) -> TokenBatch:
   """Packs trajectories into a batch of NumPy arrays whose shape comes from few buckets.
 
   Args:
@@ -230,23 +240,30 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     rows_multiple: the row count is a power of two times this (micro-batch rows x devices).
     min_rows: smallest row count, to keep several batches in one bucket.
     min_sequences: smallest length of the per-sequence arrays, likewise.
+    together: the sequences of a group share a row, so that a loss may compare them in any split
+      into micro-batches; a larger group raises the row length to its power of two.
 
   Raises:
-    ValueError: when trajectories disagree on the keys of `columns` or `signals`, or rows_multiple
-      would tear the rows of a trunk apart.
+    ValueError: when trajectories disagree on the keys of `columns` or `signals`, rows_multiple would
+      tear the rows of a trunk apart, or groups that stay together were to have trunks.
   """
   if rows_multiple % rows_per_trunk:
     raise ValueError(f"rows_multiple={rows_multiple} is no multiple of rows_per_trunk="
                      f"{rows_per_trunk}, which belong together")
+  if together and trunk_length:
+    raise ValueError("together=True puts whole sequences into rows: it goes with trunk_length=0")
   heads = [prompt_length(t) if trunk_length else 0 for t in trajectories]
-  longest = max((len(t.tokens) - head for t, head in zip(trajectories, heads)), default=0)
+  whole = bundles(trajectories, together)
+  sizes = [sum(len(trajectories[item].tokens) - heads[item] for item in items) for items in whole]
+  longest = max(sizes, default=0)
   length = row_length if 0 < row_length >= longest else bucket(longest)
   deepest = max((head for t, head in zip(trajectories, heads) if head < len(t.tokens)), default=0)
   trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
   if trunk_length:
     bins, prompts = _with_trunks(trajectories, Layout(length, trunk_length, rows_per_trunk))
   else:
-    bins, prompts = first_fit_decreasing([len(t.tokens) for t in trajectories], length), []
+    bins, prompts = [[item for bundle in row for item in whole[bundle]]
+                     for row in first_fit_decreasing(sizes, length)], []
   rows = rows_multiple * bucket(-(-max(len(bins), min_rows) // rows_multiple))
   batch = _empty(rows, length, rows // rows_per_trunk, trunk_length,
                  bucket(len(trajectories), min_sequences), _common_keys(trajectories, "signals"),

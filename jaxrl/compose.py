@@ -45,6 +45,20 @@ def takes_whole(condition: Callable[..., bool] = lambda: True) -> Callable[[Call
   return mark
 
 
+def by_sequence(function: Callable) -> Callable:
+  """Declares that the diagnostics of a term are of sequences, whatever their lengths.
+
+  They are averaged over the sequences of the batch, others over its loss tokens.
+  """
+  function.by_sequence = True
+  return function
+
+
+def is_by_sequence(piece: Callable) -> bool:
+  """Whether a term, bare or built, declared `by_sequence`."""
+  return getattr(_bare(piece), "by_sequence", False)
+
+
 def is_whole(piece: Callable) -> bool:
   """Whether a term, bare or built, takes one advantage per sequence only, see `takes_whole`."""
   condition = getattr(_bare(piece), "whole", None)

@@ -16,6 +16,11 @@ from jaxrl.objectives.inverse import fit_inverse_reward
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
 from jaxrl.objectives.policy import reinforce
+from jaxrl.objectives.preference import cpo
+from jaxrl.objectives.preference import dpo
+from jaxrl.objectives.preference import imitate_preferred
+from jaxrl.objectives.preference import orpo
+from jaxrl.objectives.preference import simpo
 from jaxrl.objectives.regularisers import entropy
 from jaxrl.objectives.regularisers import kl
 from jaxrl.objectives.segments import execution_entropy

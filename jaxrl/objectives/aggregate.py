@@ -72,9 +72,11 @@ def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None 
   return jnp.where(mask, to_tokens(batch, batch.weights) / denominator, 0)
 
 
-def mean_weights(batch: TokenBatch) -> Float[Array, "rows length"]:
-  """1 / T at each loss token of the batch: weights under which diagnostics are averaged."""
-  return loss_weights(batch.replace(weights=jnp.ones_like(batch.weights)), "token_mean")
+def mean_weights(batch: TokenBatch, by_sequence: bool = False) -> Float[Array, "rows length"]:
+  """Weights under which diagnostics are averaged: 1 / T at each loss token of the batch, or, over
+  sequences, 1 / (N T_s)."""
+  return loss_weights(batch.replace(weights=jnp.ones_like(batch.weights)),
+                      "sequence_mean" if by_sequence else "token_mean")
 
 
 def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
@@ -86,7 +88,7 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
 
   Returns:
     `loss_and_metrics(outputs, batch, weights, mean_weights)` -> (loss, metrics): both are sums over
-    the tokens at hand, under `weights` and `mean_weights`. Weights are one array, or a sequence with
+    the tokens at hand, under `weights` and `mean_weights`. Both are one array, or a sequence with
     one for each term. Metrics are those of the terms, and `loss/<term>` for each.
 
   Raises:
@@ -100,9 +102,10 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
     raise ValueError(f"objective lists {repeated[0]!r} {len(repeated)} times: keep one of them")
 
   def loss_and_metrics(outputs, batch, weights, mean_weights):
-    each = weights if isinstance(weights, Sequence) else [weights] * len(terms)
+    each, means = [x if isinstance(x, Sequence) else [x] * len(terms)
+                   for x in (weights, mean_weights)]
     loss, metrics = jnp.zeros((), each[0].dtype), {}
-    for index, (name, term, own) in enumerate(zip(names, terms, each, strict=True)):
+    for index, (name, term, own, mean) in enumerate(zip(names, terms, each, means, strict=True)):
       _check_signals(f"config.objective[{index}] ({name})", term, outputs, batch)
       values, diagnostics = term(outputs, batch)
       metrics[f"loss/{name}"] = jnp.sum(own * values)
@@ -111,7 +114,7 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
         if key in metrics:
           raise ValueError(f"objective term {name!r} reports the metric {key!r}, and so does "
                            "another term: rename it in one of them")
-        metrics[key] = jnp.sum(mean_weights * per_token)
+        metrics[key] = jnp.sum(mean * per_token)
     return loss, metrics
 
   return loss_and_metrics

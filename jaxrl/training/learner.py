@@ -29,6 +29,9 @@ from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
 from jaxrl.training.state import TrainState
 
+MEANS = "mean_weights"  # the signal with the weights of diagnostics
+
+
 @dataclasses.dataclass(frozen=True)
 class Refresh:
   """How the reference follows the policy.
@@ -229,7 +232,10 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
   weights = {_weights_of(a): aggregate.loss_weights(batch, a.kind, constant=a.constant)
              for a in learning.aggregations}
   # Weights travel with the rows that they belong to.
-  batch = batch.with_signals(mean_weights=aggregate.mean_weights(batch), **weights)
+  means = {_means_of(term): aggregate.mean_weights(batch, compose.is_by_sequence(term))
+           for term in learning.terms}
+  means[MEANS] = aggregate.mean_weights(batch)
+  batch = batch.with_signals(**means, **weights)
   read = learning.term_signals  # only one of them makes a second model of the reference
   reference = state.reference if model_signals.DIVERGENCE in read else None
   # Jitted, so that it is traced and lowered once for all the places that it is called in.
@@ -278,6 +284,11 @@ def _streams(learning, batch, body, start):
           for s in range(streams)]
 
 
+def _means_of(term):
+  """The name of the signal with the weights of a term's diagnostics."""
+  return f"{MEANS}/sequences" if compose.is_by_sequence(term) else MEANS
+
+
 def _weights_of(aggregation):
   """The name of the signal with the weights of an aggregation."""
   return f"loss_weights/{aggregation.kind}/{aggregation.constant}"
@@ -289,13 +300,13 @@ def _loss(learning, params, rows, step, reference):
   outputs = model_outputs(learning.decoder, params, rows, signals=signals,
                           temperature=learning.temperature,
                           vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
-  means = rows.signals["mean_weights"]
+  means = [rows.signals[_means_of(term)] for term in learning.terms]
   weights = [rows.signals[_weights_of(a)] for a in learning.aggregations]
   terms = [compose.at(term, step) for term in learning.terms]
   loss, metrics = aggregate.sum_of_terms(terms)(outputs, rows, weights, means)
   gap = jnp.zeros(())
   if learning.with_behaviour:
-    metrics["entropy"] = jnp.sum(means * outputs.entropy)
+    metrics["entropy"] = jnp.sum(rows.signals[MEANS] * outputs.entropy)
     gap = jnp.max(jnp.where(rows.loss_mask, jnp.abs(outputs.logprobs - rows.behaviour_logprobs), 0))
   return loss, jax.lax.stop_gradient((metrics, gap))
 
