@@ -5,7 +5,7 @@ one policy, `on_bad_row`.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import threading
@@ -63,7 +63,7 @@ class RowCounts:
 
     They are `ok`, of which `prompt_truncated` and `completion_truncated`, or were refused as
     `unreadable`, `missing_field`, `wrong_type`, `empty`, `no_answer`, `not_encodable`,
-    `prompt_too_long` or `completion_too_long`.
+    `prompt_too_long` or `completion_too_long`; pairs also as `no_shared_prompt` or `same_answers`.
     """
     with self._lock:
       return dict(self._counts)
@@ -150,17 +150,18 @@ class TaskBuilder:
     Raises:
       BadRow: as `on_bad_row` says.
     """
-    return self._guarded(lambda: self._task(source[index], source.where(index), solved=False))
+    return self.guarded(lambda: self.parse(source[index], source.where(index), solved=False))
 
   def read_solved(self, source: Source, index: int) -> Task | None:
     """As `read`, for supervised tuning: a row without a good solution is a bad row too."""
-    return self._guarded(lambda: self._task(source[index], source.where(index), solved=True))
+    return self.guarded(lambda: self.parse(source[index], source.where(index), solved=True))
 
   def to_task(self, row: Mapping[str, Any], where: str, *, solved: bool = False) -> Task | None:
     """As `read` or, if `solved`, `read_solved`, for a row that stands at `where`."""
-    return self._guarded(lambda: self._task(row, where, solved))
+    return self.guarded(lambda: self.parse(row, where, solved))
 
-  def _guarded(self, make):
+  def guarded(self, make: Callable[[], Any]) -> Any:
+    """What `make` gives, counted; of a BadRow, what `on_bad_row` says."""
     try:
       task = make()
     except BadRow as error:
@@ -173,7 +174,8 @@ class TaskBuilder:
     self.counts.add("ok")
     return task
 
-  def _task(self, row, where, solved):
+  def parse(self, row: Mapping[str, Any], where: str, solved: bool) -> Task:
+    """As `to_task`, but a BadRow is raised whatever `on_bad_row` says, and nothing is counted."""
     if not isinstance(row, Mapping):
       raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
     fields = self.fields

@@ -1,0 +1,147 @@
+"""Pairs of answers, in every shape that they are published in."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from jaxrl import data
+from jaxrl.batch import pack
+from jaxrl.data import compared, Fields, PairBuilder, TaskBuilder
+
+REAL = pathlib.Path(os.environ.get(
+    "JAXRL_DATA", pathlib.Path(__file__).parents[2] / ".." / "shared" / "data"))
+CHARACTERS = data.CharacterTokenizer()
+TEXT = Fields(question="prompt", answer="", solution="")
+CHAT = Fields(question="", answer="", solution="", messages="prompt")
+TEMPLATE = ("{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}")
+ASK, RIGHT, WRONG = ({"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"},
+                     {"role": "assistant", "content": "4"})
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def builder(fields=TEXT, tokenizer=CHARACTERS, turn="", preference="", **kwargs):
+  return PairBuilder(TaskBuilder(tokenizer, fields, **kwargs), turn=turn, preference=preference)
+
+
+@pytest.fixture(scope="module")
+def chatty():
+  tokenizer = data.train_bpe(["user: assistant: one and two;\n\nHuman Assistant"] * 5, 300)
+  tokenizer.fast.chat_template = TEMPLATE
+  return tokenizer
+
+
+def test_prompt_and_two_texts():
+  pair = builder().to_pair({"prompt": "1+2=", "chosen": "3", "rejected": "44"}, "here")
+  assert (pair.chosen, pair.rejected, pair.preference) == ("3", "44", 1.0)
+  chosen, rejected = compared(pair, CHARACTERS, group=5)
+  assert CHARACTERS.decode(chosen.tokens[chosen.loss_mask][:-1]) == "3"
+  assert CHARACTERS.decode(rejected.tokens[rejected.loss_mask][:-1]) == "44"
+  assert chosen.tokens[-1] == rejected.tokens[-1] == CHARACTERS.eos_id
+  np.testing.assert_array_equal(chosen.tokens[:chosen.prompt_length], pair.task.prompt)
+  assert chosen.group == rejected.group == 5
+  assert pack([chosen, rejected], together=True).columns["preference"].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("row", [
+    {"chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]},
+    {"prompt": [ASK], "chosen": [RIGHT], "rejected": [WRONG]},
+    {"prompt": [ASK], "chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]}])
+def test_conversations(row, chatty):
+  pair = builder(CHAT, chatty).to_pair(row, "here")
+  assert (pair.chosen, pair.rejected) == ("3", "4")
+  assert chatty.decode(pair.task.prompt) == "user:1+2;assistant:"
+
+
+def test_transcripts_share_all_but_the_last_answer():
+  start = f"{HUMAN} hi{ASSISTANT} hello{HUMAN} 1+2?{ASSISTANT}"
+  pair = builder(turn=ASSISTANT).to_pair(
+      {"chosen": f"{start} It is 3.", "rejected": f"{start} It is 4."}, "here")
+  assert pair.task.question == start
+  assert (pair.chosen, pair.rejected) == (" It is 3.", " It is 4.")
+
+
+@pytest.mark.parametrize("label, columns", [(0.75, [0.75, 0.25]), (0.5, [0.5, 0.5]), (0, [0, 1])])
+def test_soft_labels_and_ties(label, columns):
+  pair = builder(preference="p").to_pair(
+      {"prompt": "1+2=", "chosen": "3", "rejected": "4", "p": label}, "here")
+  found = [t.columns["preference"] for t in compared(pair, CHARACTERS, group=0)]
+  assert found == columns
+
+
+OK = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
+
+
+@pytest.mark.parametrize("row, options, reason, message", [
+    ({"prompt": "1", "chosen": "3"}, {}, "missing_field", "field 'rejected' is missing"),
+    (OK | {"chosen": None}, {}, "missing_field", "field 'chosen' is null"),
+    (OK | {"chosen": " "}, {}, "empty", "field 'chosen' is empty"),
+    (OK | {"rejected": "3"}, {}, "same_answers", "the same answer"),
+    (OK | {"rejected": ["4"]}, {}, "wrong_type", "str and list"),
+    (OK | {"rejected": 4}, {}, "wrong_type", "str and int"),
+    (OK | {"chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]}, {}, "wrong_type", "fields.messages"),
+    (OK, dict(preference="p"), "missing_field", "field 'p'"),
+    (OK | {"p": 1.5}, dict(preference="p"), "wrong_type", "1.5"),
+    (OK | {"p": float("nan")}, dict(preference="p"), "wrong_type", "nan"),
+    (OK | {"chosen": "33333"}, dict(max_completion_tokens=4), "completion_too_long", "has 6 tokens"),
+    (OK | {"prompt": "1" * 9}, dict(max_prompt_tokens=4), "prompt_too_long", "more than"),
+    (OK | {"chosen": "\u4e09"}, {}, "not_encodable", "field 'chosen'"),
+    (OK, dict(turn=ASSISTANT), "no_shared_prompt", "share no beginning"),
+    ({"chosen": f"{HUMAN} a{ASSISTANT} b{HUMAN} c{ASSISTANT} d", "rejected": f"{HUMAN} a{ASSISTANT} e"},
+     dict(turn=ASSISTANT), "no_shared_prompt", "field 'chosen' goes on"),
+    (["3"], {}, "wrong_type", "a row is a mapping")])
+def test_bad_rows_are_named(row, options, reason, message):
+  with pytest.raises(data.BadRow, match=message) as refusal:
+    builder(**options).to_pair(row, "rows.jsonl:7")
+  assert refusal.value.reason == reason and refusal.value.where == "rows.jsonl:7"
+  skipping = builder(on_bad_row="skip", **options)
+  assert skipping.to_pair(row, "rows.jsonl:7") is None
+  assert skipping.tasks.counts.as_dict() == {reason: 1}
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"chosen": [ASK, RIGHT], "rejected": [WRONG]}, "no_shared_prompt"),
+    ({"prompt": [RIGHT, ASK], "chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]}, "no_shared_prompt"),
+    ({"chosen": [ASK], "rejected": [ASK, WRONG]}, "wrong_type"),
+    ({"chosen": [], "rejected": [ASK, WRONG]}, "wrong_type"),
+    ({"chosen": ["x"], "rejected": [WRONG]}, "wrong_type")])
+def test_bad_conversations_are_named(row, reason, chatty):
+  with pytest.raises(data.BadRow) as refusal:
+    builder(CHAT, chatty).to_pair(row, "rows.jsonl:7")
+  assert refusal.value.reason == reason
+
+
+def test_long_answers_are_cut_where_that_is_wanted():
+  cutting = builder(max_completion_tokens=4, on_bad_row="truncate")
+  pair = cutting.to_pair(OK | {"chosen": "33333"}, "here")
+  chosen, _ = compared(pair, CHARACTERS, group=0, max_completion_tokens=4)
+  assert chosen.loss_mask.sum() == 4 and chosen.finish == "length"
+  assert cutting.tasks.counts.as_dict() == {"completion_truncated": 1, "ok": 1}
+
+
+@pytest.mark.parametrize("make", [
+    lambda: PairBuilder(TaskBuilder(CHARACTERS, TEXT), chosen="x", rejected="x"),
+    lambda: PairBuilder(TaskBuilder(CHARACTERS, TEXT), rejected=""),
+    lambda: builder(Fields(question="", answer="", solution=""), prompt_template="?", turn="x")])
+def test_impossible_settings_are_refused(make):
+  with pytest.raises(ValueError):
+    make()
+
+
+def test_real_transcripts():
+  path = REAL / "hh-rlhf" / "harmless-base-test.jsonl.gz"
+  if not path.exists():
+    pytest.skip(f"{path} is not here")
+  source = data.open_source(str(path))
+  tokenizer = data.train_bpe([f"{source[i]['chosen']}" for i in range(200)], 400)
+  pairs = builder(turn=ASSISTANT, tokenizer=tokenizer, on_bad_row="skip")
+  found = [pairs.read(source, i) for i in range(len(source))]
+  counts = pairs.tasks.counts.as_dict()
+  assert counts["ok"] > 0.9 * len(source), counts
+  for i, pair in enumerate(found):
+    if pair is not None:
+      assert pair.task.question + pair.chosen == source[i]["chosen"]
+      assert pair.task.question + pair.rejected == source[i]["rejected"]
+      assert pair.task.question.endswith(ASSISTANT)
