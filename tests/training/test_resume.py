@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(place):
   code, output = stop_when(place, "killed", lambda _, said: "rl 1/7" in said, signal.SIGTERM)
   assert "checkpoint of step 7 is damaged" in output and "falling back to step 4" in output
   assert "continuing phase sft after update 4" in output
-  assert code == 128 + signal.SIGTERM and newest(workdir) >= 6
+  assert code == 128 + signal.SIGTERM and newest(workdir) >= 5  # the update that it had just reported, or a later one
   assert (f"jaxrl: stopped as asked after update {newest(workdir)}, whose checkpoint is saved; the "
           "same command continues killed") in output
   assert f"continuing phase rl after update {newest(workdir)}" in run(place, "killed")
