@@ -28,6 +28,10 @@ def get_config() -> ml_collections.ConfigDict:
       prompt_template="{question}", solution_template="{solution}",  # of {question}, {answer}, ...
       answer_pattern="",  # regex with one group that picks the answer out of its field
       remove_pattern="",  # regex of what is cut out of solutions
+      chosen="chosen", rejected="rejected",  # fields of pairs of answers: texts or conversations
+      preference="",  # field with the probability that `chosen` is better; "" is 1
+      columns=(),  # fields with more numbers of a pair, such as margins, which losses read
+      turn="", other_turn="\n\nHuman:",  # of transcripts that share their prompt, see data.PairBuilder
       max_prompt_tokens=256, max_completion_tokens=256,  # of the data; 0 is no limit
       on_bad_row="fail",  # fail | skip | truncate (what is too long)
   )
@@ -62,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
       clip_norm=1.0,  # largest global norm of a gradient; 0 is off
       max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
   config.batch = dict(
-      examples=64,  # sequences per update in supervised phases
+      examples=64,  # per update: sequences of supervised phases, pairs of others
       row_length=128,  # tokens per packed row; longer sequences raise it
       micro_batch_rows=0,  # per forward and backward pass; 0 is as many as suit cache or memory
       share_prompts=True,  # compute the prompt of a group once, where that saves a tenth or more
@@ -98,6 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.evaluate = dict(
       problems=256,  # of validation, and of test
+      pairs=256,  # likewise, in phases that compare answers
       samples=8, temperature=1.0, k=8,  # per problem, for sampled accuracy and pass@k; 0 is none
       correct="",  # criterion that decides what is correct; "" is the first
       episode=dict(),  # whose last trajectory is the answer; without a name, the plain question

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+PREFERENCE = "preference"  # the column that says which sequence of a pair is the better one
 PADDING = -1  # sequence and group id of padding: out of range, so segment sums drop it
 
 
@@ -179,7 +180,7 @@ def bucket(size: int, minimum: int = 1) -> int:
   return 1 << max(size - 1, minimum - 1, 0).bit_length()
 
 
-def bundles(trajectories: Sequence[Trajectory], together: bool) -> list[list[int]]:
+def _bundles(trajectories: Sequence[Trajectory], together: bool) -> list[list[int]]:
   """Items that share a row: those of a group, or each by itself."""
   if not together:
     return [[item] for item in range(len(trajectories))]
@@ -253,7 +254,7 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
   if together and trunk_length:
     raise ValueError("together=True puts whole sequences into rows: it goes with trunk_length=0")
   heads = [prompt_length(t) if trunk_length else 0 for t in trajectories]
-  whole = bundles(trajectories, together)
+  whole = _bundles(trajectories, together)
   sizes = [sum(len(trajectories[item].tokens) - heads[item] for item in items) for items in whole]
   longest = max(sizes, default=0)
   length = row_length if 0 < row_length >= longest else bucket(longest)

@@ -160,6 +160,10 @@ class TaskBuilder:
     """As `read` or, if `solved`, `read_solved`, for a row that stands at `where`."""
     return self.guarded(lambda: self.parse(row, where, solved))
 
+  def fresh(self, on_bad_row: str = "") -> "TaskBuilder":
+    """The same with counts of its own, and perhaps another `on_bad_row`."""
+    return dataclasses.replace(self, counts=RowCounts(), on_bad_row=on_bad_row or self.on_bad_row)
+
   def guarded(self, make: Callable[[], Any]) -> Any:
     """What `make` gives, counted; of a BadRow, what `on_bad_row` says."""
     try:
@@ -199,7 +203,7 @@ class TaskBuilder:
 
   def _text(self, row, field, role, where, numbers=False):
     """The text in a field, or its number as text where that will do."""
-    value = _present(row, field, role, where)
+    value = present(row, field, role, where)
     if numbers and isinstance(value, int | float) and not isinstance(value, bool) and (
         abs(value) < math.inf):
       try:
@@ -216,7 +220,7 @@ class TaskBuilder:
   def _messages(self, row, where):
     """The messages of the prompt, and the text of the final assistant message or None."""
     field = self.fields.messages
-    value = _present(row, field, "messages", where)
+    value = present(row, field, "messages", where)
     if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
       raise BadRow("wrong_type", where, f"field {field!r} holds {_shown(value)}, but data.messages "
                    "needs a list of objects with role and content")
@@ -273,17 +277,21 @@ class TaskBuilder:
     return start + tokens
 
   def _check_solution(self, task, where):
-    fields, limit = self.fields, self.max_completion_tokens
+    fields = self.fields
     if not task.solution.strip():
       raise BadRow("empty", where, "there is no solution to imitate in data.solution="
                    f"{fields.solution!r} or data.answer={fields.answer!r}")
+    field = fields.solution or fields.messages or fields.answer
+    self.check_completion(task.solution, f"solution from field {field!r}", where)
+
+  def check_completion(self, text: str, what: str, where: str) -> None:
+    """Refuses a text that cannot be written, or is, with its EOS, longer than a completion may be."""
     try:
-      length = len(self.tokenizer.encode(task.solution)) + 1
+      length = len(self.tokenizer.encode(text)) + 1
     except ValueError as error:
-      raise BadRow("not_encodable", where, f"solution: {error}") from error
-    if limit and length > limit:
-      field = fields.solution or fields.messages or fields.answer
-      self._too_long("completion", f"the solution from field {field!r}, with EOS,", length, where)
+      raise BadRow("not_encodable", where, f"{what}: {error}") from error
+    if self.max_completion_tokens and length > self.max_completion_tokens:
+      self._too_long("completion", f"the {what}, with EOS,", length, where)
 
   def _too_long(self, kind, what, length, where):
     """Refuses a row, or only counts it where it will be cut."""
@@ -316,7 +324,12 @@ def supervised(task: Task, tokenizer: Tokenizer, *, max_completion_tokens: int =
                     task_id=task.id, prompt_length=len(task.prompt), text=text, finish=finish)
 
 
-def _present(row, field, role, where):
+def present(row: Mapping[str, Any], field: str, role: str, where: str) -> Any:
+  """What a row holds in a field that `data.<role>` names.
+
+  Raises:
+    BadRow: nothing.
+  """
   value = row.get(field)
   if value is None:
     problem = "is null" if field in row else f"is missing{compose.nearest(field, row)}"

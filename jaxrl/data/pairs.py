@@ -8,20 +8,21 @@ Rows come in the shapes that preference data is published in:
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}        two transcripts (HH-RLHF)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import os
 from typing import Any
 
-from jaxrl import compose
+from jaxrl.batch import PREFERENCE
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.data.examples import present
 from jaxrl.data.examples import supervised
 from jaxrl.data.examples import TaskBuilder
 from jaxrl.data.sources import BadRow
 from jaxrl.data.sources import Source
 from jaxrl.data.tokenizers import Tokenizer
-
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -31,12 +32,14 @@ class Pair:
     task: the prompt.
     chosen, rejected: text of the answers.
     preference: probability that `chosen` is the better one; 0.5 is a tie.
+    columns: constants of the pair, such as a margin.
   """
 
   task: Task
   chosen: str
   rejected: str
   preference: float = 1.0
+  columns: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -49,6 +52,7 @@ class PairBuilder:
       `fields.messages`, transcripts into `fields.question`.
     chosen, rejected: fields with the answers.
     preference: field with the probability that `chosen` is better, 0 to 1; empty for 1.
+    columns: fields with numbers that losses read as columns of the batch, such as margins.
     turn: what begins an assistant's turn in transcripts, such as "\\n\\nAssistant:"; the prompt then
       ends with the last of them that both texts share. Empty for texts that are answers only.
     other_turn: what begins anybody else's turn; an answer that holds it is a bad row.
@@ -61,15 +65,23 @@ class PairBuilder:
   chosen: str = "chosen"
   rejected: str = "rejected"
   preference: str = ""
+  columns: Sequence[str] = ()
   turn: str = ""
   other_turn: str = "\n\nHuman:"
 
   def __post_init__(self):
     if not self.chosen or not self.rejected or self.chosen == self.rejected:
       raise ValueError(f"chosen={self.chosen!r} and rejected={self.rejected!r} must name two fields")
+    if PREFERENCE in self.columns or isinstance(self.columns, str):
+      raise ValueError(f"columns={self.columns!r} must list fields with constants of pairs, other "
+                       f"than {PREFERENCE!r}, which every batch of pairs has")
     if self.turn and (self.tasks.fields.messages or not self.tasks.fields.question):
       raise ValueError(f"turn={self.turn!r} cuts transcripts, whose prompt is text: set "
                        "fields.question, and leave fields.messages empty")
+
+  def fresh(self, on_bad_row: str = "") -> "PairBuilder":
+    """As `TaskBuilder.fresh`."""
+    return dataclasses.replace(self, tasks=self.tasks.fresh(on_bad_row))
 
   def read(self, source: Source, index: int) -> Pair | None:
     """The pair of one row of a source; None where the row is skipped.
@@ -85,7 +97,9 @@ class PairBuilder:
     return self.tasks.guarded(lambda: self._pair(row, where))
 
   def _pair(self, row, where):
-    both = [self._value(row, field, where) for field in (self.chosen, self.rejected)]
+    if not isinstance(row, Mapping):
+      raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
+    both = [present(row, getattr(self, role), role, where) for role in ("chosen", "rejected")]
     kinds = {type(value) for value in both}
     if kinds == {list}:
       prompt, answers = self._of_conversations(row, both, where)
@@ -100,29 +114,28 @@ class PairBuilder:
     for field, answer in zip((self.chosen, self.rejected), answers):
       if not answer.strip():
         raise BadRow("empty", where, f"the answer in field {field!r} is empty")
-      self._check_length(field, answer, where)
+      self.tasks.check_completion(answer, f"answer in field {field!r}", where)
     if answers[0] == answers[1]:
       raise BadRow("same_answers", where, f"fields {self.chosen!r} and {self.rejected!r} hold the "
                    "same answer, so nothing is preferred")
     task = self.tasks.parse({**row, **prompt}, where, False)
-    return Pair(task, *answers, self._label(row, where))
-
-  def _value(self, row, field, where):
-    if not isinstance(row, Mapping):
-      raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
-    value = row.get(field)
-    if value is None:
-      problem = "is null" if field in row else f"is missing{compose.nearest(field, row)}"
-      raise BadRow("missing_field", where, f"field {field!r} {problem}")
-    return value
+    columns = {name: self._number(row, name, "columns", where) for name in self.columns}
+    return Pair(task, *answers, self._label(row, where), columns)
 
   def _label(self, row, where):
     if not self.preference:
       return 1.0
-    value = self._value(row, self.preference, where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    value = self._number(row, self.preference, "preference", where)
+    if not 0 <= value <= 1:
       raise BadRow("wrong_type", where, f"field {self.preference!r} holds {value!r}, but a "
                    "preference is a probability from 0 to 1")
+    return value
+
+  def _number(self, row, field, role, where):
+    value = present(row, field, role, where)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+      raise BadRow("wrong_type", where, f"field {field!r} holds {value!r}, but data.{role} needs a "
+                   "finite number")
     return float(value)
 
   def _of_conversations(self, row, both, where):
@@ -162,25 +175,11 @@ class PairBuilder:
                      "for more than one turn, so its last answer has a prompt of its own")
     return {self.tasks.fields.question: both[0][:end]}, answers
 
-  def _check_length(self, field, answer, where):
-    limit = self.tasks.max_completion_tokens
-    try:
-      length = len(self.tasks.tokenizer.encode(answer)) + 1
-    except ValueError as error:
-      raise BadRow("not_encodable", where, f"field {field!r}: {error}") from error
-    if not limit or length <= limit:
-      return
-    if self.tasks.on_bad_row == "truncate":
-      self.tasks.counts.add("completion_truncated")
-      return
-    raise BadRow("completion_too_long", where, f"the answer in field {field!r}, with EOS, has "
-                 f"{length} tokens, more than max_completion_tokens={limit}; on_bad_row='truncate' "
-                 "would keep its start")
-
 
 def compared(pair: Pair, tokenizer: Tokenizer, *, group: int, max_completion_tokens: int = 0
              ) -> list[Trajectory]:
-  """The two answers as trajectories of one group, chosen first, with the column `preference`.
+  """The two answers as trajectories of one group, chosen first, with the column `preference` and
+  those of the pair.
 
   Args:
     pair: read with the same tokenizer.
@@ -192,6 +191,6 @@ def compared(pair: Pair, tokenizer: Tokenizer, *, group: int, max_completion_tok
   for text, label in ((pair.chosen, pair.preference), (pair.rejected, 1 - pair.preference)):
     task = dataclasses.replace(pair.task, solution=text)
     trajectory = supervised(task, tokenizer, max_completion_tokens=max_completion_tokens)
-    trajectory.group, trajectory.columns = group, {"preference": label}
+    trajectory.group, trajectory.columns = group, {**pair.columns, PREFERENCE: label}
     found.append(trajectory)
   return found

@@ -27,8 +27,7 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
   if answer_format not in ("plain", "reversed"):
     raise ValueError(f"answer_format={answer_format!r}: use 'plain' or 'reversed'")
   for name, share in (("drafts", drafts), ("verdicts", verdicts), ("rewrites", rewrites)):
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-      raise ValueError(f"{name}={share!r}: use a share from 0 to 1")
+    knobs.share(name, share)
   smallest = 10 ** (digits - 1) if digits > 1 else 0
   a, b = (int(x) for x in rng.integers(smallest, 10 ** digits, size=2))
   answer = _written(a + b, answer_format)

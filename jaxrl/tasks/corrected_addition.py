@@ -18,8 +18,7 @@ def sample(rng: np.random.Generator, *, digits: int = 3, wrong: float = 0.5) -> 
     wrong: share of the solutions whose first attempt has another digit somewhere.
   """
   knobs.integer("digits", digits, 1, 18)
-  if isinstance(wrong, bool) or not isinstance(wrong, int | float) or not 0 <= wrong <= 1:
-    raise ValueError(f"wrong={wrong!r}: use a share from 0 to 1")
+  knobs.share("wrong", wrong)
   row = addition.sample(rng, digits=digits, answer_format="reversed")
   answer = first = row["answer"]
   if rng.random() < wrong:

@@ -20,3 +20,14 @@ def lengths(shortest: int, longest: int, high: int) -> tuple[int, int]:
   """
   integer("longest", longest, 1, high)
   return integer("shortest", shortest, 1, longest), longest
+
+
+def share(name: str, value: float) -> float:
+  """The value, when it is a number from 0 to 1.
+
+  Raises:
+    ValueError: anything else, naming the knob and its range.
+  """
+  if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    raise ValueError(f"{name}={value!r}: use a share from 0 to 1")
+  return value

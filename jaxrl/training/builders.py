@@ -21,6 +21,7 @@ from jaxrl import objectives
 from jaxrl import rollouts as rollout_lib
 from jaxrl.rollouts import edits
 from jaxrl import sharding
+from jaxrl.batch import PREFERENCE
 from jaxrl.batch import Task
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
@@ -40,12 +41,13 @@ from jaxrl.training.ahead import Ahead
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
+from jaxrl.training.shapes import PAIRED
 from jaxrl.training.shapes import Shape
 from jaxrl.training.shapes import shape_of
 from jaxrl.training.supply import Examples
 from jaxrl.training.supply import GroupsOfRollouts
 
-KINDS = ("sft", "rl", "evaluate")
+KINDS = ("sft", "rl", *PAIRED, "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 REMEMBERED = 4  # rehearsals of earlier runs
 _REHEARSALS: dict[tuple, Rehearsal] = {}
@@ -55,7 +57,7 @@ AT_LEAST = {  # smallest values of settings that nothing else checks
     "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
     "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
     "reference.every": 0, "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
-    "evaluate.problems": 0, "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0,
+    "evaluate.problems": 0, "evaluate.pairs": 0, "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
 
 
@@ -81,9 +83,11 @@ class Parts:
   tokenizer: data.Tokenizer
   decoder: DecoderConfig
   builder: data.TaskBuilder
+  pair_builder: data.PairBuilder | None  # if a phase compares answers
   train: data.Source
   validation: list[Task]
   test: list[Task]
+  held_out_pairs: dict[str, list[data.Pair]]  # by split
   scorer: Scorer
   sampler: Sampler
   phases: list[Phase]
@@ -123,12 +127,13 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   decoder = _decoder_config(config.model, tokenizer.vocab_size)
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
-  held_out = {split: inputs.read_tasks(builder, splits[split], config.evaluate.problems)
-              for split in ("validation", "test")}
   phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
+  paired = any(phase.kind in PAIRED for phase in phases)
+  pair_builder = inputs.pair_builder(config, builder) if paired else None
+  held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
-    _check_phase(phase, mesh, held_out)
-  shapes = {phase.name: _shape(phase, decoder, mesh, builder, splits["train"])
+    _check_phase(phase, mesh, held_out["validation"], pairs["validation"])
+  shapes = {phase.name: _shape(phase, decoder, mesh, builder, pair_builder, splits["train"])
             for phase in phases if phase.kind != "evaluate"}
   _check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
@@ -138,8 +143,8 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   rehearsals = {phase.name: _rehearse(phase, mesh, shapes[phase.name])
                 for phase in phases if phase.name in shapes}
   sampler = _sampler(config, decoder, tokenizer, mesh)
-  return Parts(config, mesh, sampling_mesh, tokenizer, decoder, builder, splits["train"],
-               **held_out, scorer=_scorer(config, phases), sampler=sampler, phases=phases,
+  return Parts(config, mesh, sampling_mesh, tokenizer, decoder, builder, pair_builder,
+               splits["train"], **held_out, held_out_pairs=pairs, scorer=_scorer(config, phases), sampler=sampler, phases=phases,
                initializing=initializing, shapes=shapes, rehearsals=rehearsals, report=report)
 
 
@@ -174,7 +179,7 @@ def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
       updates_per_batch=s.rollout.updates if sampled else 1,
       mesh=parts.mesh, max_bad_steps=s.optimizer.max_bad_steps,
       max_logprob_gap=s.rollout.max_logprob_gap,
-      validate=_validator(parts, phase) if parts.validation else None,
+      validate=_validator(parts, phase),
       validate_every=until["every"] if until else s.evaluate.every,
       until=(until["metric"], until["at_least"]) if until else None,
       checkpoint_every=s.checkpoint.every, samples_every=s.log.samples_every,
@@ -192,27 +197,79 @@ def evaluate(parts: Parts, phase: Phase, params: Any, tasks: list[Task], key: tu
       key=(TESTING, *key), episode=_asking(phase.settings), step=step)
 
 
+def measure(parts: Parts, phase: Phase, state: states.TrainState, split: str) -> dict[str, float]:
+  """Loss and diagnostics of a phase that compares answers, on pairs that it is not trained on.
+
+  Returns:
+    Means over the pairs by name, as `pairs/loss`; nothing for phases of other kinds.
+  """
+  pairs = parts.held_out_pairs[split] if phase.kind in PAIRED else []
+  learner_, shape = parts.rehearsals[phase.name].learner if pairs else None, parts.shapes.get(phase.name)
+  to_trajectories, size = _to_trajectories(parts, phase), phase.settings.batch.examples
+  total: dict[str, float] = {}
+  for start in range(0, len(pairs), size):
+    part = pairs[start:start + size]
+    host = shape.pack([t for i, pair in enumerate(part) for t in to_trajectories(pair, i)])
+    host = learner.to_micro_batches(host, shape.micro_batch_rows)
+    with jax.set_mesh(parts.mesh):
+      batch = learner_.prepare(state, sharding.put_batch(host, parts.mesh))[1]
+      found = jax.device_get(learner_.measure(state, batch))
+    for name, value in found.items():
+      total[name] = total.get(name, 0.0) + float(value) * len(part) / len(pairs)
+  return {f"pairs/{name}": value for name, value in total.items()}
+
+
 def _validator(parts, phase):
+  """What measures a phase on validation data; None where there is none."""
+  if not parts.validation and not parts.held_out_pairs["validation"]:
+    return None
   rollouts = _rollouts(parts, phase, parts.sampler)
 
-  def validate(params, step):
-    return policy.evaluate(rollouts, params, parts.validation, correct=_correct(parts, phase),
-                           samples=0, k=1, temperature=0.0, base_key=parts.base_key,
-                           key=(VALIDATING, phase.index, step),
-                           episode=_asking(phase.settings), step=step).metrics
+  def validate(state, step):
+    found = measure(parts, phase, state, "validation")
+    if parts.validation:
+      found |= policy.evaluate(
+          rollouts, state.params, parts.validation, correct=_correct(parts, phase), samples=0, k=1,
+          temperature=0.0, base_key=parts.base_key, key=(VALIDATING, phase.index, step),
+          episode=_asking(phase.settings), step=step).metrics
+    return found
   return validate
+
+
+def _held_out(config, splits, builder, pair_builder):
+  """Problems, and pairs of answers if a phase compares them, of the splits nothing is trained on."""
+  e, tasks, pairs = config.evaluate, {}, {}
+  for split in ("validation", "test"):
+    if pair_builder is None:
+      pairs[split], tasks[split] = [], inputs.read_tasks(builder, splits[split], e.problems)
+    else:
+      found = inputs.read_tasks(pair_builder, splits[split], max(e.problems, e.pairs))
+      pairs[split], tasks[split] = found[:e.pairs], [pair.task for pair in found[:e.problems]]
+  return tasks, pairs
+
+
+def _reader(parts, phase):
+  """What makes an example of a row."""
+  if phase.kind in PAIRED:
+    return parts.pair_builder.read
+  return parts.builder.read if phase.kind == "rl" else parts.builder.read_solved
+
+
+def _to_trajectories(parts, phase):
+  """What makes the sequences of an example that is not sampled, given its group."""
+  limit = phase.settings.data.max_completion_tokens
+  if phase.kind in PAIRED:
+    return lambda pair, group: data.compared(pair, parts.tokenizer, group=group,
+                                             max_completion_tokens=limit)
+  return lambda task, group: [data.supervised(task, parts.tokenizer, max_completion_tokens=limit)]
 
 
 def _supply(parts, phase):
   s = phase.settings
-  sampled = phase.kind == "rl"
-  read = parts.builder.read if sampled else parts.builder.read_solved
-  pipeline = data.tasks_pipeline(parts.train, read,
+  pipeline = data.tasks_pipeline(parts.train, _reader(parts, phase),
                                  seed=(1000 * parts.config.seed + phase.index) % 2 ** 32)
-  if not sampled:
-    to_example = functools.partial(data.supervised, tokenizer=parts.tokenizer,
-                                   max_completion_tokens=s.data.max_completion_tokens)
-    return Examples(pipeline, to_example, s.batch.examples)
+  if phase.kind != "rl":
+    return Examples(pipeline, _to_trajectories(parts, phase), s.batch.examples)
   sampler = parts.sampler
   if _is_ahead(phase):  # one of its own, for validation may sample at the same time
     sampler = _sampler(parts.config, parts.decoder, parts.tokenizer, parts.sampling_mesh)
@@ -350,10 +407,14 @@ def _objective(settings):
                        "constant=...)")
     terms.append(compose.build(spec, objectives, where=where))
     aggregations.append(Aggregation(own["kind"], own.get("constant", common["constant"])))
+    if compose.is_by_sequence(terms[-1]) and own["kind"] == "token_mean" and settings.kind in PAIRED:
+      raise ValueError(f"{where}: {compose.name_of(terms[-1])} compares sequences, and aggregation "
+                       "'token_mean' would let long ones count more: use config.aggregation."
+                       "kind='sequence_mean', the mean over pairs")
   return terms, aggregations
 
 
-def _check_phase(phase, mesh, held_out):
+def _check_phase(phase, mesh, problems, pairs):
   s, where = phase.settings, f"config.{phase.name}"
   for path, least in AT_LEAST.items():
     value = functools.reduce(lambda section, name: section[name], path.split("."), s)
@@ -379,8 +440,8 @@ def _check_phase(phase, mesh, held_out):
                      f"samples={s.evaluate.samples}")
   until = s.get("until")
   if until is not None:
-    _check_until(until, f"{where}.until")
-  if (until is not None or s.evaluate.every) and not held_out["validation"]:
+    _check_until(until, f"{where}.until", pairs)
+  if (until is not None or s.evaluate.every) and not problems and not pairs:
     what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
     raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
                      "set config.data.validation, and config.evaluate.problems to at least 1")
@@ -413,27 +474,34 @@ def _check_ahead(phases, decoder, mesh, sampling_mesh):
     transfer.copier(states.parameter_shardings(decoder, mesh), sampling_mesh)
 
 
-def _check_until(until, where):
+def _check_until(until, where, pairs):
   wanted = ("metric", "at_least", "every")
   if not isinstance(until, ml_collections.ConfigDict) or set(until) != set(wanted):
     raise ValueError(f"{where} needs {', '.join(wanted)}, as in dict(metric='greedy_accuracy', "
                      f"at_least=0.4, every=50); it is {_plain(until)}")
-  if until.metric not in policy.GREEDY_METRICS:
+  if until.metric not in policy.GREEDY_METRICS and not (pairs and until.metric.startswith("pairs/")):
     raise ValueError(f"{where}.metric={until.metric!r} is not measured on the way"
                      f"{compose.nearest(until.metric, policy.GREEDY_METRICS)}")
   if not until.every >= 1:
     raise ValueError(f"{where}.every={until.every} must be a number of updates, at least 1")
 
 
-def _shape(phase, decoder, mesh, builder, source) -> Shape:
-  tasks = inputs.first_tasks(builder, source, solved=phase.kind == "sft")
+def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
+  if phase.kind in PAIRED:
+    limit = phase.settings.data.max_completion_tokens
+    pairs = inputs.first_tasks(pair_builder, source)
+    sizes = [sum(len(t.tokens) for t in data.compared(
+        pair, builder.tokenizer, group=0, max_completion_tokens=limit)) for pair in pairs]
+  else:
+    sizes = [len(task.prompt) for task in inputs.first_tasks(builder, source,
+                                                             solved=phase.kind == "sft")]
   state = _abstract_state(phase.learning, mesh)
 
   def bytes_of(tree, itemsize=0):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
                for x in jax.tree.leaves(tree))
   kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
-  return shape_of(phase.settings, decoder, mesh, tasks, kept_bytes=kept)
+  return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept)
 
 
 def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
@@ -467,8 +535,9 @@ def _abstract_state(learning, mesh):
 def _empty_batch(phase, shape):
   """A host batch of the expected shape, with the signals and columns that episode and edits add."""
   batch = shape.pack([])
-  for piece in _suppliers(phase):
-    signals, columns = compose.supplied_by(piece)
+  d = phase.settings.data
+  of_pairs = [((), (PREFERENCE, *d.columns))] if phase.kind in PAIRED else []
+  for signals, columns in (*of_pairs, *map(compose.supplied_by, _suppliers(phase))):
     batch = batch.with_signals(**{name: np.zeros(batch.tokens.shape, np.float32)
                                   for name in signals})
     batch = batch.replace(columns={**batch.columns, **{

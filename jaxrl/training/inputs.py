@@ -1,10 +1,10 @@
 """The data and the tokenizer of a config."""
 
 from collections.abc import Iterator
-import dataclasses
 import pathlib
 import re
 import shutil
+from typing import Any
 
 import jax
 import ml_collections
@@ -12,7 +12,6 @@ import ml_collections
 from jaxrl import compose
 from jaxrl import data
 from jaxrl import tasks
-from jaxrl.batch import Task
 
 TOKENIZERS = ("character", "bpe", "pretrained")
 SPLITS = ("train", "validation", "test")
@@ -54,7 +53,8 @@ def _open(config, split, spec):
   if not spec:
     return None
   if spec.startswith("task:"):
-    size = config.data.task_size if split == "train" else max(config.evaluate.problems, 1)
+    held_out = max(config.evaluate.problems, config.evaluate.pairs, 1)
+    size = config.data.task_size if split == "train" else held_out
     own = {} if split == "train" else config.data.held_out_task
     return tasks.open_task(spec.removeprefix("task:"), split=split, size=size, seed=config.seed
                            if split == "train" else 0, **{**config.data.task, **own})
@@ -135,13 +135,28 @@ def builder(config: ml_collections.ConfigDict, tokenizer: data.Tokenizer) -> dat
     raise ValueError(f"config.data: {error}") from error
 
 
-def read_tasks(builder: data.TaskBuilder, source: data.Source | None, count: int) -> list[Task]:
-  """The first `count` usable tasks of a source.
+def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder) -> data.PairBuilder:
+  """What turns rows into pairs of answers.
+
+  Raises:
+    ValueError: settings that no row could satisfy.
+  """
+  d = config.data
+  try:
+    return data.PairBuilder(tasks, chosen=d.chosen, rejected=d.rejected, preference=d.preference,
+                            columns=tuple(d.columns), turn=d.turn, other_turn=d.other_turn)
+  except ValueError as error:
+    raise ValueError(f"config.data: {error}") from error
+
+
+def read_tasks(builder: data.TaskBuilder | data.PairBuilder, source: data.Source | None, count: int
+               ) -> list[Any]:
+  """The first `count` usable tasks, or pairs, of a source.
 
   Raises:
     ValueError: there are rows, but none is usable.
   """
-  found: list[Task] = []
+  found: list[Any] = []
   for index in range(len(source) if source is not None and count else 0):
     task = builder.read(source, index)
     if task is not None:
@@ -153,7 +168,8 @@ def read_tasks(builder: data.TaskBuilder, source: data.Source | None, count: int
   return found
 
 
-def first_tasks(builder: data.TaskBuilder, source: data.Source, *, solved: bool) -> list[Task]:
+def first_tasks(builder: data.TaskBuilder | data.PairBuilder, source: data.Source, *,
+                solved: bool = False) -> list[Any]:
   """Tries the first rows of the training data, which are read only once training begins.
 
   Args:
@@ -163,7 +179,7 @@ def first_tasks(builder: data.TaskBuilder, source: data.Source, *, solved: bool)
     BadRow: one of them is bad, and `on_bad_row` does not let it pass.
     ValueError: no row of the source is usable.
   """
-  trial = dataclasses.replace(builder, counts=data.RowCounts())
+  trial = builder.fresh()
   read = trial.read_solved if solved else trial.read
   first = [read(source, index) for index in range(min(len(source), FIRST_ROWS))]
   if all(task is None for task in first) and all(
@@ -173,7 +189,7 @@ def first_tasks(builder: data.TaskBuilder, source: data.Source, *, solved: bool)
 
 
 def _refuse(builder, source, solved):
-  strict = dataclasses.replace(builder, on_bad_row="fail", counts=data.RowCounts())
+  strict = builder.fresh("fail")
   try:
     (strict.read_solved if solved else strict.read)(source, 0)
   except data.BadRow as error:

@@ -91,6 +91,13 @@ class Learning:
                for _, name in (*_sources(self.terms), *_sources(self.advantage)))
 
   @property
+  def reads_logprobs(self) -> bool:
+    """Whether logits are wanted; not by terms that declare scores, unless log-probabilities too."""
+    declared = [compose.signals_of(term) for term in self.terms]
+    return self.with_behaviour or any("scores" not in names or "logprobs" in names
+                                      for names in declared)
+
+  @property
   def term_signals(self) -> frozenset[str]:
     """Model outputs that the loss reads, in every update."""
     return frozenset(name for source, name in _sources(self.terms) if source == "policy")
@@ -132,10 +139,12 @@ class Learner:
     signals: `(state, batch) -> ({name: array}, carried, metrics)`: what the loss reads and no
       update changes, what the credit chain remembers, and scalars that it logs.
     update: `(state, batch) -> (state, metrics)` for a prepared batch; donates the state.
+    measure: `(state, batch) -> metrics` for a prepared batch: loss and diagnostics, and no update.
   """
 
   signals: Callable[[TrainState, TokenBatch], tuple[dict[str, jax.Array], Any, dict]]
   update: Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]
+  measure: Callable[[TrainState, TokenBatch], dict[str, jax.Array]]
 
   def prepare(self, state: TrainState, batch: TokenBatch
               ) -> tuple[TrainState, TokenBatch, dict[str, jax.Array]]:
@@ -157,7 +166,8 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
       jax.jit(functools.partial(_signals, learning),
               out_shardings=(by_rows, state_shardings.carried, None)),
       jax.jit(functools.partial(_update, learning, state_shardings.params), donate_argnums=0,
-              out_shardings=(state_shardings, None)))
+              out_shardings=(state_shardings, None)),
+      jax.jit(functools.partial(_measure, learning)))
 
 
 def to_micro_batches(batch: TokenBatch, rows: int) -> TokenBatch:
@@ -229,15 +239,7 @@ def _forward(learning, params, batch, names, reference):
 
 def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
             ) -> tuple[TrainState, dict[str, jax.Array]]:
-  weights = {_weights_of(a): aggregate.loss_weights(batch, a.kind, constant=a.constant)
-             for a in learning.aggregations}
-  # Weights travel with the rows that they belong to.
-  means = {_means_of(term): aggregate.mean_weights(batch, compose.is_by_sequence(term))
-           for term in learning.terms}
-  means[MEANS] = aggregate.mean_weights(batch)
-  batch = batch.with_signals(**means, **weights)
-  read = learning.term_signals  # only one of them makes a second model of the reference
-  reference = state.reference if model_signals.DIVERGENCE in read else None
+  batch, reference = _weighted(learning, batch), _reference(learning, state)
   # Jitted, so that it is traced and lowered once for all the places that it is called in.
   gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
 
@@ -264,6 +266,33 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
     metrics["logprob_gap"] = gap
     metrics.setdefault("kl", metrics.get("behaviour_kl", jnp.zeros(())))
   return state, metrics
+
+
+def _weighted(learning, batch):
+  """The batch with the weights of its tokens, which travel with the rows that they belong to."""
+  weights = {_weights_of(a): aggregate.loss_weights(batch, a.kind, constant=a.constant)
+             for a in learning.aggregations}
+  means = {_means_of(term): aggregate.mean_weights(batch, compose.is_by_sequence(term))
+           for term in learning.terms}
+  means[MEANS] = aggregate.mean_weights(batch)
+  return batch.with_signals(**means, **weights)
+
+
+def _reference(learning, state):
+  """Parameters of the reference, if a term compares whole distributions with its own."""
+  return state.reference if model_signals.DIVERGENCE in learning.term_signals else None
+
+
+def _measure(learning: Learning, state: TrainState, batch: TokenBatch) -> dict[str, jax.Array]:
+  batch, reference = _weighted(learning, batch), _reference(learning, state)
+
+  def one(i):
+    loss, (metrics, _) = _loss(learning, state.params, _rows(batch, i), state.step, reference)
+    return {"loss": loss, **metrics}
+
+  add = functools.partial(jax.tree.map, jnp.add)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+  return functools.reduce(add, _streams(learning, batch, lambda i, total: add(total, one(i)), zeros))
 
 
 def _add(total, more):
@@ -298,7 +327,7 @@ def _loss(learning, params, rows, step, reference):
   """Loss of one micro-batch, its metrics, and the largest gap between sampler and trainer."""
   signals = learning.term_signals | ({"entropy"} if learning.with_behaviour else frozenset())
   outputs = model_outputs(learning.decoder, params, rows, signals=signals,
-                          temperature=learning.temperature,
+                          logprobs=learning.reads_logprobs, temperature=learning.temperature,
                           vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
   means = [rows.signals[_means_of(term)] for term in learning.terms]
   weights = [rows.signals[_weights_of(a)] for a in learning.aggregations]

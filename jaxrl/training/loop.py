@@ -73,7 +73,7 @@ class PhaseRun:
     mesh: where batches go.
     max_bad_steps: updates in a row with a non-finite gradient before the run stops.
     max_logprob_gap: largest difference between sampler and trainer that the first update accepts.
-    validate: greedy metrics on validation problems for `(params, step)`, None if not wanted.
+    validate: metrics on validation data for `(state, step)`, None if not wanted.
     validate_every: updates between validations.
     until: metric and bound of validation that end the phase, None to run all steps.
     checkpoint_every, samples_every, curves_every: updates between these; 0 is never.
@@ -88,7 +88,7 @@ class PhaseRun:
   mesh: jax.sharding.Mesh
   max_bad_steps: int
   max_logprob_gap: float
-  validate: Callable[[Any, int], dict[str, float]] | None
+  validate: Callable[[TrainState, int], dict[str, float]] | None
   validate_every: int
   until: tuple[str, float] | None
   checkpoint_every: int
@@ -145,7 +145,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
     if progress.updates_left == 0:
       batch, progress.batch_metrics = None, {}
     if phase.validate and phase.validate_every and step % phase.validate_every == 0:
-      validation = phase.validate(state.params, step)
+      validation = phase.validate(state, step)
       metrics |= {f"validation/{name}": value for name, value in validation.items()}
       if phase.until and validation[phase.until[0]] >= phase.until[1]:
         progress.ended = True

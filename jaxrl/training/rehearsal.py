@@ -80,7 +80,7 @@ class Rehearsal:
       update = learner.update.trace(state, _abstract(with_signals, mesh))
     self._mesh, self._traced, self._aside = mesh, (signals, update), Aside()
     self.learner = Learner(self._aside.first(learner.signals, batch),
-                           self._aside.first(learner.update, with_signals))
+                           self._aside.first(learner.update, with_signals), learner.measure)
 
   def compile(self) -> None:
     """Begins to compile in a thread, unless it has begun before."""

@@ -103,24 +103,22 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   for index in range(progress.phase, len(parts.phases)):
     phase = parts.phases[index]
     parts.compile(index)  # while the first batch is sampled
-    began = time.perf_counter()
-    if index == 0 and START not in progress.evaluations:
-      params = params if state is None else state.params
-      progress.evaluations[START] = _evaluate(parts, phase, params, progress.updates, reporter,
-                                              START)
-      progress.seconds[phase.name] = time.perf_counter() - began
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, rng, state, buffer = state.params, state.rng, None, None
       progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0),
                                      ended=False, updates_left=0, batch_metrics={})
     if state is None:
       state, params = builders.start_state(parts, phase, params, rng), None  # which frees a copy
+    if index == 0 and START not in progress.evaluations:
+      began = time.perf_counter()
+      progress.evaluations[START] = _evaluate(parts, phase, state, progress.updates, reporter, START)
+      progress.seconds[phase.name] = time.perf_counter() - began
     if phase.kind != "evaluate":
       state = _train(parts, phase, state, progress, buffer, reporter, checkpoints, stop)
     if phase.name not in progress.evaluations:
       began = time.perf_counter()
-      progress.evaluations[phase.name] = _evaluate(parts, phase, state.params, progress.updates,
-                                                   reporter, phase.name)
+      progress.evaluations[phase.name] = _evaluate(parts, phase, state, progress.updates, reporter,
+                                                   phase.name)
       progress.seconds[phase.name] = (progress.seconds.get(phase.name, 0.0)
                                       + time.perf_counter() - began)
       loop.save(checkpoints, state, progress)
@@ -157,15 +155,17 @@ def _train(parts, phase, state, progress, buffer, reporter, checkpoints, stop):
   return state
 
 
-def _evaluate(parts, phase, params, updates, reporter, moment) -> dict[str, float]:
-  if not parts.test:
-    return {}
-  evaluation = builders.evaluate(parts, phase, params, parts.test, (phase.index, updates),
-                                 step=0 if moment == START else phase.steps)
-  reporter.evaluation(moment, evaluation.metrics)
-  rows = policy.sample_rows(evaluation.answers, {t.id: t for t in parts.test})
-  reporter.samples(f"evaluation_{moment}", updates, rows, replace=True)
-  return evaluation.metrics
+def _evaluate(parts, phase, state, updates, reporter, moment) -> dict[str, float]:
+  metrics = builders.measure(parts, phase, state, "test")
+  if parts.test:
+    evaluation = builders.evaluate(parts, phase, state.params, parts.test, (phase.index, updates),
+                                   step=0 if moment == START else phase.steps)
+    metrics |= evaluation.metrics
+    rows = policy.sample_rows(evaluation.answers, {t.id: t for t in parts.test})
+    reporter.samples(f"evaluation_{moment}", updates, rows, replace=True)
+  if metrics:
+    reporter.evaluation(moment, metrics)
+  return metrics
 
 
 def summary(parts: Parts, progress: Progress, workdir: pathlib.Path) -> dict[str, Any]:

@@ -15,11 +15,12 @@ import ml_collections
 import numpy as np
 
 from jaxrl import sharding
-from jaxrl.batch import Layout, Task, TokenBatch, Trajectory
+from jaxrl.batch import Layout, TokenBatch, Trajectory
 from jaxrl.batch import bucket, first_fit_decreasing, pack
 from jaxrl.models import DecoderConfig
 from jaxrl.models import packed_attention
 
+PAIRED = ("preference", "reward")  # kinds of phases whose sequences are compared within groups
 WORTH_SHARING = 0.9  # of the work that whole sequences would take
 MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
 CPU_BLOCK = 400_000  # feed-forward activations of a micro-batch: they stay in a core's cache
@@ -36,19 +37,21 @@ class Shape:
     layout: of rows and trunks.
     micro_batch_rows: rows of one forward and backward pass, over all devices.
     rows, sequences: that no batch is likely to exceed.
+    together: whether the sequences of a group share a row.
   """
 
   layout: Layout
   micro_batch_rows: int
   rows: int = 1
   sequences: int = 1
+  together: bool = False
 
   def pack(self, trajectories: Sequence[Trajectory]) -> TokenBatch:
     """A host batch of at least this shape."""
     layout = self.layout
     return pack(trajectories, row_length=layout.row_length, trunk_length=layout.trunk_length,
                 rows_per_trunk=layout.rows_per_trunk, rows_multiple=self.micro_batch_rows,
-                min_rows=self.rows, min_sequences=self.sequences)
+                min_rows=self.rows, min_sequences=self.sequences, together=self.together)
 
   def at_least(self, rows: int, row_length: int, sequences: int, trunk_length: int) -> "Shape":
     """The same, made up to the sizes of an earlier batch."""
@@ -60,18 +63,18 @@ class Shape:
 
 
 def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: jax.sharding.Mesh,
-             tasks: Sequence[Task], *, kept_bytes: int = 0) -> Shape:
+             sizes: Sequence[int], *, kept_bytes: int = 0) -> Shape:
   """The shape of a phase's batches.
 
   Args:
     settings: of the phase.
     decoder: the model.
     mesh: that trains.
-    tasks: some that the phase may draw.
+    sizes: tokens of some prompts, or pairs of answers with their prompts, that the phase may draw.
     kept_bytes: of parameters, optimiser, reference and gradients on one device.
   """
   if settings.kind == "rl":
-    known = [len(task.prompt) for task in tasks] or [max(settings.data.max_prompt_tokens, 1)]
+    known = list(sizes) or [max(settings.data.max_prompt_tokens, 1)]
     prompts = [known[i % len(known)] for i in range(settings.rollout.prompts)]
     samples = settings.rollout.episode.get("samples", 1)
     layout = _layout_of_rollouts(settings, decoder, max(prompts), samples)
@@ -81,11 +84,17 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
       rows = sum(_rows(layout, length, responses) for length in prompts)
     else:
       rows = _rows_of_whole(layout, max(prompts) + settings.rollout.max_tokens, sequences)
+  elif settings.kind in PAIRED:
+    longest, row = max(sizes, default=1), settings.batch.row_length
+    layout = Layout(row if row >= longest else bucket(longest))
+    sequences, rows = 2 * settings.batch.examples, _rows_of_whole(layout, longest,
+                                                                  settings.batch.examples)
   else:
     layout = Layout(settings.batch.row_length)
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
   micro = _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows)
-  return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences)
+  return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences,
+               together=settings.kind in PAIRED)
 
 
 def _layout_of_rollouts(settings, decoder, prompt, samples):

@@ -1,4 +1,4 @@
-"""Where a phase's batches come from: supervised examples, or rollouts of the current policy.
+"""Where a phase's batches come from: examples of the data, or rollouts of the current policy.
 
 A supply draws from the data and gives host batches; the loop neither knows nor cares which kind it
 feeds on. A new kind of phase is a new supply and its objective terms.
@@ -50,23 +50,25 @@ class Supply(Protocol):
 
 
 class Examples:
-  """Supervised examples: `count` tasks with their solutions per batch."""
+  """Sequences to imitate or to compare: those of `count` examples per batch."""
 
   sampled = False
 
-  def __init__(self, tasks: data.TaskIterator, to_example: Callable[[Task], Trajectory],
-               count: int):
-    self._tasks, self._to_example, self._count = tasks, to_example, count
+  def __init__(self, examples: data.TaskIterator,
+               to_trajectories: Callable[[Any, int], list[Trajectory]], count: int):
+    """Draws from `examples`; the second argument of `to_trajectories` is the group of an example."""
+    self._examples, self._to_trajectories, self._count = examples, to_trajectories, count
 
   def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
     del params, step, reference
-    return Supplied([self._to_example(next(self._tasks)) for _ in range(self._count)])
+    return Supplied([trajectory for group in range(self._count)
+                     for trajectory in self._to_trajectories(next(self._examples), group)])
 
   def get_state(self) -> dict:
-    return self._tasks.get_state()
+    return self._examples.get_state()
 
   def set_state(self, state: dict) -> None:
-    self._tasks.set_state(state)
+    self._examples.set_state(state)
 
   def close(self) -> None:
     pass

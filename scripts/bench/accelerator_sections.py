@@ -165,7 +165,8 @@ class Run:
     abstract = builders.abstract_state(self.parts, phase)
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     tasks = [Task(id=str(i), prompt=[0] * prompt) for i in range(args.grpo_prompts)]
-    self.shape = shape_of(phase.settings, self.parts.decoder, self.parts.mesh, tasks,
+    self.shape = shape_of(phase.settings, self.parts.decoder, self.parts.mesh,
+                          [len(task.prompt) for task in tasks],
                           kept_bytes=kept)
     self._functions = learners.make_learner(
         phase.learning, jax.tree.map(lambda x: x.sharding, abstract))

@@ -184,7 +184,7 @@ BAD_ROWS = [
     ({"question": "q☕", "answer": "a", "solution": "s"}, "not_encodable", "'☕'"),
     (["question"], "wrong_type", "a row is a mapping, but this is a list"),
     ("question", "wrong_type", "this is a str"),
-    ({"question": "q", "answer": "☕", "solution": "☕"}, "not_encodable", "solution: character"),
+    ({"question": "q", "answer": "☕", "solution": "☕"}, "not_encodable", "solution': character"),
     ({"question": "q", "answer": "a", "solution": " "}, "empty", "'solution' is empty"),
     ({"question": "q", "answer": "a", "solution": 3}, "wrong_type", "data.solution needs text"),
     ({"question": "q" * 50, "answer": "a", "solution": "s"}, "prompt_too_long",

@@ -75,8 +75,8 @@ OK = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 
 
 @pytest.mark.parametrize("row, options, reason, message", [
-    ({"prompt": "1", "chosen": "3"}, {}, "missing_field", "field 'rejected' is missing"),
-    (OK | {"chosen": None}, {}, "missing_field", "field 'chosen' is null"),
+    ({"prompt": "1", "chosen": "3"}, {}, "missing_field", "'rejected', which data.rejected names, is missing"),
+    (OK | {"chosen": None}, {}, "missing_field", "'chosen', which data.chosen names, is null"),
     (OK | {"chosen": " "}, {}, "empty", "field 'chosen' is empty"),
     (OK | {"rejected": "3"}, {}, "same_answers", "the same answer"),
     (OK | {"rejected": ["4"]}, {}, "wrong_type", "str and list"),

@@ -15,7 +15,7 @@ SPLITS = ("train", "validation", "test")
 SMALL = dict(running_sum=dict(), addition=dict(digits=2), brackets=dict(longest=7), copying=dict(longest=2),
              countdown=dict(largest=9, numbers=3), modular_arithmetic=dict(modulus=13),
              corrected_addition=dict(digits=2), scratchpad_addition=dict(longest=2),
-             sorting=dict(longest=3, largest=12), transitions=dict(digits=2),
+             preferred_addition=dict(digits=2), sorting=dict(longest=3, largest=12), transitions=dict(digits=2),
              repeated_addition=dict(digits=2), series=dict(digits=3))
 names = st.sampled_from(sorted(TASKS))
 

@@ -240,6 +240,7 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
 
   The sections that are handed on as a whole (model, mesh, reward) are checked where they arrive.
   """
+  phases = ("sft", "rl", "preference")
   reads, quiet = set(), [False]
   getitem, to_dict, phase_config = (ml_collections.ConfigDict.__getitem__, configs.to_dict,
                                     configs.phase_config)
@@ -272,8 +273,12 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
       builders.phase_run(parts, phase)
       builders.evaluate(parts, phase, None, parts.test, (), step=0)
 
+  config.data.train = config.data.validation = config.data.test = "task:preferred_addition"
+  config.phases = phases
+  config.preference = dict(kind="preference", steps=50, objective=[dict(name="dpo")],
+                           aggregation=dict(kind="sequence_mean"))
   sections = [name for name in config if isinstance(config[name], ml_collections.ConfigDict)
-              and name not in ("sft", "rl")]
+              and name not in phases]
   dead = [name for name in sections if name not in ("model", "mesh", "reward")]
   for name in dead:
     config[name].dead = 1
@@ -291,7 +296,7 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
     run.run(config, tmp_path / str(number), quiet=True)
   quiet[0] = True
 
-  unread = [field for field in config if field not in ("sft", "rl") and ("", field) not in reads]
+  unread = [field for field in config if field not in phases and ("", field) not in reads]
   unread += [f"{name}.{field}" for name in sections for field in config[name]
              if (section_of(config[name]), field) not in reads]
   assert unread == [f"{name}.dead" for name in dead]

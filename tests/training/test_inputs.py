@@ -52,7 +52,7 @@ def test_an_unnamed_split_is_none(config):
 def test_toy_tasks_take_knobs_sizes_and_the_seed(config):
   config.data.update(train="task:addition", validation="task:addition", test="task:addition",
                      task_size=30)
-  config.data.task = dict(digits=1)
+  config.data.task, config.evaluate.pairs = dict(digits=1), 5
   opened = {split: inputs.open_split(config, split) for split in inputs.SPLITS}
   assert [len(s) for s in opened.values()] == [30, 7, 7]
   questions = {k: {s[i]["question"] for i in range(len(s))} for k, s in opened.items()}

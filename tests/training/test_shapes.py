@@ -36,7 +36,7 @@ def rollouts(prompts, responses):
 
 
 def test_a_long_prompt_is_computed_once_for_its_samples(toys):
-  shape = shape_of(settings(), DECODER, toys.one_device(), tasks(512))
+  shape = shape_of(settings(), DECODER, toys.one_device(), [512])
   assert shape.layout.trunk_length == 512
   batch = shape.pack(rollouts(tasks(512), [[64] * 8]))
   trunks = int((batch.trunk_lengths > 0).sum())
@@ -45,12 +45,12 @@ def test_a_long_prompt_is_computed_once_for_its_samples(toys):
 
 @pytest.mark.parametrize("changes", [dict(share_prompts=False), dict(samples=1)], ids=str)
 def test_nothing_is_shared_where_it_is_not_wanted_or_of_no_use(toys, changes):
-  shape = shape_of(settings(row_length=1024, **changes), DECODER, toys.one_device(), tasks(512))
+  shape = shape_of(settings(row_length=1024, **changes), DECODER, toys.one_device(), [512])
   assert shape.layout == Layout(1024)
 
 
 def test_short_prompts_before_long_answers_are_not_worth_a_trunk(toys):
-  shape = shape_of(settings(max_tokens=1000, row_length=1024), DECODER, toys.one_device(), tasks(8))
+  shape = shape_of(settings(max_tokens=1000, row_length=1024), DECODER, toys.one_device(), [8])
   assert shape.layout == Layout(1024)
 
 
@@ -62,7 +62,7 @@ def test_no_batch_within_the_limits_is_larger_than_expected(toys, prompts, respo
   """Whatever lengths are drawn, all batches are of one shape, so nothing compiles twice."""
   drawn = tasks(*prompts)
   shape = shape_of(settings(samples=5, max_tokens=24, share_prompts=share, row_length=64), DECODER,
-                   toys.one_device(), drawn)
+                   toys.one_device(), prompts)
   largest = shape.pack(rollouts(drawn, [[24] * 5] * 4))
   batch = shape.pack(rollouts(drawn, responses))
   assert batch.tokens.shape == largest.tokens.shape
@@ -73,7 +73,7 @@ def test_no_batch_within_the_limits_is_larger_than_expected(toys, prompts, respo
 def test_rows_at_a_time_are_whole_trunks_on_every_device(toys):
   mesh = toys.one_device()
   for wanted in (0, 3, 8):
-    shape = shape_of(settings(micro_batch_rows=wanted), DECODER, mesh, tasks(512))
+    shape = shape_of(settings(micro_batch_rows=wanted), DECODER, mesh, [512])
     assert shape.micro_batch_rows % shape.layout.rows_per_trunk == 0
     assert shape.micro_batch_rows >= max(wanted, 1)
 
