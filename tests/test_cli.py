@@ -73,7 +73,7 @@ EARLY = [  # found without tracing a model
      "config.tokenizer: no tokenizer at nowhere"),
     (["--config.tokenizer.kind=bpe", "--config.tokenizer.vocab_size=100",
       "--config.data.task_size=50"], "config.tokenizer: vocab_size=100: a byte-level"),
-    (["--config.rl.kind=grpo"], "config.rl.kind='grpo'; valid are evaluate, rl, sft"),
+    (["--config.rl.kind=grpo"], "config.rl.kind='grpo'; valid are evaluate, preference, reward, rl, sft"),
     (["--config.rl.steps=0"], "config.rl.steps=0; a phase of kind rl needs at least 1"),
     (["--config.optimizer.name=adam"], "config.optimizer.name='adam'; did you mean 'adamw'?"),
     (["--config.optimizer.schedule=cosin"], "schedule='cosin'; did you mean 'cosine'?"),

@@ -213,8 +213,8 @@ def test_time_decides_nothing(toys, world, tmp_path):
     supply = world.supply(2, 1, 6, lambda s: Dawdling(s, seed))
     validate = Dawdling(groups(world.parts, world.mesh), 10 * seed)  # at the same time
 
-    def look(params, step):
-      return {"reward": validate.next(params, step).metrics["reward"]}
+    def look(state, step):
+      return {"reward": validate.next(state.params, step).metrics["reward"]}
     runs.append(world.train(supply, 1, 6, tmp_path / str(seed), validate=look, validate_every=2))
   for state, recorder in runs[1:]:
     toys.same_bits(state, runs[0][0])
