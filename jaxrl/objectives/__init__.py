@@ -23,6 +23,11 @@ from jaxrl.objectives.preference import orpo
 from jaxrl.objectives.preference import simpo
 from jaxrl.objectives.regularisers import entropy
 from jaxrl.objectives.regularisers import kl
+from jaxrl.objectives.reward_model import beta_preference
+from jaxrl.objectives.reward_model import bradley_terry
+from jaxrl.objectives.reward_model import ordinal
+from jaxrl.objectives.reward_model import plackett_luce
+from jaxrl.objectives.reward_model import regress_attributes
 from jaxrl.objectives.segments import execution_entropy
 from jaxrl.objectives.supervised import cross_entropy
 from jaxrl.objectives.valuation import random_policy_valuation

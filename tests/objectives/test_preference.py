@@ -11,7 +11,6 @@ import scipy.special
 from jaxrl import batch as batches
 from jaxrl.batch import ModelOutputs, Trajectory, pack
 from jaxrl.objectives import cpo, dpo, imitate_preferred, orpo, simpo
-from jaxrl.objectives import preference
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
 
 log_s, s = scipy.special.log_expit, scipy.special.expit
@@ -99,6 +98,8 @@ CASES = {
             of_both(lambda x, y: -log_s(x) - 0.5 * log_s(-x) - 0.5 * log_s(-y), B)),
     "sppo_hard": (functools.partial(dpo, loss="sppo_hard", beta=B),
                   of_both(lambda x, y: (x / B - 0.5 / B) ** 2 + (y / B + 0.5 / B) ** 2, B)),
+    "bco_pair": (functools.partial(dpo, loss="bco_pair", beta=B),
+                 of_both(lambda x, y: -log_s(x) - log_s(-y), B)),
     "apo_zero": (functools.partial(dpo, loss="apo_zero", beta=B),
                  of_both(lambda x, y: 1 - s(x) + s(y), B)),
     "apo_down": (functools.partial(dpo, loss="apo_down", beta=B),
@@ -240,6 +241,7 @@ def test_extreme_log_probabilities_stay_finite(name, scale):
     (dict(loss="sigmoyd"), "did you mean 'sigmoid'"),
     (dict(divergence="kl"), "divergence='kl'"),
     (dict(beta=0.0), "above 0"),
+    (dict(tau=0.0), "dpo: tau"),
     (dict(label_smoothing=0.5), "below 0.5"),
     (dict(loss="hinge", label_smoothing=0.1), "takes no label_smoothing"),
     (dict(loss="exo"), "1e-3"),
@@ -262,7 +264,7 @@ def test_groups_stay_in_one_row(seed):
     assert len(set(rows)) == 1
   for t, back in zip(trajectories, batches.unpack(batch)):
     np.testing.assert_array_equal(t.tokens, back.tokens)
-  assert preference.PREFERENCE in batch.columns
+  assert batches.PREFERENCE in batch.columns
 
 
 def test_a_long_group_raises_the_row_length_and_trunks_are_refused():
@@ -272,3 +274,31 @@ def test_a_long_group_raises_the_row_length_and_trunks_are_refused():
   assert batch.tokens.shape[1] == batches.bucket(longest)
   with pytest.raises(ValueError, match="together=True"):
     pack(trajectories, trunk_length=8, together=True)
+
+
+def test_pairs_that_the_policy_would_write_count_more():
+  trajectories = pairs(9)
+  batch = pack(trajectories, row_length=32, together=True)
+  logprobs, own = drawn(9, batch, trajectories)
+  collision = np.random.default_rng(9).uniform(0.1, 0.9, batch.tokens.shape).astype(np.float32)
+  weights = []
+  for item, (t, x) in enumerate(zip(trajectories, own)):
+    at = (batch.sequence_ids == item) & batch.loss_mask
+    weights.append(np.exp((x[t.loss_mask] - np.log(np.float64(collision[at]))).mean()))
+  weight_of_group = {g: np.prod([w for w, t in zip(weights, trajectories) if t.group == g])
+                     for g in (0, 7, 14, 21)}
+  groups = iter(dict.fromkeys(t.group for t in trajectories))
+  expected = {g: None for g in weight_of_group}
+  for g in groups:
+    mine = [i for i, t in enumerate(trajectories) if t.group == g]
+    expected[g] = weight_of_group[g] * reference_loss(
+        [trajectories[i] for i in mine], [own[i] for i in mine], of_h(lambda x: -log_s(x), B))
+
+  def loss(x, collision):
+    outputs = ModelOutputs(logprobs=x, distribution={"collision": collision})
+    term = functools.partial(dpo, beta=B, weigh_by_policy=True)
+    return sum_of_terms([term])(outputs, batch, loss_weights(batch, "sequence_mean"),
+                                mean_weights(batch, by_sequence=True))[0]
+  value, gradients = jax.value_and_grad(loss, (0, 1))(jnp.asarray(logprobs), jnp.asarray(collision))
+  np.testing.assert_allclose(value, np.mean(list(expected.values())), rtol=1e-5)
+  assert not np.asarray(gradients[1]).any()
