@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
       chosen="chosen", rejected="rejected",  # fields of pairs of answers: texts or conversations
       preference="",  # field with the probability that `chosen` is better; "" is 1
       columns=(),  # fields with more numbers of a pair, such as margins, which losses read
+      answers="",  # of rows that list any number of answers; set rejected="" for those
       turn="", other_turn="\n\nHuman:",  # of transcripts that share their prompt, see data.PairBuilder
       max_prompt_tokens=256, max_completion_tokens=256,  # of the data; 0 is no limit
       on_bad_row="fail",  # fail | skip | truncate (what is too long)

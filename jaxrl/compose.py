@@ -77,6 +77,31 @@ def carries(initial: Callable[[], Any]) -> Callable[[Callable], Callable]:
   return mark
 
 
+def prepares(function: Callable) -> Callable[[Callable], Callable]:
+  """Declares what an objective term reads that depends on all sequences of a batch.
+
+  Args:
+    function: called once per batch, `function(batch, *, ...)` with those keywords of the term that it
+      asks for; the batch has the signals that the term declared. It returns signals per token by
+      name. If the term declared `carries`, it is called `function(batch, memory, *, ...)` and
+      returns `(signals, memory)`.
+  """
+  def mark(term):
+    term.prepare = function
+    return term
+  return mark
+
+
+def prepared(piece: Callable, batch: Any, memory: Any) -> tuple[dict[str, Any], Any]:
+  """The signals that a built term wants of a whole batch, and its memory afterwards."""
+  prepare = getattr(_bare(piece), "prepare", None)
+  if prepare is None:
+    return {}, memory
+  if initial_of(piece) is None:
+    return _with_keywords(functools.partial(prepare, batch), piece), memory
+  return _with_keywords(functools.partial(prepare, batch, memory), piece)
+
+
 def initial_of(piece: Callable) -> Callable[[], Any] | None:
   """What makes the first memory of a piece, None for one without."""
   return getattr(_bare(piece), "initial", None)

@@ -10,7 +10,8 @@ from jaxrl.data.examples import RowCounts
 from jaxrl.data.examples import supervised
 from jaxrl.data.examples import TaskBuilder
 from jaxrl.data.pairs import compared
-from jaxrl.data.pairs import Pair
+from jaxrl.data.pairs import Comparison
+from jaxrl.data.pairs import mismatched
 from jaxrl.data.pairs import PairBuilder
 from jaxrl.data.pipeline import TaskIterator
 from jaxrl.data.pipeline import tasks_pipeline

@@ -1,11 +1,14 @@
-"""From a row to a pair of answers to one prompt, and from a pair to two trajectories.
+"""From a row to answers to one prompt that are compared, and from those to trajectories.
 
-Rows come in the shapes that preference data is published in:
+Most often they are two, of which one was chosen. Rows come in the shapes that such data is published
+in:
 
   {"prompt": "1+2=", "chosen": "3", "rejected": "4"}                         prompt and two texts
   {"chosen": [{role, content}, ...], "rejected": [...]}                      two conversations
   {"prompt": [{role, content}, ...], "chosen": [...], "rejected": [...]}     the same, prompt apart
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}        two transcripts (HH-RLHF)
+  {"prompt": "1+2=", "answers": [{"text": "3", "rank": 1}, ...]}             any number, with labels
+  {"prompt": "1+2=", "answer": "3", "rating": 4}                             one answer with labels
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,34 +28,37 @@ from jaxrl.data.sources import Source
 from jaxrl.data.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-  """A prompt and two answers to it.
+class Comparison:
+  """A prompt and answers to it.
 
   Attributes:
     task: the prompt.
-    chosen, rejected: text of the answers.
-    preference: probability that `chosen` is the better one; 0.5 is a tie.
-    columns: constants of the pair, such as a margin.
+    answers: their texts; of a pair the chosen one first.
+    columns: of every answer, constants that losses read. `preference` is among them: the probability
+      that it is the best one, 0.5 twice for a tie; of a single answer, that it is a good one.
   """
 
   task: Task
-  chosen: str
-  rejected: str
-  preference: float = 1.0
-  columns: dict[str, float] = dataclasses.field(default_factory=dict)
+  answers: tuple[str, ...]
+  columns: tuple[dict[str, float], ...]
 
 
 @dataclasses.dataclass
 class PairBuilder:
-  """Turns rows into pairs; bad rows are treated and counted as `tasks.on_bad_row` says.
+  """Turns rows into comparisons; bad rows are treated and counted as `tasks.on_bad_row` says.
 
   Attributes:
     tasks: makes the prompt, from its own fields where rows hold one. Otherwise the prompt is what
       both conversations or transcripts begin with, and is put into those fields: conversations into
       `fields.messages`, transcripts into `fields.question`.
-    chosen, rejected: fields with the answers.
-    preference: field with the probability that `chosen` is better, 0 to 1; empty for 1.
-    columns: fields with numbers that losses read as columns of the batch, such as margins.
+    chosen: field with the better answer, or with the text of each one.
+    rejected: field with the other answer; empty for rows that do not hold pairs.
+    answers: field with a list of mappings, each with the text of an answer in `chosen` and with its
+      own labels; empty for none.
+    preference: field with the probability that `chosen` is better, 0 to 1; empty for 1 (in lists,
+      for 1 / number of answers).
+    columns: fields with numbers that losses read as columns of the batch, such as margins: of the
+      row, or of each mapping of a list.
     turn: what begins an assistant's turn in transcripts, such as "\\n\\nAssistant:"; the prompt then
       ends with the last of them that both texts share. Empty for texts that are answers only.
     other_turn: what begins anybody else's turn; an answer that holds it is a bad row.
@@ -64,68 +70,105 @@ class PairBuilder:
   tasks: TaskBuilder
   chosen: str = "chosen"
   rejected: str = "rejected"
+  answers: str = ""
   preference: str = ""
   columns: Sequence[str] = ()
   turn: str = ""
   other_turn: str = "\n\nHuman:"
 
   def __post_init__(self):
-    if not self.chosen or not self.rejected or self.chosen == self.rejected:
-      raise ValueError(f"chosen={self.chosen!r} and rejected={self.rejected!r} must name two fields")
+    if not self.chosen or self.chosen == self.rejected:
+      raise ValueError(f"chosen={self.chosen!r} and rejected={self.rejected!r} must name two fields, "
+                       "or rejected none")
+    if self.answers and self.rejected:
+      raise ValueError(f"answers={self.answers!r} lists mappings that hold their text in one field, "
+                       f"chosen={self.chosen!r}: set rejected=''")
     if PREFERENCE in self.columns or isinstance(self.columns, str):
-      raise ValueError(f"columns={self.columns!r} must list fields with constants of pairs, other "
-                       f"than {PREFERENCE!r}, which every batch of pairs has")
+      raise ValueError(f"columns={self.columns!r} must list fields with constants of answers, other "
+                       f"than {PREFERENCE!r}, which every batch of comparisons has")
     if self.turn and (self.tasks.fields.messages or not self.tasks.fields.question):
       raise ValueError(f"turn={self.turn!r} cuts transcripts, whose prompt is text: set "
                        "fields.question, and leave fields.messages empty")
+    if self.turn and not self.rejected:
+      raise ValueError(f"turn={self.turn!r} finds what two transcripts share: set rejected")
 
   def fresh(self, on_bad_row: str = "") -> "PairBuilder":
     """As `TaskBuilder.fresh`."""
     return dataclasses.replace(self, tasks=self.tasks.fresh(on_bad_row))
 
-  def read(self, source: Source, index: int) -> Pair | None:
-    """The pair of one row of a source; None where the row is skipped.
+  def read(self, source: Source, index: int) -> Comparison | None:
+    """The comparison of one row of a source; None where the row is skipped.
 
     Raises:
       BadRow: as `tasks.on_bad_row` says. Beside the reasons of `TaskBuilder` there are
         `no_shared_prompt` and `same_answers`.
     """
-    return self.tasks.guarded(lambda: self._pair(source[index], source.where(index)))
+    return self.tasks.guarded(lambda: self._comparison(source[index], source.where(index)))
 
-  def to_pair(self, row: Mapping[str, Any], where: str) -> Pair | None:
+  def to_comparison(self, row: Mapping[str, Any], where: str) -> Comparison | None:
     """As `read`, for a row that stands at `where`."""
-    return self.tasks.guarded(lambda: self._pair(row, where))
+    return self.tasks.guarded(lambda: self._comparison(row, where))
 
-  def _pair(self, row, where):
+  def _comparison(self, row, where):
     if not isinstance(row, Mapping):
       raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
+    if self.rejected:
+      prompt, answers = self._of_pair(row, where)
+      label, constants = self._label(row, where, 1.0), self._constants(row, where)
+      columns = [{**constants, PREFERENCE: p} for p in (label, 1 - label)]
+    else:
+      items = self._items(row, where)
+      prompt, answers = {}, [self._text(item, where) for item in items]
+      columns = [{**self._constants(item, where), PREFERENCE: self._label(item, where, 1 / len(items))}
+                 for item in items]
+    for number, answer in enumerate(answers):
+      name = (f"answer {number + 1} in field {self.answers!r}" if self.answers else
+              f"answer in field {(self.chosen, self.rejected)[number]!r}")
+      if not answer.strip():
+        raise BadRow("empty", where, f"the {name} is empty")
+      self.tasks.check_completion(answer, name, where)
+      if answer in answers[:number]:
+        raise BadRow("same_answers", where, f"the {name} is the same answer as an earlier one, so "
+                     "nothing is preferred")
+    task = self.tasks.parse({**row, **prompt}, where, False)
+    return Comparison(task, tuple(answers), tuple(columns))
+
+  def _of_pair(self, row, where):
+    """What belongs to the prompt, and both answers."""
     both = [present(row, getattr(self, role), role, where) for role in ("chosen", "rejected")]
     kinds = {type(value) for value in both}
     if kinds == {list}:
-      prompt, answers = self._of_conversations(row, both, where)
-    elif kinds != {str}:
+      return self._of_conversations(row, both, where)
+    if kinds != {str}:
       raise BadRow("wrong_type", where, f"fields {self.chosen!r} and {self.rejected!r} must both "
                    f"hold text or both lists of messages, not "
                    f"{' and '.join(type(value).__name__ for value in both)}")
-    elif self.turn:
-      prompt, answers = self._of_transcripts(both, where)
-    else:
-      prompt, answers = {}, both
-    for field, answer in zip((self.chosen, self.rejected), answers):
-      if not answer.strip():
-        raise BadRow("empty", where, f"the answer in field {field!r} is empty")
-      self.tasks.check_completion(answer, f"answer in field {field!r}", where)
-    if answers[0] == answers[1]:
-      raise BadRow("same_answers", where, f"fields {self.chosen!r} and {self.rejected!r} hold the "
-                   "same answer, so nothing is preferred")
-    task = self.tasks.parse({**row, **prompt}, where, False)
-    columns = {name: self._number(row, name, "columns", where) for name in self.columns}
-    return Pair(task, *answers, self._label(row, where), columns)
+    return self._of_transcripts(both, where) if self.turn else ({}, both)
 
-  def _label(self, row, where):
+  def _items(self, row, where):
+    """The mappings that hold one answer each."""
+    if not self.answers:
+      return [row]
+    items = present(row, self.answers, "answers", where)
+    if not isinstance(items, list) or not items or not all(isinstance(x, Mapping) for x in items):
+      raise BadRow("wrong_type", where, f"field {self.answers!r} has to hold a list of mappings, each "
+                   f"with the text of an answer in {self.chosen!r}")
+    return items
+
+  def _text(self, item, where):
+    text = present(item, self.chosen, "chosen", where)
+    if not isinstance(text, str):
+      raise BadRow("wrong_type", where, f"field {self.chosen!r} has to hold text, not a "
+                   f"{type(text).__name__}")
+    return text
+
+  def _constants(self, item, where):
+    return {name: self._number(item, name, "columns", where) for name in self.columns}
+
+  def _label(self, item, where, default):
     if not self.preference:
-      return 1.0
-    value = self._number(row, self.preference, "preference", where)
+      return default
+    value = self._number(item, self.preference, "preference", where)
     if not 0 <= value <= 1:
       raise BadRow("wrong_type", where, f"field {self.preference!r} holds {value!r}, but a "
                    "preference is a probability from 0 to 1")
@@ -176,21 +219,44 @@ class PairBuilder:
     return {self.tasks.fields.question: both[0][:end]}, answers
 
 
-def compared(pair: Pair, tokenizer: Tokenizer, *, group: int, max_completion_tokens: int = 0
-             ) -> list[Trajectory]:
-  """The two answers as trajectories of one group, chosen first, with the column `preference` and
-  those of the pair.
+def compared(comparison: Comparison, tokenizer: Tokenizer, *, group: int,
+             max_completion_tokens: int = 0) -> list[Trajectory]:
+  """The answers as trajectories of one group, with their columns.
 
   Args:
-    pair: read with the same tokenizer.
+    comparison: read with the same tokenizer.
     tokenizer: the one that wrote the prompt.
-    group: of both.
+    group: of all of them.
     max_completion_tokens: as in `supervised`.
   """
   found = []
-  for text, label in ((pair.chosen, pair.preference), (pair.rejected, 1 - pair.preference)):
-    task = dataclasses.replace(pair.task, solution=text)
+  for text, columns in zip(comparison.answers, comparison.columns):
+    task = dataclasses.replace(comparison.task, solution=text)
     trajectory = supervised(task, tokenizer, max_completion_tokens=max_completion_tokens)
-    trajectory.group, trajectory.columns = group, {**pair.columns, PREFERENCE: label}
+    trajectory.group, trajectory.columns = group, dict(columns)
     found.append(trajectory)
+  return found
+
+
+def mismatched(comparisons: Sequence[Comparison], tokenizer: Tokenizer, *, group: int,
+               max_completion_tokens: int = 0) -> list[Trajectory]:
+  """The prompt of every comparison with the answers of the next one, which nobody rates.
+
+  Their tokens carry the signal `mismatched`, 1 where the answer is; they are unscored, so they count
+  in no mean. KTO estimates its KL with them (arXiv:2402.01306, section 4.1).
+
+  Args:
+    comparisons: of one batch.
+    tokenizer: the one that wrote the prompts.
+    group: of the first of them; the others follow.
+    max_completion_tokens: as in `supervised`.
+  """
+  found = []
+  for own, other in zip(comparisons, [*comparisons[1:], *comparisons[:1]]):
+    swapped = dataclasses.replace(other, task=own.task)
+    for trajectory in compared(swapped, tokenizer, group=group,
+                               max_completion_tokens=max_completion_tokens):
+      trajectory.group, trajectory.scored = group + len(found), False
+      trajectory.signals["mismatched"] = trajectory.loss_mask.astype("float32")
+      found.append(trajectory)
   return found

@@ -7,6 +7,9 @@ rows: `jaxrl.objectives.aggregate` weighs tokens, over the whole optimiser step,
 
 from jaxrl.objectives.anchored_answers import anchor_first_answers
 from jaxrl.objectives.anchored_entropy import anchored_entropy
+from jaxrl.objectives.batch_preference import aot
+from jaxrl.objectives.batch_preference import bco
+from jaxrl.objectives.batch_preference import kto
 from jaxrl.objectives.confidence import confident_policy_gradient
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss

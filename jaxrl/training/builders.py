@@ -48,6 +48,7 @@ from jaxrl.training.supply import Examples
 from jaxrl.training.supply import GroupsOfRollouts
 
 KINDS = ("sft", "rl", *PAIRED, "evaluate")
+MISMATCHED = "mismatched"  # the signal of answers to other prompts
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 REMEMBERED = 4  # rehearsals of earlier runs
 _REHEARSALS: dict[tuple, Rehearsal] = {}
@@ -87,7 +88,7 @@ class Parts:
   train: data.Source
   validation: list[Task]
   test: list[Task]
-  held_out_pairs: dict[str, list[data.Pair]]  # by split
+  held_out_pairs: dict[str, list[data.Comparison]]  # by split
   scorer: Scorer
   sampler: Sampler
   phases: list[Phase]
@@ -205,11 +206,12 @@ def measure(parts: Parts, phase: Phase, state: states.TrainState, split: str) ->
   """
   pairs = parts.held_out_pairs[split] if phase.kind in PAIRED else []
   learner_, shape = parts.rehearsals[phase.name].learner if pairs else None, parts.shapes.get(phase.name)
-  to_trajectories, size = _to_trajectories(parts, phase), phase.settings.batch.examples
+  to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, parts.tokenizer)
+  size = phase.settings.batch.examples
   total: dict[str, float] = {}
   for start in range(0, len(pairs), size):
     part = pairs[start:start + size]
-    host = shape.pack([t for i, pair in enumerate(part) for t in to_trajectories(pair, i)])
+    host = shape.pack(to_trajectories(part))
     host = learner.to_micro_batches(host, shape.micro_batch_rows)
     with jax.set_mesh(parts.mesh):
       batch = learner_.prepare(state, sharding.put_batch(host, parts.mesh))[1]
@@ -255,13 +257,25 @@ def _reader(parts, phase):
   return parts.builder.read if phase.kind == "rl" else parts.builder.read_solved
 
 
-def _to_trajectories(parts, phase):
-  """What makes the sequences of an example that is not sampled, given its group."""
-  limit = phase.settings.data.max_completion_tokens
-  if phase.kind in PAIRED:
-    return lambda pair, group: data.compared(pair, parts.tokenizer, group=group,
-                                             max_completion_tokens=limit)
-  return lambda task, group: [data.supervised(task, parts.tokenizer, max_completion_tokens=limit)]
+def _to_trajectories(settings, terms, tokenizer):
+  """What makes the sequences of a list of examples that are not sampled."""
+  limit = dict(max_completion_tokens=settings.data.max_completion_tokens)
+  if settings.kind not in PAIRED:
+    return lambda tasks: [data.supervised(task, tokenizer, **limit) for task in tasks]
+
+  def compare(comparisons):
+    found = [t for group, comparison in enumerate(comparisons)
+             for t in data.compared(comparison, tokenizer, group=group, **limit)]
+    if _reads(terms, MISMATCHED):
+      for trajectory in found:
+        trajectory.signals[MISMATCHED] = np.zeros(len(trajectory.tokens), np.float32)
+      found += data.mismatched(comparisons, tokenizer, group=len(comparisons), **limit)
+    return found
+  return compare
+
+
+def _reads(terms, signal):
+  return any(signal in compose.signals_of(term) for term in terms)
 
 
 def _supply(parts, phase):
@@ -269,7 +283,8 @@ def _supply(parts, phase):
   pipeline = data.tasks_pipeline(parts.train, _reader(parts, phase),
                                  seed=(1000 * parts.config.seed + phase.index) % 2 ** 32)
   if phase.kind != "rl":
-    return Examples(pipeline, _to_trajectories(parts, phase), s.batch.examples)
+    return Examples(pipeline, _to_trajectories(s, phase.learning.terms, parts.tokenizer),
+                    s.batch.examples)
   sampler = parts.sampler
   if _is_ahead(phase):  # one of its own, for validation may sample at the same time
     sampler = _sampler(parts.config, parts.decoder, parts.tokenizer, parts.sampling_mesh)
@@ -488,10 +503,9 @@ def _check_until(until, where, pairs):
 
 def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   if phase.kind in PAIRED:
-    limit = phase.settings.data.max_completion_tokens
-    pairs = inputs.first_tasks(pair_builder, source)
-    sizes = [sum(len(t.tokens) for t in data.compared(
-        pair, builder.tokenizer, group=0, max_completion_tokens=limit)) for pair in pairs]
+    to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
+    sizes = [sum(len(t.tokens) for t in to_trajectories([example]))
+             for example in inputs.first_tasks(pair_builder, source)]
   else:
     sizes = [len(task.prompt) for task in inputs.first_tasks(builder, source,
                                                              solved=phase.kind == "sft")]
@@ -536,7 +550,8 @@ def _empty_batch(phase, shape):
   """A host batch of the expected shape, with the signals and columns that episode and edits add."""
   batch = shape.pack([])
   d = phase.settings.data
-  of_pairs = [((), (PREFERENCE, *d.columns))] if phase.kind in PAIRED else []
+  off = (MISMATCHED,) if _reads(phase.learning.terms, MISMATCHED) else ()
+  of_pairs = [(off, (PREFERENCE, *d.columns))] if phase.kind in PAIRED else []
   for signals, columns in (*of_pairs, *map(compose.supplied_by, _suppliers(phase))):
     batch = batch.with_signals(**{name: np.zeros(batch.tokens.shape, np.float32)
                                   for name in signals})

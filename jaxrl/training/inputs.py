@@ -143,8 +143,9 @@ def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder) -> 
   """
   d = config.data
   try:
-    return data.PairBuilder(tasks, chosen=d.chosen, rejected=d.rejected, preference=d.preference,
-                            columns=tuple(d.columns), turn=d.turn, other_turn=d.other_turn)
+    return data.PairBuilder(tasks, chosen=d.chosen, rejected=d.rejected, answers=d.answers,
+                            preference=d.preference, columns=tuple(d.columns), turn=d.turn,
+                            other_turn=d.other_turn)
   except ValueError as error:
     raise ValueError(f"config.data: {error}") from error
 

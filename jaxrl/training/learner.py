@@ -114,8 +114,8 @@ class Learning:
 
   @property
   def carried(self) -> dict[str, Any]:
-    """What the pieces of the chain remember before the first batch."""
-    return initial_carried(self.advantage)
+    """What the pieces of the chain and the terms remember before the first batch."""
+    return initial_carried([*self.advantage, *self.terms])
 
 
 def _sources(pieces) -> set[tuple[str, str]]:
@@ -209,6 +209,13 @@ def _signals(learning: Learning, state: TrainState, batch: TokenBatch
     earned = credit(pieces, learning.terms)(batch.with_signals(**found, **now), batch.rewards, carried)
     signals |= {k: x for k, x in earned.signals.items() if k in read}
     signals["advantages"], carried, metrics = earned.values, earned.carried, dict(earned.metrics)
+  whole, carried = batch.with_signals(**(found | signals)), dict(carried)
+  for term in learning.terms:
+    name = compose.name_of(term)
+    more, memory = compose.prepared(compose.at(term, state.step), whole, carried.get(name))
+    signals |= more
+    if name in carried:
+      carried[name] = memory
   return signals, carried, metrics
 
 

@@ -55,14 +55,13 @@ class Examples:
   sampled = False
 
   def __init__(self, examples: data.TaskIterator,
-               to_trajectories: Callable[[Any, int], list[Trajectory]], count: int):
-    """Draws from `examples`; the second argument of `to_trajectories` is the group of an example."""
+               to_trajectories: Callable[[list[Any]], list[Trajectory]], count: int):
+    """Draws from `examples`; `to_trajectories` makes the sequences of a batch of them."""
     self._examples, self._to_trajectories, self._count = examples, to_trajectories, count
 
   def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
     del params, step, reference
-    return Supplied([trajectory for group in range(self._count)
-                     for trajectory in self._to_trajectories(next(self._examples), group)])
+    return Supplied(self._to_trajectories([next(self._examples) for _ in range(self._count)]))
 
   def get_state(self) -> dict:
     return self._examples.get_state()

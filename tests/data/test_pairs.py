@@ -34,8 +34,8 @@ def chatty():
 
 
 def test_prompt_and_two_texts():
-  pair = builder().to_pair({"prompt": "1+2=", "chosen": "3", "rejected": "44"}, "here")
-  assert (pair.chosen, pair.rejected, pair.preference) == ("3", "44", 1.0)
+  pair = builder().to_comparison({"prompt": "1+2=", "chosen": "3", "rejected": "44"}, "here")
+  assert pair.answers == ("3", "44")
   chosen, rejected = compared(pair, CHARACTERS, group=5)
   assert CHARACTERS.decode(chosen.tokens[chosen.loss_mask][:-1]) == "3"
   assert CHARACTERS.decode(rejected.tokens[rejected.loss_mask][:-1]) == "44"
@@ -50,22 +50,22 @@ def test_prompt_and_two_texts():
     {"prompt": [ASK], "chosen": [RIGHT], "rejected": [WRONG]},
     {"prompt": [ASK], "chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]}])
 def test_conversations(row, chatty):
-  pair = builder(CHAT, chatty).to_pair(row, "here")
-  assert (pair.chosen, pair.rejected) == ("3", "4")
+  pair = builder(CHAT, chatty).to_comparison(row, "here")
+  assert pair.answers == ("3", "4")
   assert chatty.decode(pair.task.prompt) == "user:1+2;assistant:"
 
 
 def test_transcripts_share_all_but_the_last_answer():
   start = f"{HUMAN} hi{ASSISTANT} hello{HUMAN} 1+2?{ASSISTANT}"
-  pair = builder(turn=ASSISTANT).to_pair(
+  pair = builder(turn=ASSISTANT).to_comparison(
       {"chosen": f"{start} It is 3.", "rejected": f"{start} It is 4."}, "here")
   assert pair.task.question == start
-  assert (pair.chosen, pair.rejected) == (" It is 3.", " It is 4.")
+  assert pair.answers == (" It is 3.", " It is 4.")
 
 
 @pytest.mark.parametrize("label, columns", [(0.75, [0.75, 0.25]), (0.5, [0.5, 0.5]), (0, [0, 1])])
 def test_soft_labels_and_ties(label, columns):
-  pair = builder(preference="p").to_pair(
+  pair = builder(preference="p").to_comparison(
       {"prompt": "1+2=", "chosen": "3", "rejected": "4", "p": label}, "here")
   found = [t.columns["preference"] for t in compared(pair, CHARACTERS, group=0)]
   assert found == columns
@@ -74,11 +74,43 @@ def test_soft_labels_and_ties(label, columns):
 OK = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 
 
+def test_lists_of_answers_and_single_ones_carry_their_own_labels():
+  of_lists = PairBuilder(TaskBuilder(CHARACTERS, TEXT), chosen="text", rejected="", answers="answers",
+                         columns=("rank",))
+  found = of_lists.to_comparison({"prompt": "1+2=", "answers": [
+      {"text": "4", "rank": 2}, {"text": "3", "rank": 1}, {"text": "x", "rank": 3}]}, "here")
+  assert found.answers == ("4", "3", "x")
+  assert [c["rank"] for c in found.columns] == [2, 1, 3]
+  assert len({t.group for t in compared(found, CHARACTERS, group=4)}) == 1
+  with pytest.raises(data.BadRow, match="list of mappings"):
+    of_lists.to_comparison({"prompt": "1+2=", "answers": ["4"]}, "here")
+  with pytest.raises(data.BadRow, match="answer 2 in field 'answers' is empty"):
+    of_lists.to_comparison({"prompt": "1+2=", "answers": [
+        {"text": "4", "rank": 2}, {"text": " ", "rank": 1}]}, "here")
+
+  single = PairBuilder(TaskBuilder(CHARACTERS, TEXT), chosen="answer", rejected="", preference="good")
+  found = single.to_comparison({"prompt": "1+2=", "answer": "3", "good": 0}, "here")
+  assert found.answers == ("3",) and found.columns == ({"preference": 0.0},)
+  with pytest.raises(data.BadRow, match="'answer' has to hold text"):
+    single.to_comparison({"prompt": "1+2=", "answer": 3, "good": 0}, "here")
+
+
+def test_mismatched_answers_are_those_of_the_next_prompt():
+  one, two = (builder().to_comparison({"prompt": p, "chosen": c, "rejected": r}, "here")
+              for p, c, r in (("1+2=", "3", "44"), ("5+5=", "10", "x")))
+  found = data.mismatched([one, two], CHARACTERS, group=2)
+  texts = [CHARACTERS.decode(t.tokens[t.tokens > 2]) for t in found]
+  assert texts == ["1+2=10", "1+2=x", "5+5=3", "5+5=44"]
+  assert [t.group for t in found] == [2, 3, 4, 5] and not any(t.scored for t in found)
+  for t in found:
+    np.testing.assert_array_equal(t.signals["mismatched"] > 0, t.loss_mask)
+
+
 @pytest.mark.parametrize("row, options, reason, message", [
     ({"prompt": "1", "chosen": "3"}, {}, "missing_field", "'rejected', which data.rejected names, is missing"),
     (OK | {"chosen": None}, {}, "missing_field", "'chosen', which data.chosen names, is null"),
     (OK | {"chosen": " "}, {}, "empty", "field 'chosen' is empty"),
-    (OK | {"rejected": "3"}, {}, "same_answers", "the same answer"),
+    (OK | {"rejected": "3"}, {}, "same_answers", "the same answer as"),
     (OK | {"rejected": ["4"]}, {}, "wrong_type", "str and list"),
     (OK | {"rejected": 4}, {}, "wrong_type", "str and int"),
     (OK | {"chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]}, {}, "wrong_type", "fields.messages"),
@@ -94,10 +126,10 @@ OK = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
     (["3"], {}, "wrong_type", "a row is a mapping")])
 def test_bad_rows_are_named(row, options, reason, message):
   with pytest.raises(data.BadRow, match=message) as refusal:
-    builder(**options).to_pair(row, "rows.jsonl:7")
+    builder(**options).to_comparison(row, "rows.jsonl:7")
   assert refusal.value.reason == reason and refusal.value.where == "rows.jsonl:7"
   skipping = builder(on_bad_row="skip", **options)
-  assert skipping.to_pair(row, "rows.jsonl:7") is None
+  assert skipping.to_comparison(row, "rows.jsonl:7") is None
   assert skipping.tasks.counts.as_dict() == {reason: 1}
 
 
@@ -109,13 +141,13 @@ def test_bad_rows_are_named(row, options, reason, message):
     ({"chosen": ["x"], "rejected": [WRONG]}, "wrong_type")])
 def test_bad_conversations_are_named(row, reason, chatty):
   with pytest.raises(data.BadRow) as refusal:
-    builder(CHAT, chatty).to_pair(row, "rows.jsonl:7")
+    builder(CHAT, chatty).to_comparison(row, "rows.jsonl:7")
   assert refusal.value.reason == reason
 
 
 def test_long_answers_are_cut_where_that_is_wanted():
   cutting = builder(max_completion_tokens=4, on_bad_row="truncate")
-  pair = cutting.to_pair(OK | {"chosen": "33333"}, "here")
+  pair = cutting.to_comparison(OK | {"chosen": "33333"}, "here")
   chosen, _ = compared(pair, CHARACTERS, group=0, max_completion_tokens=4)
   assert chosen.loss_mask.sum() == 4 and chosen.finish == "length"
   assert cutting.tasks.counts.as_dict() == {"completion_truncated": 1, "ok": 1}
@@ -123,7 +155,8 @@ def test_long_answers_are_cut_where_that_is_wanted():
 
 @pytest.mark.parametrize("make", [
     lambda: PairBuilder(TaskBuilder(CHARACTERS, TEXT), chosen="x", rejected="x"),
-    lambda: PairBuilder(TaskBuilder(CHARACTERS, TEXT), rejected=""),
+    lambda: PairBuilder(TaskBuilder(CHARACTERS, TEXT), answers="xs"),
+    lambda: builder(turn="x").__class__(TaskBuilder(CHARACTERS, TEXT), rejected="", turn="x"),
     lambda: builder(Fields(question="", answer="", solution=""), prompt_template="?", turn="x")])
 def test_impossible_settings_are_refused(make):
   with pytest.raises(ValueError):
@@ -142,6 +175,6 @@ def test_real_transcripts():
   assert counts["ok"] > 0.9 * len(source), counts
   for i, pair in enumerate(found):
     if pair is not None:
-      assert pair.task.question + pair.chosen == source[i]["chosen"]
-      assert pair.task.question + pair.rejected == source[i]["rejected"]
+      assert pair.task.question + pair.answers[0] == source[i]["chosen"]
+      assert pair.task.question + pair.answers[1] == source[i]["rejected"]
       assert pair.task.question.endswith(ASSISTANT)

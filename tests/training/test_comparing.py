@@ -124,3 +124,42 @@ def test_constants_of_pairs_reach_the_loss(tmp_path):
   # h is 0 at the start, so the loss is softplus(margin), and the metric is minus the mean margin.
   assert before["pairs/preference_margin"] < 0
   assert before["pairs/loss"] > np.log(2)
+
+
+SCORING = [("bradley_terry", dict(centre=0.01), 1), ("beta_preference", {}, 2),
+           ("plackett_luce", dict(rank="a"), 1), ("regress_attributes", dict(labels=("a", "b")), 2)]
+WHOLE = [("kto", {}), ("bco", {}), ("aot", {}), ("aot", dict(unpaired=True)),
+         ("dpo", dict(weigh_by_policy=True))]
+
+
+@pytest.mark.parametrize("kind, name, arguments, heads", [
+    *[("reward", *case) for case in SCORING], *[("preference", *case, 0) for case in WHOLE]])
+def test_updates_do_not_depend_on_micro_batches(tmp_path, kind, name, arguments, heads):
+  metrics = []
+  for rows in (8, 24):
+    config = small(**{"batch.micro_batch_rows": str(rows), "evaluate.pairs": "0",
+                      "batch.row_length": "32", "data.columns": "('a', 'b')"})
+    config.model.heads_on_top = (("score", heads),) if heads else ()
+    config.preference.kind = kind
+    config.preference.steps, config.preference.batch.examples = 3, 24
+    config.preference.objective = [dict(name=name, **arguments)]
+    run.run(config, tmp_path / str(rows), quiet=True)
+    metrics.append([row for row in rows_of(tmp_path / str(rows)) if "grad_norm" in row])
+  assert len(metrics[0]) == 3 and metrics[0][0]["grad_norm"] > 0
+  assert metrics[0][0]["loss"] != metrics[0][-1]["loss"]
+  for one, other in zip(*metrics):
+    for key in ("loss", "grad_norm", *[k for k in one if k.startswith(("preference_", "kto", "bco"))]):
+      np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_what_a_term_remembers_is_resumed(tmp_path):
+  config = small()
+  config.preference.objective = [dict(name="bco")]
+  run.run(config, tmp_path / "run", quiet=True)
+  wanted = arrays_of(tmp_path / "run", STEPS)
+  assert any("bco" in name and array != 0 for name, array in wanted.items())
+  for number in (3, 4):
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(number))
+  run.run(config, tmp_path / "run", quiet=True)
+  for name, array in arrays_of(tmp_path / "run", STEPS).items():
+    np.testing.assert_array_equal(array, wanted[name], err_msg=name)

@@ -23,7 +23,7 @@ def stream(seed=0):
 
 
 def examples():
-  return supply.Examples(stream(), lambda task, group: [data.supervised(task, TOKENIZER)], 3)
+  return supply.Examples(stream(), lambda tasks: [data.supervised(t, TOKENIZER) for t in tasks], 3)
 
 
 class World:
