@@ -2,7 +2,8 @@
 
 A criterion is a function `(task, completion, *, ...) -> float | bool | Criterion`; a config names
 it as `dict(name="exact_match", ...)`, one of your own as `dict(name="my_module:my_reward", ...)`.
-An aggregator is a function `(evidence, *, ...) -> float | None`. This package does not import JAX:
+One that is declared `batched` is a function `(pairs, mesh, *, ...) -> list` of the same. An
+aggregator is a function `(evidence, *, ...) -> float | None`. This package does not import JAX:
 worker processes load it.
 """
 
@@ -13,4 +14,5 @@ from jaxrl.rewards.criterion import Criterion, declare, failed, ok, unscorable
 from jaxrl.rewards.numeric import numeric_answer
 from jaxrl.rewards.scorer import RewardFailure, Scored, Scorer
 from jaxrl.rewards.spans import in_span
+from jaxrl.rewards.trained import reward_model
 from jaxrl.rewards.verifiers import exact_match, finished, matches_format, overlong

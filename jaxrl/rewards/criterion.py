@@ -1,6 +1,6 @@
 """What a judge says about one sample: a score with a status, never a bare number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 import numbers
@@ -55,19 +55,22 @@ def failed(detail: str) -> Criterion:
   return Criterion(0.0, "failed", detail)
 
 
-def declare(*, inline: bool = False, warm_up: Callable[[], Any] | None = None,
+def declare(*, inline: bool = False, batched: bool = False, warm_up: Callable[[], Any] | None = None,
             check: Callable[..., None] | None = None) -> Callable[[Callable], Callable]:
   """Declares what the scorer may assume about a criterion function.
 
   Args:
     inline: it can neither hang nor crash and costs next to nothing, so it runs in the main process.
       Everything else runs in worker processes under a time-out.
+    batched: it judges all samples of a call at once, as `function(pairs, mesh, *, ...)` -> one
+      judgement for each, in the main process: for models that run on the mesh.
     warm_up: called once when a worker starts, outside the time-out (slow imports).
     check: called with the configured keyword arguments when the scorer is built; raises ValueError
       when they make no sense.
   """
   def mark(function):
-    function.inline, function.warm_up, function.check = inline, warm_up, check
+    function.inline, function.batched = inline, batched
+    function.warm_up, function.check = warm_up, check
     return function
   return mark
 
@@ -91,6 +94,17 @@ def judge(function: Callable, task: Any, completion: Any) -> Criterion:
     raise
   except BaseException:  # SystemExit and the time-out exceptions of libraries are failures too
     return failed(traceback.format_exc())
+
+
+def judge_all(function: Callable, pairs: Sequence[tuple[Any, Any]], mesh: Any) -> list[Criterion]:
+  """Calls a batched criterion function; whatever it raises becomes evidence about every sample."""
+  try:
+    found = [as_criterion(value) for value in function(pairs, mesh)]
+    if len(found) != len(pairs):
+      raise ValueError(f"returned {len(found)} judgements of {len(pairs)} samples")
+    return found
+  except Exception:
+    return [failed(traceback.format_exc())] * len(pairs)
 
 
 def _is_finite_number(value):

@@ -46,7 +46,8 @@ class Scored:
 class Scorer:
   """Judges samples with named criteria and turns the evidence into rewards.
 
-  Criteria run in worker processes under a time-out, except those that `declare(inline=True)`; one
+  Criteria run in worker processes under a time-out, except those that `declare(inline=True)` or
+  `declare(batched=True)`; one
   that raises, hangs, dies or returns no finite number fails on that sample only. The sample then
   has no reward, and is counted. The run stops with `RewardFailure` when of the samples of a call
   and the last 512 before it (taken as 16 if there are fewer) more than `max_failure_rate` failed,
@@ -63,6 +64,7 @@ class Scorer:
     timeout: seconds that one criterion may take on one sample.
     max_failure_rate: from 0, which stops at the first failure, to 1, which never stops.
     where: path of this spec in the config, for error messages.
+    mesh: devices of batched criteria; None for all.
 
   Raises:
     ValueError: a spec that cannot work, with its place and the nearest valid name.
@@ -70,7 +72,8 @@ class Scorer:
 
   def __init__(self, criteria: Sequence[Mapping[str, Any]],
                aggregate: str | Mapping[str, Any] = "weighted_sum", *, workers: int = 2,
-               timeout: float = 5.0, max_failure_rate: float = 0.1, where: str = "config.reward"):
+               timeout: float = 5.0, max_failure_rate: float = 0.1, where: str = "config.reward",
+               mesh: Any = None):
     if workers < 0 or not 0 < timeout < math.inf or not 0 <= max_failure_rate <= 1:
       raise ValueError(f"{where}: workers={workers} must be at least 0, timeout={timeout} finite "
                        f"and above 0, max_failure_rate={max_failure_rate} between 0 and 1")
@@ -78,7 +81,8 @@ class Scorer:
       raise ValueError(f"{where}.criteria must list at least one criterion, such as "
                        f"[dict(name='exact_match')], got {criteria!r}")
     self._where, self._max_failure_rate = where, max_failure_rate
-    self._labels, self._inline, specs = [], {}, {}
+    self._labels, self._inline, self._batched, specs = [], {}, {}, {}
+    self._mesh = mesh
     for number, spec in enumerate(criteria):
       at = f"{where}.criteria[{number}]"
       label, spec, function = _build_criterion(spec, at)
@@ -86,7 +90,9 @@ class Scorer:
         raise ValueError(f"{at}: the label {label!r} is taken; tell criteria apart with "
                          f"dict(label=..., name={spec['name']!r})")
       self._labels.append(label)
-      if workers and not getattr(function.func, "inline", False):
+      if _is_batched(function):
+        self._batched[label] = function
+      elif workers and not getattr(function.func, "inline", False):
         specs[label] = (spec, at)
       else:
         self._inline[label] = function
@@ -103,16 +109,17 @@ class Scorer:
                                      timeout=timeout) if specs else None
 
   @classmethod
-  def from_config(cls, spec: Mapping[str, Any], where: str = "config.reward") -> "Scorer":
+  def from_config(cls, spec: Mapping[str, Any], where: str = "config.reward",
+                  mesh: Any = None) -> "Scorer":
     """Builds a scorer from `dict(criteria=[...], aggregate=..., workers=..., ...)`."""
     spec = dict(spec)
-    valid = [name for name in inspect.signature(cls).parameters if name != "where"]
+    valid = [name for name in inspect.signature(cls).parameters if name not in ("where", "mesh")]
     for key in spec:
       if key not in valid:
         raise ValueError(f"{where} has no field {key!r}{compose.nearest(key, valid)}")
     if "criteria" not in spec:
       raise ValueError(f"{where} needs criteria, such as criteria=[dict(name='exact_match')]")
-    return cls(**spec, where=where)
+    return cls(**spec, where=where, mesh=mesh)
 
   @property
   def labels(self) -> list[str]:
@@ -121,8 +128,8 @@ class Scorer:
 
   @property
   def has_workers(self) -> bool:
-    """Whether judging leaves this process free."""
-    return self._pool is not None
+    """Whether judging leaves this process and its devices free."""
+    return self._pool is not None and not self._batched
 
   @property
   def counts(self) -> dict[str, int]:
@@ -146,6 +153,17 @@ class Scorer:
       RuntimeError: the worker processes cannot start.
     """
     pairs = list(pairs)
+    return self._score(pairs, among, self._judge_batches(pairs))
+
+  def _judge_batches(self, pairs) -> dict[str, list[Criterion]]:
+    """What batched criteria say of each sample, by label."""
+    if not pairs:
+      return {}
+    with self._lock:
+      return {label: criterion_lib.judge_all(function, pairs, self._mesh)
+              for label, function in self._batched.items()}
+
+  def _score(self, pairs, among, batched):
     with self._lock:
       found = [{} for _ in pairs]
       failures = set()
@@ -165,6 +183,9 @@ class Scorer:
               f"than {self._where}.max_failure_rate={self._max_failure_rate:g} allows. The first "
               f"failing example:\n{_example(*pairs[first], found[first])}")
 
+      for label, outcomes in batched.items():
+        for index, outcome in enumerate(outcomes):
+          note(index, label, outcome)
       with contextlib.closing(self._outcomes(pairs)) as outcomes:
         for outcome in outcomes:
           note(*outcome)
@@ -246,6 +267,7 @@ def _build(spec, where, positional):
   function = compose.build(spec, rewards, where=where)
   parameters = inspect.signature(function.func).parameters.values()
   takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  positional = ("pairs", "mesh") if _is_batched(function) else positional
   if len(takes) != len(positional):
     raise ValueError(f"{where}: {compose.name_of(function)} takes ({', '.join(takes)}), but what "
                      f"is called here takes ({', '.join(positional)}) and keywords after a *")
@@ -255,6 +277,10 @@ def _build(spec, where, positional):
     except ValueError as error:
       raise ValueError(f"{where}: {compose.name_of(function)}: {error}") from error
   return function
+
+
+def _is_batched(function):
+  return getattr(function.func, "batched", False)
 
 
 def _build_criterion(spec, where):

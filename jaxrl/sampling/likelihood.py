@@ -14,6 +14,7 @@ from jaxrl import sharding
 from jaxrl.batch import bucket
 from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.logprobs import token_logprobs
+from jaxrl.models.outputs import VALUE_HEAD
 
 SHORTEST = 16  # sequences are padded to powers of two from here
 ROWS = 64  # sequences computed together, at most
@@ -40,6 +41,15 @@ class Likelihood:
       sequences: token ids.
     """
     return self._ask(_logprobs, params, sequences, [np.ones(len(s), bool) for s in sequences])
+
+  def scores(self, params, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """What all heads but `value` say at every token. [length, heads] each, float32
+
+    Args:
+      params: of `Decoder(config)`.
+      sequences: token ids.
+    """
+    return self._ask(_scores, params, sequences, [np.ones(len(s), bool) for s in sequences])
 
   def embedding_gradients(self, params, sequences: Sequence[Sequence[int]],
                           masks: Sequence[Sequence[bool]]) -> list[np.ndarray]:
@@ -99,6 +109,17 @@ class Likelihood:
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def _logprobs(params, tokens, segments, wanted, *, config, temperature):
   return _sums(params, None, tokens, segments, wanted, config, temperature)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+def _scores(params, tokens, segments, wanted, *, config, temperature):
+  del wanted, temperature
+  decoder = Decoder(config)
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  hidden, _ = decoder.apply(params, tokens, positions, segments)
+  heads = [decoder.apply(params, name, hidden, method="head").astype(jnp.float32)
+           for name, _ in config.heads_on_top if name != VALUE_HEAD]
+  return jnp.concatenate(heads, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))

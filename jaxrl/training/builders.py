@@ -1,6 +1,6 @@
 """From a config to the parts of a run; every mistake in it is found here, before any compute."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import functools
 import inspect
@@ -125,7 +125,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   if splits["train"] is None:
     raise ValueError("config.data.train is empty; name a file, tfds:NAME:SPLIT or task:NAME")
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
-  decoder = _decoder_config(config.model, tokenizer.vocab_size)
+  decoder = inputs.decoder_config(config.model, tokenizer.vocab_size)
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
   phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
@@ -145,7 +145,8 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
                 for phase in phases if phase.name in shapes}
   sampler = _sampler(config, decoder, tokenizer, mesh)
   return Parts(config, mesh, sampling_mesh, tokenizer, decoder, builder, pair_builder,
-               splits["train"], **held_out, held_out_pairs=pairs, scorer=_scorer(config, phases), sampler=sampler, phases=phases,
+               splits["train"], **held_out, held_out_pairs=pairs,
+               scorer=_scorer(config, phases, sampling_mesh), sampler=sampler, phases=phases,
                initializing=initializing, shapes=shapes, rehearsals=rehearsals, report=report)
 
 
@@ -357,8 +358,8 @@ def _edits(settings):
           for i, edit in enumerate(settings.rollout.edits)]
 
 
-def _scorer(config, phases):
-  scorer = processes.SharedScorer.from_config(_plain(config.reward))
+def _scorer(config, phases, mesh):
+  scorer = processes.SharedScorer.from_config(_plain(config.reward), mesh=mesh)
   for phase in phases:
     label = phase.settings.evaluate.correct
     if label and label not in scorer.labels:
@@ -370,18 +371,6 @@ def _scorer(config, phases):
 
 def _correct(parts, phase):
   return phase.settings.evaluate.correct or parts.scorer.labels[0]
-
-
-def _decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
-  fields = dict(model)
-  fields["vocab_size"] = fields["vocab_size"] or tokens
-  if fields["vocab_size"] < tokens:
-    raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
-                     f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
-  for name in ("rope_scaling", "heads_on_top"):
-    fields[name] = tuple(map(tuple, fields[name]))
-  fields["layer_types"] = tuple(fields["layer_types"])
-  return DecoderConfig(**fields)
 
 
 def _phase(config, index, name, decoder, mesh):

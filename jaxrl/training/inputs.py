@@ -1,6 +1,6 @@
 """The data and the tokenizer of a config."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import pathlib
 import re
 import shutil
@@ -10,8 +10,11 @@ import jax
 import ml_collections
 
 from jaxrl import compose
+from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import tasks
+from jaxrl.models import DecoderConfig
+from jaxrl.training.shapes import PAIRED
 
 TOKENIZERS = ("character", "bpe", "pretrained")
 SPLITS = ("train", "validation", "test")
@@ -116,6 +119,23 @@ def _adopt_tokenizer(start, directory):
   return tokenizer
 
 
+def decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
+  """The architecture that `config.model` describes, for a tokenizer of so many tokens.
+
+  Raises:
+    ValueError: settings that do not fit together.
+  """
+  fields = dict(model)
+  fields["vocab_size"] = fields["vocab_size"] or tokens
+  if fields["vocab_size"] < tokens:
+    raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
+                     f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
+  for name in ("rope_scaling", "heads_on_top"):
+    fields[name] = tuple(map(tuple, fields[name]))
+  fields["layer_types"] = tuple(fields["layer_types"])
+  return DecoderConfig(**fields)
+
+
 def builder(config: ml_collections.ConfigDict, tokenizer: data.Tokenizer) -> data.TaskBuilder:
   """What turns rows into tasks and examples.
 
@@ -198,8 +218,10 @@ def _refuse(builder, source, solved):
 
 
 def _texts(source, config) -> Iterator[str]:
-  """The text that BPE learns from: questions and solutions as training will see them."""
+  """The text that BPE learns from: questions, solutions and compared answers as training will see
+  them."""
   d = config.data
+  pairs = any(configs.phase_config(config, name).kind in PAIRED for name in config.phases)
   remove = re.compile(d.remove_pattern) if d.remove_pattern else None
   for index in range(len(source)):
     try:
@@ -208,10 +230,15 @@ def _texts(source, config) -> Iterator[str]:
       if d.on_bad_row == "skip":
         continue
       raise
+    compared = [row.get(field) for field in (d.chosen, d.rejected) if field] if pairs else []
     texts = [row.get(field) for field in (d.question, d.solution or d.answer, *d.more) if field]
-    messages = row.get(d.messages) if d.messages else None
-    for message in messages if isinstance(messages, list) else ():
-      texts.append(message.get("content") if isinstance(message, dict) else None)
+    texts += [text for text in compared if isinstance(text, str)]
+    for messages in (row.get(d.messages) if d.messages else None, *compared):
+      for message in messages if isinstance(messages, list) else ():
+        texts.append(message.get("content") if isinstance(message, dict) else None)
+    listed = row.get(d.answers) if pairs and d.answers else None
+    for item in listed if isinstance(listed, list) else ():
+      texts.append(item.get(d.chosen) if isinstance(item, dict) else None)
     for text in texts:
       if isinstance(text, str):
         yield remove.sub("", text) if remove else text

@@ -98,7 +98,8 @@ def content_of(batch: TokenBatch) -> bytes:
 
 
 class SharedScorer(scorers.Scorer):
-  """A scorer of which process 0 judges for all: no two processes can see different rewards."""
+  """A scorer of which process 0 judges for all: no two processes can see different rewards. Only what
+  batched criteria say of a sample is computed together."""
 
   def score(self, pairs: Sequence[tuple], *, among: int = 0) -> list[scorers.Scored]:
     """As `Scorer.score`; what it raises in process 0 is raised in all."""
@@ -107,10 +108,11 @@ class SharedScorer(scorers.Scorer):
     pairs = list(pairs)
     meet(f"{len(pairs)} samples to score",
          repr([(task.id, completion.text) for task, completion in pairs]).encode())
+    batched = self._judge_batches(pairs)  # on devices of all processes, so by all of them
     scored, refusal, failure = None, None, None
     if jax.process_index() == 0:
       try:
-        scored = super().score(pairs, among=among)
+        scored = super()._score(pairs, among, batched)
       except scorers.RewardFailure as error:
         refusal = error
       except Exception as error:
