@@ -14,7 +14,7 @@ from jaxrl.evidence import verdict
 
 FOLDER = configs.SHIPPED / "methods"
 PARENT = "configs/grpo.py"
-FIELDS = ("reported", "overrides", "warm", "arms", "claims")
+FIELDS = ("reported", "overrides", "warm", "arms", "claims", "measure")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +24,20 @@ class Evidence:
   Attributes:
     reported: what the paper reports, in one line.
     overrides: fields of the config, in all arms.
-    warm: fields of the config of the warm start, and of all arms (task, model, tokenizer).
+    warm: fields of the config of the warm start, and of all arms (task, model, tokenizer); None for
+      arms that begin with random parameters.
     arms: config and overrides by name; `method` is the config itself.
     claims: what is compared.
+    measure: `module:function`, called with the directory of every arm's finished run; the numbers that
+      it returns by name are metrics `measured/NAME`. Empty for none.
   """
 
   reported: str
   overrides: Mapping[str, Any]
-  warm: Mapping[str, Any]
+  warm: Mapping[str, Any] | None
   arms: Mapping[str, tuple[str, Mapping[str, Any]]]
   claims: list[verdict.Claim]
+  measure: str = ""
 
 
 def slugs() -> list[str]:
@@ -79,7 +83,8 @@ def evidence_of(slug: str) -> Evidence | None:
       raise ValueError(f"{where}: arm {name!r} has an unknown field {sorted(arm)[0]!r}; it has "
                        "config and overrides")
   return Evidence(found.get("reported", ""), found.get("overrides", {}), found.get("warm", {}), arms,
-                  verdict.claims_of(found.get("claims", ()), list(arms), where))
+                  verdict.claims_of(found.get("claims", ()), list(arms), where),
+                  found.get("measure", ""))
 
 
 def title(slug: str) -> str:

@@ -10,17 +10,25 @@ from matplotlib.figure import Figure
 from jaxrl.evidence import runs
 
 COLOURS = ("#3366cc", "#dc7a1f", "#2a9d5c", "#b8356b", "#7a52c7", "#6b7280")
+# The first that were logged are drawn.
 CURVES = {"validation/greedy_accuracy": "held-out greedy accuracy", "reward": "training reward",
-          "entropy": "entropy, nats", "response_tokens": "response, tokens"}
+          "entropy": "entropy, nats", "response_tokens": "response, tokens",
+          "preference_accuracy": "pairs that are told apart", "preference_margin": "margin of pairs",
+          "loss": "loss", "grad_norm": "gradient norm"}
+PANELS = 4
 
 
 def draw(content: Mapping[str, Any], places: Mapping[str, Sequence[pathlib.Path]],
          path: pathlib.Path) -> None:
   """Draws curves of all seeds, thin, with their mean, and writes a PNG."""
   figure = Figure(figsize=(13, 3.4), layout="constrained", facecolor="white")
-  for axes, (name, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items()):
-    for colour, (arm, workdirs) in zip(COLOURS, places.items()):
-      curves = [runs.curve_of(place, name) for place in workdirs]
+  curves_of = {name: {arm: [runs.curve_of(place, name) for place in workdirs]
+                      for arm, workdirs in places.items()} for name in CURVES}
+  logged = [name for name, arms in curves_of.items()
+            if any(steps for curves in arms.values() for steps, _ in curves)][:PANELS]
+  for axes, name in zip(figure.subplots(1, len(logged)), logged):
+    label = CURVES[name]
+    for colour, (arm, curves) in zip(COLOURS, curves_of[name].items()):
       for steps, values in curves:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
       shortest = min(len(values) for _, values in curves)

@@ -43,14 +43,15 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
   if len(set(seeds)) != len(seeds) or not seeds:
     raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds, as in 0,1,2")
   began = time.time()
-  start = runs.warm_start(evidence.warm, workdir / "warm", report)
+  start = (None if evidence.warm is None else
+           runs.warm_start(evidence.warm, workdir / "warm", report))
   found: dict[str, list[dict]] = {}
   places: dict[str, list[pathlib.Path]] = {}
   for seed in seeds:
     for arm in evidence.arms:
       config = runs.arm_config(evidence, arm, seed, start, steps=steps)
       place = runs.place_of(config, workdir / "runs")
-      metrics = runs.measure(config, place)
+      metrics = runs.measure(config, place, evidence.measure)
       found.setdefault(arm, []).append(metrics)
       places.setdefault(arm, []).append(place)
       report(f"{slug}: {arm}, seed {seed}: " + ", ".join(
@@ -64,8 +65,8 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
       seeds=list(seeds), claims=claims,
       budget={arm: {name: sum(m[f"total/{name}"] for m in ms) / len(ms)
                     for name in ("sequences", "loss_tokens")} for arm, ms in found.items()},
-      config={arm: configs.to_dict(runs.arm_config(evidence, arm, seeds[0], pathlib.Path("warm")))
-              for arm in evidence.arms},
+      config={arm: configs.to_dict(runs.arm_config(
+          evidence, arm, seeds[0], start and pathlib.Path("warm"))) for arm in evidence.arms},
       versions={name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
       machine=f"{jax.devices()[0].device_kind} x {jax.device_count()}", minutes=round(minutes, 2),
       date=time.strftime("%Y-%m-%d", time.gmtime(began)))

@@ -16,6 +16,7 @@ from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
 from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
+from jaxrl.tasks import letters
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import preferred_addition
 from jaxrl.tasks import repeated_addition
@@ -27,7 +28,7 @@ from jaxrl.tasks import transitions
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              corrected_addition=corrected_addition, countdown=countdown,
-             modular_arithmetic=modular_arithmetic,
+             letters=letters, modular_arithmetic=modular_arithmetic,
              preferred_addition=preferred_addition, repeated_addition=repeated_addition,
              running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,
              sorting=sorting, transitions=transitions)

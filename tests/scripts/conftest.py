@@ -1,8 +1,9 @@
-"""Scripts of a benchmark import one another by their bare names, as when they are run."""
+"""Scripts import one another by their bare names, as when they are run."""
 
 import pathlib
 import sys
 
-BENCH = str(pathlib.Path(__file__).parents[2] / "scripts" / "bench")
-if BENCH not in sys.path:
-  sys.path.insert(0, BENCH)
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+for folder in (SCRIPTS, SCRIPTS / "bench"):
+  if str(folder) not in sys.path:
+    sys.path.insert(0, str(folder))
