@@ -51,7 +51,7 @@ def open_source(spec: str) -> Source:
   """Opens data by name.
 
   Args:
-    spec: a path ending in `.jsonl`, `.jsonl.gz` or `.parquet`, a glob pattern, several of these
+    spec: a path ending in `.jsonl`, `.jsonl.gz`, `.parquet` or `.json`, a glob pattern, several of these
       between commas (read one after the other, a pattern's files in order of their names), or
       `tfds:name[/config][:version]:split[?data_dir=directory]`.
 
@@ -111,6 +111,35 @@ class JsonLines:
 
   def where(self, index: int) -> str:
     """`file:line`, lines counted from 1 as editors do."""
+    return f"{self.path}:{self._lines[index]}"
+
+
+class JsonList:
+  """A `.json` file that holds one list of objects, all of which are kept in memory."""
+
+  def __init__(self, path: str):
+    self.path = path
+    try:
+      with open(path, encoding="utf-8-sig") as file:
+        text = file.read()
+      self._rows, starts = _items(text)
+    except (OSError, ValueError, RecursionError) as error:
+      raise ValueError(f"cannot read {path}: {error}") from error
+    ends = [i for i, character in enumerate(text) if character == "\n"]
+    self._lines = [1 + bisect.bisect_left(ends, start) for start in starts]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    row = self._rows[_within(index, self)]
+    if not isinstance(row, dict):
+      raise BadRow("unreadable", self.where(index),
+                   f"a row is a JSON object, {{...}}, but this is a {type(row).__name__}")
+    return dict(row)
+
+  def where(self, index: int) -> str:
+    """`file:line` at which the object begins, lines counted from 1."""
     return f"{self.path}:{self._lines[index]}"
 
 
@@ -191,7 +220,7 @@ class Concatenation:
     return part.where(index)
 
 
-FORMATS = {".jsonl": JsonLines, ".jsonl.gz": JsonLines, ".parquet": Parquet}
+FORMATS = {".jsonl": JsonLines, ".jsonl.gz": JsonLines, ".parquet": Parquet, ".json": JsonList}
 
 
 def _paths(spec):
@@ -225,6 +254,27 @@ def _index(lines):
       numbers.append(number)
     start += len(line)
   return np.array(spans, np.int64).reshape(-1, 2), np.array(numbers, np.int64)
+
+
+def _items(text):
+  """The values of a JSON list, and where each begins."""
+  decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+  position = blank.match(text).end()
+  if text[position:position + 1] != "[":
+    raise ValueError("it has to hold one list of objects, [{...}, {...}]")
+  rows, starts, position = [], [], blank.match(text, position + 1).end()
+  while text[position:position + 1] != "]":
+    row, end = decoder.raw_decode(text, position)
+    rows.append(row)
+    starts.append(position)
+    position = blank.match(text, end).end()
+    if text[position:position + 1] not in (",", "]"):
+      raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+    if text[position] == ",":
+      position = blank.match(text, position + 1).end()
+  if text[position + 1:].strip():
+    raise json.JSONDecodeError("Extra data", text, position + 1)
+  return rows, starts
 
 
 def _open_tfds(spec):

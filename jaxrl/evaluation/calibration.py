@@ -25,6 +25,21 @@ def expected_calibration_error(confidences, correct, *, bins: int = 10) -> float
   return float(np.abs(gaps).sum() / len(q))
 
 
+def reliability(confidences, correct, *, bins: int = 10
+                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """What a reliability diagram shows, for the bins of `expected_calibration_error`.
+
+  Returns:
+    By bin the number of answers, their mean confidence and the share of right ones, NaN for the last
+    two where there are none. [bins] each
+  """
+  q, c = _checked(confidences, correct)
+  of = np.minimum((q * bins).astype(int), bins - 1)
+  counts = np.bincount(of, minlength=bins)
+  with np.errstate(invalid="ignore"):
+    return counts, np.bincount(of, q, bins) / counts, np.bincount(of, c, bins) / counts
+
+
 def auroc(confidences, correct) -> float:
   """The chance that a right answer is stated with more confidence than a wrong one, ties as 1/2.
 

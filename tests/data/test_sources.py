@@ -100,6 +100,20 @@ def test_names_with_commas_and_brackets_are_files_first(tmp_path):
   assert list(data.open_source(path)) == ROWS
 
 
+def test_a_json_list_names_the_line_of_each_object(tmp_path):
+  path = write(tmp_path / "a.json", json.dumps(ROWS, indent=2, ensure_ascii=False))
+  source = data.open_source(path)
+  assert list(source) == ROWS
+  text = (tmp_path / "a.json").read_text().splitlines()
+  for i, row in enumerate(ROWS):
+    line = int(source.where(i).removeprefix(f"{path}:"))
+    assert text[line - 1].strip() == "{" and f"q{i} " in text[line]
+  mixed = data.open_source(write(tmp_path / "b.json", " [\n{\"a\": []},\n\n 7]\n"))
+  assert mixed[0] == {"a": []} and mixed.where(1).endswith(":4")
+  with pytest.raises(data.BadRow, match="b.json:4: a row is a JSON object.*int"):
+    mixed[1]
+
+
 def test_indices_out_of_range_are_refused(tmp_path):
   path = write(tmp_path / "a.jsonl", lines(ROWS))
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), str(tmp_path / "a.parquet"))
@@ -118,6 +132,11 @@ def test_indices_out_of_range_are_refused(tmp_path):
     ("a.jsonl.gz", b"", "no rows in it"),
     ("a.parquet", b"", "cannot read"),
     ("a.parquet", b"PAR1nonsensePAR1", "cannot read"),
+    ("a.json", b"", "one list of objects"),
+    ("a.json", b"[]", "no rows in it"),
+    ("a.json", b"[{\"a\": 1} {\"a\": 2}]", "cannot read.*Expecting"),
+    ("a.json", b"[{\"a\": 1}", "cannot read"),
+    ("a.json", b"[{\"a\": 1}] 2", "Extra data"),
     ("a.csv", b"a,b", "unknown format: name files that end in .jsonl, .jsonl.gz, .parquet"),
 ])
 def test_unusable_files_are_refused(tmp_path, name, content, said):
