@@ -5,6 +5,7 @@
   jaxrl methods                    # every method with its parts and what its claim came to
   jaxrl methods igrpo              # what its config changes in its parent's
   jaxrl reproduce --method=igrpo --seeds=0,1,2
+  jaxrl arena --votes=votes.jsonl --out=arena    # ranks models by votes between their answers
 """
 
 import argparse
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.error(f"--config.{next(iter(overrides))} is for jaxrl run")
   if options.command == "methods":
     return _methods(options)
+  if options.command == "arena":
+    return _arena(options)
   config = _config(options, overrides) if options.command == "run" else None
   with _handling_sigterm():
     (_run if options.command == "run" else _reproduce)(config, options)
@@ -46,6 +49,17 @@ def _methods(options):
     print(listing.one(options.method, pathlib.Path(options.results)) if options.method
           else listing.all_of_them(pathlib.Path(options.results)))
   except ValueError as error:
+    _fail(str(error))
+
+
+def _arena(options):
+  """Ranks models by votes, and writes table and picture."""
+  from jaxrl.evaluation import arena_report
+  try:
+    print(arena_report.report(
+        options.votes, pathlib.Path(options.out), length=options.length, ridge=options.ridge,
+        resamples=options.resamples, seed=options.seed))
+  except (ValueError, OSError) as error:
     _fail(str(error))
 
 
@@ -189,6 +203,14 @@ def _parser():
                          help="where runs are kept and reused (runs/reproduce)")
   reproduce.add_argument("--steps", type=int, default=0,
                          help="updates of each run, for a trial whose outcome is not kept")
+  arena = commands.add_parser("arena", help="rank models by votes between their answers")
+  arena.add_argument("--votes", required=True, metavar="FILE", help="see jaxrl.data.votes")
+  arena.add_argument("--out", required=True, metavar="DIR", help="where table and picture go")
+  arena.add_argument("--length", action="store_true", help="rank at equal lengths of answers")
+  arena.add_argument("--ridge", type=float, default=0.0,
+                     help="pull to equal strengths, for models that never lose (0)")
+  arena.add_argument("--resamples", type=int, default=100, help="for the intervals (100)")
+  arena.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
   for command in (methods, reproduce):
     command.add_argument("--results", default="results", metavar="DIR",
                          help="where outcomes are (results)")

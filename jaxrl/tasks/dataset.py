@@ -25,13 +25,14 @@ from jaxrl.tasks import scratchpad_addition
 from jaxrl.tasks import series
 from jaxrl.tasks import sorting
 from jaxrl.tasks import transitions
+from jaxrl.tasks import votes
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              corrected_addition=corrected_addition, countdown=countdown,
              letters=letters, modular_arithmetic=modular_arithmetic,
              preferred_addition=preferred_addition, repeated_addition=repeated_addition,
              running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,
-             sorting=sorting, transitions=transitions)
+             sorting=sorting, transitions=transitions, votes=votes)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows
 
