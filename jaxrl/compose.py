@@ -48,7 +48,8 @@ def takes_whole(condition: Callable[..., bool] = lambda: True) -> Callable[[Call
 def by_sequence(function: Callable) -> Callable:
   """Declares that the diagnostics of a term are of sequences, whatever their lengths.
 
-  They are averaged over the sequences of the batch, others over its loss tokens.
+  They are averaged over the sequences of the batch, others over its loss tokens. Such terms compare
+  sequences, so the rollouts of a group are packed into one row.
   """
   function.by_sequence = True
   return function
@@ -65,11 +66,12 @@ def is_whole(piece: Callable) -> bool:
   return condition is not None and _with_keywords(condition, piece)
 
 
-def carries(initial: Callable[[], Any]) -> Callable[[Callable], Callable]:
+def carries(initial: Callable[..., Any]) -> Callable[[Callable], Callable]:
   """Declares that a piece remembers something from batch to batch, as part of every checkpoint.
 
   Args:
-    initial: makes what it begins with, a pytree of arrays whose shapes never change.
+    initial: makes what it begins with, a pytree of arrays whose shapes never change, from those
+      keywords of the piece that it asks for.
   """
   def mark(function):
     function.initial = initial
@@ -102,9 +104,30 @@ def prepared(piece: Callable, batch: Any, memory: Any) -> tuple[dict[str, Any], 
   return _with_keywords(functools.partial(prepare, batch, memory), piece)
 
 
+def begins(function: Callable) -> Callable[[Callable], Callable]:
+  """Declares what a transformation of gradients looks up before the first update of a phase.
+
+  Args:
+    function: called once, on the host, `function(state, start, *, ...)` with those keywords of the
+      piece that it asks for, with the piece's own state and a `transforms.start.PhaseStart`. It returns
+      the state to begin with, whose shapes are those of the first.
+  """
+  def mark(piece):
+    piece.begin = function
+    return piece
+  return mark
+
+
+def begun(piece: Callable, state: Any, start: Any) -> Any:
+  """The state that a built transformation begins with; as it is, for one that declared nothing."""
+  begin = getattr(_bare(piece), "begin", None)
+  return state if begin is None else _with_keywords(functools.partial(begin, state, start), piece)
+
+
 def initial_of(piece: Callable) -> Callable[[], Any] | None:
   """What makes the first memory of a piece, None for one without."""
-  return getattr(_bare(piece), "initial", None)
+  initial = getattr(_bare(piece), "initial", None)
+  return initial and functools.partial(_with_keywords, initial, piece)
 
 
 def signals_of(piece: Callable) -> tuple[str, ...]:
@@ -137,13 +160,15 @@ def pieces(module: ModuleType) -> dict[str, Callable]:
           and getattr(v, "__module__", "").startswith(module.__name__)}
 
 
-def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "config") -> Callable:
+def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "config",
+          given: Mapping[str, Any] | None = None) -> Callable:
   """Looks a piece up and binds the keyword arguments of its spec.
 
   Args:
     spec: `dict(name=..., **kwargs)`, or the name alone.
     module: package that plain names are looked up in.
     where: path of the spec in the config, for error messages.
+    given: more keyword arguments, for a function that takes them and a spec that does not set them.
 
   Returns:
     `functools.partial(function, **kwargs)`; positional arguments stay open.
@@ -158,6 +183,7 @@ def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "co
   function = _find(name, module, where)
   parameters = inspect.signature(function).parameters.values()
   keywords = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+  spec = {**{p.name: given[p.name] for p in keywords if p.name in (given or ())}, **spec}
   for key in spec:
     if key not in (names := [p.name for p in keywords]):
       raise ValueError(f"{where}: {name} has no argument {key!r}{nearest(key, names)}")
