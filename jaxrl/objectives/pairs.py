@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrl.batch import PREFERENCE, TokenBatch
-from jaxrl.batch import column_of, count_by_group, mean_by_sequence, sum_by_group, sum_by_sequence
+from jaxrl.batch import count_by_group, mean_by_sequence, sum_by_group, sum_by_sequence
 from jaxrl.batch import to_tokens
 
 Sequences = Float[Array, "sequences"]
@@ -13,8 +13,16 @@ Tokens = Float[Array, "rows length"]
 
 
 def preferences(batch: TokenBatch) -> Sequences:
-  """The column `preference`: probability that a sequence is the better, or a desirable, one."""
-  return column_of(batch, PREFERENCE, "a term that compares answers")
+  """The column `preference`: probability that a sequence is the better, or a desirable, one.
+
+  Raises:
+    ValueError: the batch has none.
+  """
+  if PREFERENCE not in batch.columns:
+    raise ValueError("a term that compares answers reads the column 'preference', which this batch lacks: "
+                     "let rollouts be compared by dict(name='best_and_worst') in config.rollout.edits, or "
+                     "by an episode or edit of your own that supplies it")
+  return batch.columns[PREFERENCE]
 
 
 def in_pairs(batch: TokenBatch) -> Bool[Array, "sequences"]:

@@ -10,8 +10,9 @@ other one, and
 
 the loss of a pair is `sum over both y of preference(y) * loss(y, y')`. Every token of both sequences
 has the value of its pair, so that aggregation "sequence_mean" is the mean over pairs, whatever their
-lengths. Pairs have to be packed together (`batch.pack(together=True)`), as phases of kind
-`preference` do. Sums are made in float32.
+lengths. Pairs have to be packed together (`batch.pack(together=True)`), as phases whose terms are
+`compose.by_sequence` do. In phases of rollouts an edit supplies the column (`edits.best_and_worst`), and
+log-probabilities are those at `rollout.temperature`. Sums are made in float32.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta
     beta: strength of the pull to the reference, above 0.
     label_smoothing: probability that a label is wrong, in [0, 0.5); for sigmoid, robust and exo.
     divergence: one of `DIVERGENCES`; others than "reverse_kl" for losses of h only.
-    alpha: of the alpha divergence, above 0; 1 minus TRL's coefficient.
+    alpha: of the alpha divergence, above 0.
     tail_weight: what tokens beyond the length of the shorter sequence count (LD-DPO,
       arXiv:2409.06411); 1 is DPO.
     normalise: means of log-probabilities instead of sums (LN-DPO).
@@ -161,8 +162,7 @@ def imitate_preferred(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: 
   """Cross-entropy of the preferred sequences: `-2 c preference(y) log pi(t)`.
 
   With aggregation "sequence_mean" the sum is c times the mean over pairs of the chosen sequence's
-  mean token loss (RPO, arXiv:2404.19733, eq. 1; TRL and CPO average over all chosen tokens of the
-  batch). The metric `chosen_nll` is that mean.
+  mean token loss (RPO, arXiv:2404.19733, eq. 1). The metric `chosen_nll` is that mean.
   """
   preference = to_tokens(batch, preferences(batch))
   values = jnp.where(batch.loss_mask, -2 * preference * outputs.logprobs, 0)

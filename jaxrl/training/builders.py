@@ -20,6 +20,7 @@ from jaxrl import data
 from jaxrl import objectives
 from jaxrl import rollouts as rollout_lib
 from jaxrl.rollouts import edits
+from jaxrl.rollouts.edits import MISMATCHED
 from jaxrl import sharding
 from jaxrl.batch import PREFERENCE
 from jaxrl.batch import Task
@@ -48,7 +49,6 @@ from jaxrl.training.supply import Examples
 from jaxrl.training.supply import GroupsOfRollouts
 
 KINDS = ("sft", "rl", *PAIRED, "evaluate")
-MISMATCHED = "mismatched"  # the signal of answers to other prompts
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 REMEMBERED = 4  # rehearsals of earlier runs
 _REHEARSALS: dict[tuple, Rehearsal] = {}
@@ -411,7 +411,8 @@ def _objective(settings):
                        "constant=...)")
     terms.append(compose.build(spec, objectives, where=where))
     aggregations.append(Aggregation(own["kind"], own.get("constant", common["constant"])))
-    if compose.is_by_sequence(terms[-1]) and own["kind"] == "token_mean" and settings.kind in PAIRED:
+    if compose.is_by_sequence(terms[-1]) and own["kind"] == "token_mean" and (
+        settings.kind in ("rl", *PAIRED)):
       raise ValueError(f"{where}: {compose.name_of(terms[-1])} compares sequences, and aggregation "
                        "'token_mean' would let long ones count more: use config.aggregation."
                        "kind='sequence_mean', the mean over pairs")
@@ -435,7 +436,7 @@ def _check_phase(phase, mesh, problems, pairs):
   _sampling(s.rollout, ())
   _episode(s)
   _asking(s)
-  _edits(s)
+  _check_samples(s, _edits(s))
   if phase.kind == "rl" and s.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "
                      "policy gradient; use a positive temperature")
@@ -449,6 +450,16 @@ def _check_phase(phase, mesh, problems, pairs):
     what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
     raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
                      "set config.data.validation, and config.evaluate.problems to at least 1")
+
+
+def _check_samples(settings, built):
+  """Refuses edits that choose among the samples of a prompt where there is one only."""
+  episode = settings.rollout.episode
+  for i, edit in enumerate(built):
+    if PREFERENCE in compose.supplied_by(edit)[1] and episode.get("samples") == 1:
+      raise ValueError(f"config.rollout.edits[{i}]: {compose.name_of(edit)} compares the samples of a "
+                       f"prompt, and {episode.name!r} draws one: use config.rollout.episode.samples=2 "
+                       "or more")
 
 
 def _check_ahead(phases, decoder, mesh, sampling_mesh):
@@ -504,7 +515,8 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
                for x in jax.tree.leaves(tree))
   kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
-  return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept)
+  return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
+                  compares=any(map(compose.is_by_sequence, phase.learning.terms)))
 
 
 def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:

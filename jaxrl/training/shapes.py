@@ -63,7 +63,7 @@ class Shape:
 
 
 def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: jax.sharding.Mesh,
-             sizes: Sequence[int], *, kept_bytes: int = 0) -> Shape:
+             sizes: Sequence[int], *, kept_bytes: int = 0, compares: bool = False) -> Shape:
   """The shape of a phase's batches.
 
   Args:
@@ -72,8 +72,17 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     mesh: that trains.
     sizes: tokens of some prompts, or pairs of answers with their prompts, that the phase may draw.
     kept_bytes: of parameters, optimiser, reference and gradients on one device.
+    compares: whether a loss compares rollouts: groups then share rows, and are taken to be pairs.
   """
-  if settings.kind == "rl":
+  together = compares or settings.kind in PAIRED
+  if together:
+    longest, groups = max(sizes, default=1), settings.batch.examples
+    if settings.kind == "rl":
+      longest, groups = 2 * (longest + settings.rollout.max_tokens), settings.rollout.prompts
+    row = settings.batch.row_length
+    layout = Layout(row if row >= longest else bucket(longest))
+    sequences, rows = 2 * groups, _rows_of_whole(layout, longest, groups)
+  elif settings.kind == "rl":
     known = list(sizes) or [max(settings.data.max_prompt_tokens, 1)]
     prompts = [known[i % len(known)] for i in range(settings.rollout.prompts)]
     samples = settings.rollout.episode.get("samples", 1)
@@ -84,17 +93,12 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
       rows = sum(_rows(layout, length, responses) for length in prompts)
     else:
       rows = _rows_of_whole(layout, max(prompts) + settings.rollout.max_tokens, sequences)
-  elif settings.kind in PAIRED:
-    longest, row = max(sizes, default=1), settings.batch.row_length
-    layout = Layout(row if row >= longest else bucket(longest))
-    sequences, rows = 2 * settings.batch.examples, _rows_of_whole(layout, longest,
-                                                                  settings.batch.examples)
   else:
     layout = Layout(settings.batch.row_length)
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
   micro = _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows)
   return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences,
-               together=settings.kind in PAIRED)
+               together=together)
 
 
 def _layout_of_rollouts(settings, decoder, prompt, samples):
