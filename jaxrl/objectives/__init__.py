@@ -10,9 +10,12 @@ from jaxrl.objectives.anchored_entropy import anchored_entropy
 from jaxrl.objectives.batch_preference import aot
 from jaxrl.objectives.batch_preference import bco
 from jaxrl.objectives.batch_preference import kto
+from jaxrl.objectives.bounded import bounded_bradley_terry
+from jaxrl.objectives.bounded import bounded_dpo
 from jaxrl.objectives.confidence import confident_policy_gradient
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss
+from jaxrl.objectives.fairness import fairness
 from jaxrl.objectives.next_tokens import next_tokens
 from jaxrl.objectives.imitation import imitate_marked
 from jaxrl.objectives.inverse import fit_inverse_reward
@@ -34,3 +37,4 @@ from jaxrl.objectives.reward_model import regress_attributes
 from jaxrl.objectives.segments import execution_entropy
 from jaxrl.objectives.supervised import cross_entropy
 from jaxrl.objectives.valuation import random_policy_valuation
+from jaxrl.objectives.value_systems import value_systems

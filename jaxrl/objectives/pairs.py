@@ -70,6 +70,12 @@ def reduce(batch: TokenBatch, per_token: Tokens, weights: Tokens | float = 1.0,
   return (mean_by_sequence if normalise else sum_by_sequence)(batch, per_token)
 
 
+def constant_of(batch: TokenBatch, name: str) -> Sequences:
+  """A number of every sequence that a signal holds at all of its tokens."""
+  tokens = sum_by_sequence(batch, jnp.ones(batch.tokens.shape, jnp.float32))
+  return sum_by_sequence(batch, batch.signals[name]) / jnp.maximum(tokens, 1)
+
+
 def token_weights(batch: TokenBatch, tail_weight: float = 1.0) -> Tokens:
   """The signal `token_weights`, if there is one; tokens beyond the length of the shorter sequence
   of the pair count `tail_weight`."""

@@ -1,11 +1,17 @@
 """Optimisers of a config, as optax chains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from typing import Any
 
 import jax
 import optax
 
+from jaxrl import compose
+from jaxrl import transforms as pieces
 from jaxrl.compose import nearest
+from jaxrl.transforms.start import PhaseStart
 
 OPTIMIZERS = {
     "adamw": lambda lr, c: optax.adamw(lr, c["b1"], c["b2"], c["epsilon"],
@@ -18,6 +24,7 @@ OPTIMIZERS = {
 DECAYING = ("adamw", "lion")  # those that know weight decay
 NO_MATRIX = ("bias", "scale")  # names of parameters that are not decayed
 SCHEDULES = ("constant", "linear", "cosine")
+PLACES = ("gradient", "update")  # before clipping, after the optimiser
 
 
 def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
@@ -46,12 +53,15 @@ def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, after], [warmup])
 
 
-def build(config: Mapping, steps: int) -> optax.GradientTransformation:
+def build(config: Mapping, steps: int, transforms: Sequence[Callable] = ()
+          ) -> optax.GradientTransformation:
   """Clipping by global norm (`clip_norm`, 0 is off), then the named optimiser.
 
   Args:
     config: `config.optimizer`.
     steps: updates of the phase.
+    transforms: as `read_transforms` gives them; those of gradients come before clipping, those of
+      updates last.
 
   Raises:
     ValueError: an unknown name, a setting that the optimiser lacks, or a bad schedule.
@@ -63,9 +73,55 @@ def build(config: Mapping, steps: int) -> optax.GradientTransformation:
     raise ValueError(f"config.optimizer.weight_decay={config['weight_decay']}, but {name} has "
                      f"none: set it to 0, or use {' or '.join(DECAYING)}")
   optimizer = OPTIMIZERS[name](learning_rate(config, steps), config)
-  if not config["clip_norm"]:
+  if config["clip_norm"]:
+    optimizer = optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
+  if not transforms:
     return optimizer
-  return optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
+  chain = {place: [(_key(i, piece), piece()) for i, piece in enumerate(transforms)
+                   if _place(piece) == place] for place in PLACES}
+  return optax.named_chain(*chain["gradient"], ("optimizer", optimizer), *chain["update"])
+
+
+def read_transforms(config: Mapping, references: Callable[[Any, str], Sequence[Any]]
+                    ) -> list[Callable]:
+  """The pieces that `config.optimizer.transforms` lists; a call of one makes the transformation.
+
+  Args:
+    config: `config.optimizer`.
+    references: makes what a piece with the keyword `references` is given, of what the config says
+      there and of where it says so.
+
+  Raises:
+    ValueError: unknown names or arguments, or a place that there is not.
+  """
+  found = []
+  for i, spec in enumerate(config["transforms"]):
+    where = f"config.optimizer.transforms[{i}]"
+    piece = compose.build(spec, pieces, where=where)
+    if _place(piece) not in PLACES:
+      raise ValueError(f"{where}.on={_place(piece)!r}{nearest(str(_place(piece)), PLACES)}")
+    if "references" in piece.keywords:
+      piece = functools.partial(piece, references=references(piece.keywords["references"],
+                                                             f"{where}.references"))
+    found.append(piece)
+  return found
+
+
+def begin(transforms: Sequence[Callable], opt_state: Any, start: PhaseStart) -> Any:
+  """The state of an optimiser with transformations, once those have looked at the phase's start."""
+  return type(opt_state)({**opt_state, **{
+      _key(i, piece): compose.begun(piece, opt_state[_key(i, piece)], start)
+      for i, piece in enumerate(transforms)}})
+
+
+def _key(index, piece):
+  return f"{index}_{compose.name_of(piece)}"
+
+
+def _place(piece):
+  """Where in the chain a transformation stands: its keyword `on`, or before clipping."""
+  on = inspect.signature(piece).parameters.get("on")
+  return "gradient" if on is None else on.default
 
 
 def _is_matrix(params):
