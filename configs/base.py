@@ -32,7 +32,10 @@ def get_config() -> ml_collections.ConfigDict:
       preference="",  # field with the probability that `chosen` is better; "" is 1
       columns=(),  # fields with more numbers of a pair, such as margins, which losses read
       answers="",  # of rows that list any number of answers; set rejected="" for those
+      critique="",  # ending of fields with texts about answers, see data.PairBuilder; "" is none
+      step_labels="", step_end="\n",  # field with labels of the steps that `chosen` lists, what ends each
       turn="", other_turn="\n\nHuman:",  # of transcripts that share their prompt, see data.PairBuilder
+      transforms=(),  # what is done to rows before anything reads them: pieces of jaxrl.data.transforms
       max_prompt_tokens=256, max_completion_tokens=256,  # of the data; 0 is no limit
       on_bad_row="fail",  # fail | skip | truncate (what is too long)
   )
@@ -52,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
       tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
       attention="xla", scan_layers=False, remat="none",
       heads_on_top=(), critic=False,  # ("value", 1) is a value head on the policy; critic a model
+      verdict=(),  # two texts of one token, ("yes", "no"): their log-odds are a score of answers
       dtype="float32", param_dtype="float32")
   config.mesh = dict(
       data=-1, fsdp=1, tensor=1,  # -1: all devices that are left

@@ -17,6 +17,7 @@ import numpy as np
 
 PREFERENCE = "preference"  # the column that says which sequence of a pair is the better one
 PADDING = -1  # sequence and group id of padding: out of range, so segment sums drop it
+CRITIQUE = -1  # tag of tokens behind an answer that speak about it, which its scores do not see
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,7 @@ class ModelOutputs:
   values: Float[Array, "rows length"] | None = None  # value of the state before tokens[t]
   action_values: Float[Array, "rows length"] | None = None  # the same head, read at tokens[t]
   scores: Float[Array, "rows length heads"] | None = None  # scalar heads read at tokens[t]
+  yes_logprobs: Float[Array, "rows length"] | None = None  # of config.model.verdict, after tokens[t]
   # Of the distribution that tokens[t] is from, by name: see `models.distributions`.
   distribution: dict[str, Float[Array, "rows length"]] = flax.struct.field(default_factory=dict)
 

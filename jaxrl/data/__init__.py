@@ -9,10 +9,14 @@ from jaxrl.data.examples import Fields
 from jaxrl.data.examples import RowCounts
 from jaxrl.data.examples import supervised
 from jaxrl.data.examples import TaskBuilder
+from jaxrl.data.pairs import AS_IT_IS
 from jaxrl.data.pairs import compared
 from jaxrl.data.pairs import Comparison
 from jaxrl.data.pairs import mismatched
 from jaxrl.data.pairs import PairBuilder
+from jaxrl.data.parts import split_steps
+from jaxrl.data.parts import STEP_LABELS
+from jaxrl.data.parts import stepwise
 from jaxrl.data.pipeline import TaskIterator
 from jaxrl.data.pipeline import tasks_pipeline
 from jaxrl.data.sources import BadRow

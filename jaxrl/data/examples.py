@@ -178,8 +178,12 @@ class TaskBuilder:
     self.counts.add("ok")
     return task
 
-  def parse(self, row: Mapping[str, Any], where: str, solved: bool) -> Task:
-    """As `to_task`, but a BadRow is raised whatever `on_bad_row` says, and nothing is counted."""
+  def parse(self, row: Mapping[str, Any], where: str, solved: bool, *, solution: str | None = None
+            ) -> Task:
+    """As `to_task`, but a BadRow is raised whatever `on_bad_row` says, and nothing is counted.
+
+    With a `solution`, it stands for that of the row, in templates too.
+    """
     if not isinstance(row, Mapping):
       raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
     fields = self.fields
@@ -192,7 +196,8 @@ class TaskBuilder:
       values["question"] = self._text(row, fields.question, "question", where)
     whole = self._text(row, fields.answer, "answer", where, numbers=True) if fields.answer else ""
     values["answer"] = self._reference(whole, where) if self._answer else whole.strip()
-    values["solution"] = self._solution_text(row, whole if reply is None else reply, where, solved)
+    values["solution"] = solution if solution is not None else self._solution_text(
+        row, whole if reply is None else reply, where, solved)
     task_id = self._text(row, fields.id, "id", where, numbers=True) if fields.id else where
     task = Task(id=task_id, prompt=self._prompt_tokens(values, messages, where),
                 question=values.get("question", ""), answer=values["answer"],

@@ -20,12 +20,16 @@ from typing import Any
 from jaxrl.batch import PREFERENCE
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.data import parts
 from jaxrl.data.examples import present
 from jaxrl.data.examples import supervised
 from jaxrl.data.examples import TaskBuilder
 from jaxrl.data.sources import BadRow
 from jaxrl.data.sources import Source
 from jaxrl.data.tokenizers import Tokenizer
+
+AS_IT_IS = "{solution}"  # the template that changes nothing
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -36,11 +40,15 @@ class Comparison:
     answers: their texts; of a pair the chosen one first.
     columns: of every answer, constants that losses read. `preference` is among them: the probability
       that it is the best one, 0.5 twice for a tie; of a single answer, that it is a good one.
+    critiques: texts about every answer, empty where there is none; no texts if nobody asked for them.
+    steps: of every answer, each with its label; nothing if steps are not labelled.
   """
 
   task: Task
   answers: tuple[str, ...]
   columns: tuple[dict[str, float], ...]
+  critiques: tuple[str, ...] = ()
+  steps: tuple[tuple[parts.Step, ...], ...] = ()
 
 
 @dataclasses.dataclass
@@ -62,6 +70,12 @@ class PairBuilder:
     turn: what begins an assistant's turn in transcripts, such as "\\n\\nAssistant:"; the prompt then
       ends with the last of them that both texts share. Empty for texts that are answers only.
     other_turn: what begins anybody else's turn; an answer that holds it is a bad row.
+    critique: ending of the fields with a text about an answer, which may be missing: of pairs, after the
+      names of their answers ("critique": `chosen_critique`, `rejected_critique`); of lists and single
+      answers, the whole name. Empty for none.
+    step_labels: field with the probabilities that steps are right, 0 to 1 or yes and no, null for unknown;
+      `chosen` then holds a list of as many texts. Empty for answers in one piece.
+    step_end: what is put behind every step, so that its end can be found.
 
   Raises:
     ValueError: for settings that no row could satisfy.
@@ -75,6 +89,9 @@ class PairBuilder:
   columns: Sequence[str] = ()
   turn: str = ""
   other_turn: str = "\n\nHuman:"
+  critique: str = ""
+  step_labels: str = ""
+  step_end: str = "\n"
 
   def __post_init__(self):
     if not self.chosen or self.chosen == self.rejected:
@@ -86,6 +103,9 @@ class PairBuilder:
     if PREFERENCE in self.columns or isinstance(self.columns, str):
       raise ValueError(f"columns={self.columns!r} must list fields with constants of answers, other "
                        f"than {PREFERENCE!r}, which every batch of comparisons has")
+    if self.step_labels and (self.rejected or self.critique or self.tasks.solution_template != AS_IT_IS):
+      raise ValueError(f"step_labels={self.step_labels!r} labels the steps of single answers or lists: set "
+                       f"rejected='', critique='' and solution_template={AS_IT_IS!r}")
     if self.turn and (self.tasks.fields.messages or not self.tasks.fields.question):
       raise ValueError(f"turn={self.turn!r} cuts transcripts, whose prompt is text: set "
                        "fields.question, and leave fields.messages empty")
@@ -112,26 +132,70 @@ class PairBuilder:
   def _comparison(self, row, where):
     if not isinstance(row, Mapping):
       raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
+    steps, critiques = [], []
     if self.rejected:
       prompt, answers = self._of_pair(row, where)
       label, constants = self._label(row, where, 1.0), self._constants(row, where)
       columns = [{**constants, PREFERENCE: p} for p in (label, 1 - label)]
+      if self.critique:
+        critiques = [self._critique(row, f"{name}_{self.critique}", where)
+                     for name in (self.chosen, self.rejected)]
     else:
       items = self._items(row, where)
-      prompt, answers = {}, [self._text(item, where) for item in items]
+      if self.step_labels:
+        steps = [self._steps(item, where) for item in items]
+        prompt, answers = {}, ["".join(text for text, _ in own) for own in steps]
+      else:
+        prompt, answers = {}, [self._text(item, where) for item in items]
       columns = [{**self._constants(item, where), PREFERENCE: self._label(item, where, 1 / len(items))}
                  for item in items]
+      if self.critique:
+        critiques = [self._critique(item, self.critique, where) for item in items]
+    whole, written = {**row, **prompt}, []
     for number, answer in enumerate(answers):
       name = (f"answer {number + 1} in field {self.answers!r}" if self.answers else
               f"answer in field {(self.chosen, self.rejected)[number]!r}")
       if not answer.strip():
         raise BadRow("empty", where, f"the {name} is empty")
-      self.tasks.check_completion(answer, name, where)
+      written.append(self._written(answer, whole, where))
+      self.tasks.check_completion(written[-1], name, where)
       if answer in answers[:number]:
         raise BadRow("same_answers", where, f"the {name} is the same answer as an earlier one, so "
                      "nothing is preferred")
-    task = self.tasks.parse({**row, **prompt}, where, False)
-    return Comparison(task, tuple(answers), tuple(columns))
+    task = self.tasks.parse(whole, where, False)
+    return Comparison(task, tuple(written), tuple(columns), tuple(critiques), tuple(steps))
+
+  def _written(self, answer, row, where):
+    """An answer as `tasks.solution_template` has it."""
+    if self.tasks.solution_template == AS_IT_IS:
+      return answer
+    return self.tasks.parse(row, where, False, solution=answer).solution
+
+  def _critique(self, row, field, where):
+    """A text about an answer, empty if there is none."""
+    text = row.get(field)
+    if text is None or text == "":
+      return ""
+    if not isinstance(text, str):
+      raise BadRow("wrong_type", where, f"field {field!r} has to hold text, not a {type(text).__name__}")
+    self.tasks.check_completion(text, f"critique in field {field!r}", where)
+    return text
+
+  def _steps(self, item, where):
+    """Texts of the steps of an answer, with what ends them, and their labels."""
+    texts = present(item, self.chosen, "chosen", where)
+    labels = present(item, self.step_labels, "step_labels", where)
+    if not isinstance(texts, list) or not isinstance(labels, list) or not len(texts) == len(labels) > 0:
+      raise BadRow("wrong_type", where, f"fields {self.chosen!r} and {self.step_labels!r} have to hold two "
+                   "lists of the same length, the steps of an answer and their labels")
+    for text, label in zip(texts, labels):
+      if not isinstance(text, str) or not text.strip():
+        raise BadRow("wrong_type", where, f"field {self.chosen!r} holds {text!r}, but a step is text")
+      if label is not None and not (isinstance(label, int | float) and 0 <= label <= 1):
+        raise BadRow("wrong_type", where, f"field {self.step_labels!r} holds {label!r}, but the label of a "
+                     "step is a probability from 0 to 1, true, false or null")
+    return tuple((text + self.step_end, None if label is None else float(label))
+                 for text, label in zip(texts, labels))
 
   def _of_pair(self, row, where):
     """What belongs to the prompt, and both answers."""
@@ -229,10 +293,15 @@ def compared(comparison: Comparison, tokenizer: Tokenizer, *, group: int,
     group: of all of them.
     max_completion_tokens: as in `supervised`.
   """
-  found = []
-  for text, columns in zip(comparison.answers, comparison.columns):
-    task = dataclasses.replace(comparison.task, solution=text)
-    trajectory = supervised(task, tokenizer, max_completion_tokens=max_completion_tokens)
+  found, limit = [], dict(max_completion_tokens=max_completion_tokens)
+  for number, (text, columns) in enumerate(zip(comparison.answers, comparison.columns)):
+    if comparison.steps:
+      trajectory = parts.stepwise(comparison.task, comparison.steps[number], tokenizer, **limit)
+    else:
+      task = dataclasses.replace(comparison.task, solution=text)
+      trajectory = supervised(task, tokenizer, **limit)
+    if comparison.critiques:
+      trajectory = parts.with_critique(trajectory, comparison.critiques[number], tokenizer, **limit)
     trajectory.group, trajectory.columns = group, dict(columns)
     found.append(trajectory)
   return found

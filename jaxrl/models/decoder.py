@@ -52,6 +52,7 @@ class DecoderConfig:
     scan_layers: one stacked set of layer parameters, compiled once for any depth.
     remat: what the backward pass recomputes: `none`, `dots` (all but matrix products), `full`.
     heads_on_top: scalar heads over the final hidden state, name -> number of outputs.
+    verdict: ids of two tokens, "yes" and "no": the difference of their logits is one more score.
     critic: a second decoder beside the policy, with the head `value` (see `models.outputs`).
     dtype, param_dtype: of activations and of parameters.
   """
@@ -85,6 +86,7 @@ class DecoderConfig:
   scan_layers: bool = False
   remat: str = "none"
   heads_on_top: tuple[tuple[str, int], ...] = ()
+  verdict: tuple[int, ...] = ()
   critic: bool = False
   dtype: str = "float32"
   param_dtype: str = "float32"
@@ -109,6 +111,9 @@ class DecoderConfig:
           f"{list(ACTIVATIONS)}")
     check(self.layer_types and set(self.layer_types) <= {"full", "sliding"},
           f"layer_types={self.layer_types} must be `full` or `sliding`")
+    check(not self.verdict or len(set(self.verdict)) == 2 and 0 <= min(self.verdict)
+          and max(self.verdict) < self.vocab_size, f"verdict={self.verdict} must be two different tokens "
+          f"below vocab_size={self.vocab_size}")
     check("sliding" not in self.layer_types or self.sliding_window > 0,
           "layer_types has `sliding`, so sliding_window must be positive")
 

@@ -9,16 +9,16 @@ import dataclasses
 from flax.core import meta
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
 from jaxrl.models import distributions
 from jaxrl.models.decoder import Decoder, DecoderConfig
-from jaxrl.models.logprobs import token_logprobs
+from jaxrl.models.logprobs import token_logits, token_logprobs
 
 DIVERGENCE = "reference_kl"  # the signal of two models
-MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "action_values", "scores",
+MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "action_values", "scores", "yes_logprobs",
                  *distributions.SIGNALS)
 VALUES = ("values", "action_values")  # of the critic, if the config has one
 VALUE_HEAD = "value"  # of `heads_on_top`; the others are scores
@@ -77,7 +77,8 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
       `hidden`: final hidden state at tokens[t].
       `values`: the head `value` read just before tokens[t].
       `action_values`: the head `value` read at tokens[t], which knows the token.
-      `scores`: all other heads read at tokens[t], in the order of the config.
+      `scores`: all other heads read at tokens[t], in the order of the config, and its verdict.
+      `yes_logprobs`: log-probability of "yes", the first token of the verdict, just after tokens[t].
       `reference_kl`: KL(policy || reference) over the whole vocabulary.
       those of `models.distributions`: of the distribution that tokens[t] is drawn from.
     logprobs: whether log-probabilities are wanted; without them and entropy no logit is computed.
@@ -86,7 +87,7 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     reference: parameters of the reference, for `reference_kl`.
 
   Returns:
-    All but `hidden` and `scores` are 0 on padding and at the first token of every segment,
+    All but `hidden`, `scores` and `yes_logprobs` are 0 on padding and at the first token of segments,
     which nothing predicts. What was not asked for is None.
 
   Raises:
@@ -126,10 +127,29 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
         values = critic.apply(critic_params, VALUE_HEAD, state, method="head")[..., 0]
         outputs = outputs.replace(**{name: jnp.where(predicted, values, 0)})
   if "scores" in signals:
-    scores = [decoder.apply(params, name, hidden, method="head")
-              for name, _ in config.heads_on_top if name != VALUE_HEAD]
-    outputs = outputs.replace(scores=jnp.concatenate(scores, axis=-1))
+    outputs = outputs.replace(scores=scores_at(decoder, params, hidden))
+  if "yes_logprobs" in signals:
+    yes = jnp.full_like(batch.tokens, config.verdict[0])
+    outputs = outputs.replace(yes_logprobs=token_logprobs(
+        hidden, vocabulary, yes, chunk=vocabulary_chunk, soft_cap=config.logit_soft_cap)[0])
   return outputs
+
+
+def scores_at(decoder: Decoder, params: PyTree, hidden: Float[Array, "rows length width"]
+              ) -> Float[Array, "rows length heads"]:
+  """What all heads but `value` say at hidden states, in the order of the config, in float32.
+
+  With `config.verdict` the last one is `z(yes) - z(no) = log p(yes) - log p(no)` (RLBFF,
+  arXiv:2509.21319), from two rows of the vocabulary and no parameters of its own.
+  """
+  config = decoder.config
+  found = [decoder.apply(params, name, hidden, method="head").astype(jnp.float32)
+           for name, _ in config.heads_on_top if name != VALUE_HEAD]
+  if config.verdict:
+    two = decoder.apply(params, method="vocabulary")[jnp.array(config.verdict)]
+    yes, no = jnp.split(token_logits(hidden, two, soft_cap=config.logit_soft_cap), 2, axis=-1)
+    found.append(yes - no)
+  return jnp.concatenate(found, axis=-1)
 
 
 def _hidden_states(decoder, params, batch):
@@ -180,6 +200,8 @@ def _check_signals(config, signals):
     raise ValueError(f"signal {wanted[-1]!r} needs a value head, but config.model.heads_on_top={heads}: "
                      f"add ({VALUE_HEAD!r}, 1) to config.model.heads_on_top, or set "
                      "config.model.critic for a critic of its own")
-  if "scores" in signals and not set(heads) - {VALUE_HEAD}:
+  if "scores" in signals and not set(heads) - {VALUE_HEAD} and not config.verdict:
     raise ValueError(f"signal 'scores' needs a scalar head, but config.model.heads_on_top={heads}: "
-                     "add ('score', 1) to config.model.heads_on_top")
+                     "add ('score', 1) to config.model.heads_on_top, or set config.model.verdict")
+  if "yes_logprobs" in signals and not config.verdict:
+    raise ValueError("signal 'yes_logprobs' needs config.model.verdict, such as ('yes', 'no')")

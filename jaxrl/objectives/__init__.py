@@ -15,10 +15,13 @@ from jaxrl.objectives.bounded import bounded_dpo
 from jaxrl.objectives.confidence import confident_policy_gradient
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss
+from jaxrl.objectives.critique import critique_likelihood
 from jaxrl.objectives.fairness import fairness
 from jaxrl.objectives.next_tokens import next_tokens
 from jaxrl.objectives.imitation import imitate_marked
 from jaxrl.objectives.inverse import fit_inverse_reward
+from jaxrl.objectives.labels import binary_label
+from jaxrl.objectives.labels import label_steps
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
 from jaxrl.objectives.policy import reinforce

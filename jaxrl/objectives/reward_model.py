@@ -2,7 +2,9 @@
 
 The score r(y) of a sequence is what a head of `config.model.heads_on_top` says at its last loss token
 (with supervised examples: at the EOS that ends the answer), in float32. `head` counts the numbers of
-all heads but `value`, in the order of the config: (("score", 1), ("sure", 1)) are 0 and 1.
+all heads but `value`, in the order of the config: (("score", 1), ("sure", 1)) are 0 and 1, and the
+log-odds of `config.model.verdict` come after them. Tokens with the tag `batch.CRITIQUE` stand behind the
+answer, and its score is read before them.
 
 Sequences that are compared form a group, as in `jaxrl.objectives.preference`, and the column
 `preference` is the probability that a sequence is the best of its group. Every token has the value
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl.batch import ModelOutputs, TokenBatch
+from jaxrl.batch import CRITIQUE, ModelOutputs, TokenBatch
 from jaxrl.batch import at_last_tokens, column_of, sum_by_group, sum_by_sequence, to_tokens
 from jaxrl.compose import by_sequence, needs
 from jaxrl.objectives import beta as betas
@@ -27,9 +29,8 @@ from jaxrl.objectives.pairs import mean_of_pairs, of_other
 LEAST = 1e-3  # of the parameters of a Beta distribution
 
 
-def sequence_scores(outputs: ModelOutputs, batch: TokenBatch, head: int = 0
-                    ) -> Float[Array, "sequences"]:
-  """The score of every sequence, 0 for one without a loss token.
+def scores_of_head(outputs: ModelOutputs, head: int) -> Float[Array, "rows length"]:
+  """What a head says at every token, in float32.
 
   Raises:
     ValueError: the model has no such head.
@@ -38,9 +39,24 @@ def sequence_scores(outputs: ModelOutputs, batch: TokenBatch, head: int = 0
   if not 0 <= head < heads:
     raise ValueError(f"head={head}, but config.model.heads_on_top has {heads} numbers beside the "
                      f"value: use 0 to {heads - 1}, or add a head such as ('score', 1)")
-  last = at_last_tokens(batch, jnp.ones_like(batch.rewards)) > 0
-  scores = outputs.scores[..., head].astype(jnp.float32)
-  return sum_by_sequence(batch, jnp.where(last, scores, 0))
+  return outputs.scores[..., head].astype(jnp.float32)
+
+
+def at_ends(batch: TokenBatch, per_token: Float[Array, "rows length"]) -> Float[Array, "sequences"]:
+  """Values at the last loss token of every answer, a critique behind it aside; 0 without a token."""
+  answers = batch.replace(loss_mask=batch.loss_mask & (batch.tag_ids != CRITIQUE))
+  last = at_last_tokens(answers, jnp.ones_like(batch.rewards)) > 0
+  return sum_by_sequence(batch, jnp.where(last, per_token, 0))
+
+
+def sequence_scores(outputs: ModelOutputs, batch: TokenBatch, head: int = 0
+                    ) -> Float[Array, "sequences"]:
+  """The score of every sequence, 0 for one without a loss token.
+
+  Raises:
+    ValueError: the model has no such head.
+  """
+  return at_ends(batch, scores_of_head(outputs, head))
 
 
 @by_sequence
@@ -172,17 +188,24 @@ def plackett_luce(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, ra
 @by_sequence
 @needs("scores")
 def ordinal(outputs: ModelOutputs, batch: TokenBatch, *, levels: int, label: str = "label",
-            head: int = 0) -> TermOutput:
+            head: int = 0, ordered: bool = False) -> TermOutput:
   """Ordered ratings by one logit per threshold (CORAL-like, WildReward, steps 5 and 6).
 
     loss = mean over k = 1..K-1 of BCE(s(z_k), [label > k]),    score = 1 + sum over k of s(z_k)
+
+  The score is the mean of the label where the chances s(z_k) fall with k, which nothing sees to unless
+  `ordered`, CORAL's own form with one r for all thresholds:
+
+    z_k = r(y) - c_k,    c_1 = b_1,    c_k = c_(k-1) + softplus(b_k)
 
   Args:
     outputs: supplies `scores`.
     batch: supplies the column with labels 1 to K.
     levels: K, at least 2.
     label: name of that column.
-    head: of the first of the K - 1 logits.
+    head: of the first of the K - 1 logits z_k, or of r and the K - 1 numbers b_k behind it. These depend on
+      no answer with heads (("score", 1), ("thresholds", K - 1)).
+    ordered: which of the two.
 
   Returns:
     Loss of its sequence at each token; metrics by sequence `rating_error`, the distance of score and
@@ -194,13 +217,22 @@ def ordinal(outputs: ModelOutputs, batch: TokenBatch, *, levels: int, label: str
   if levels < 2:
     raise ValueError(f"ordinal: levels={levels} must be at least 2")
   labels, loss, score = column_of(batch, label, "ordinal"), 0.0, 1.0
-  for k in range(1, levels):
-    z = sequence_scores(outputs, batch, head + k - 1)
+  numbers = [sequence_scores(outputs, batch, head + k) for k in range(levels - 1 + ordered)]
+  for k, z in enumerate(ordered_logits(numbers) if ordered else numbers, 1):
     loss += jax.nn.softplus(jnp.where(labels > k, -z, z)) / (levels - 1)
     score += jax.nn.sigmoid(z)
   values = {"rating_error": jnp.abs(score - labels), "rating_accuracy": jnp.round(score) == labels}
   return (loss_of_sequences(batch, loss),
           {name: to_tokens(batch, x.astype(jnp.float32)) for name, x in values.items()})
+
+
+def ordered_logits(numbers: Sequence[Array]) -> list[Array]:
+  """z_1 to z_(K-1) of `ordinal` from r and b_1 to b_(K-1)."""
+  score, first, *steps = numbers
+  logits = [score - first]
+  for step in steps:
+    logits.append(logits[-1] - jax.nn.softplus(step))
+  return logits
 
 
 @by_sequence

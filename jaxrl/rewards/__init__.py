@@ -12,6 +12,7 @@ from jaxrl.rewards.confidence import brier, confidence, correct_and_formed, well
 from jaxrl.rewards.continuations import continues_text
 from jaxrl.rewards.criterion import Criterion, declare, failed, ok, unscorable
 from jaxrl.rewards.numeric import numeric_answer
+from jaxrl.rewards.process import process_reward
 from jaxrl.rewards.scorer import RewardFailure, Scored, Scorer
 from jaxrl.rewards.spans import in_span
 from jaxrl.rewards.trained import reward_model

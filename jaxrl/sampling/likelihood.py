@@ -14,7 +14,7 @@ from jaxrl import sharding
 from jaxrl.batch import bucket
 from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.logprobs import token_logprobs
-from jaxrl.models.outputs import VALUE_HEAD
+from jaxrl.models.outputs import scores_at
 
 SHORTEST = 16  # sequences are padded to powers of two from here
 ROWS = 64  # sequences computed together, at most
@@ -43,7 +43,7 @@ class Likelihood:
     return self._ask(_logprobs, params, sequences, [np.ones(len(s), bool) for s in sequences])
 
   def scores(self, params, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """What all heads but `value` say at every token. [length, heads] each, float32
+    """What all heads but `value`, and the verdict, say at every token. [length, heads] each, float32
 
     Args:
       params: of `Decoder(config)`.
@@ -117,9 +117,7 @@ def _scores(params, tokens, segments, wanted, *, config, temperature):
   decoder = Decoder(config)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   hidden, _ = decoder.apply(params, tokens, positions, segments)
-  heads = [decoder.apply(params, name, hidden, method="head").astype(jnp.float32)
-           for name, _ in config.heads_on_top if name != VALUE_HEAD]
-  return jnp.concatenate(heads, axis=-1)
+  return scores_at(decoder, params, hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))

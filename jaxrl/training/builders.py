@@ -125,7 +125,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   if splits["train"] is None:
     raise ValueError("config.data.train is empty; name a file, tfds:NAME:SPLIT or task:NAME")
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
-  decoder = inputs.decoder_config(config.model, tokenizer.vocab_size)
+  decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
   phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
@@ -551,7 +551,8 @@ def _empty_batch(phase, shape):
   """A host batch of the expected shape, with the signals and columns that episode and edits add."""
   batch = shape.pack([])
   d = phase.settings.data
-  off = (MISMATCHED,) if _reads(phase.learning.terms, MISMATCHED) else ()
+  there = {MISMATCHED: _reads(phase.learning.terms, MISMATCHED), data.STEP_LABELS: d.step_labels}
+  off = tuple(name for name, value in there.items() if value)
   of_pairs = [(off, (PREFERENCE, *d.columns))] if phase.kind in PAIRED else []
   for signals, columns in (*of_pairs, *map(compose.supplied_by, _suppliers(phase))):
     batch = batch.with_signals(**{name: np.zeros(batch.tokens.shape, np.float32)

@@ -13,6 +13,7 @@ from jaxrl import compose
 from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import tasks
+from jaxrl.data import transforms
 from jaxrl.models import DecoderConfig
 from jaxrl.training.shapes import PAIRED
 
@@ -39,7 +40,7 @@ class Part:
 
 
 def open_split(config: ml_collections.ConfigDict, split: str) -> data.Source | None:
-  """Opens `config.data.<split>`; None where the config names no data for it.
+  """Opens `config.data.<split>`, transformed; None where the config names no data for it.
 
   A spec may end in `[start:stop]`, as in `train.jsonl[500:]`.
 
@@ -47,7 +48,8 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> data.Source | N
     ValueError: there is no such data, or none is left of it.
   """
   try:
-    return _open(config, split, config.data[split])
+    source = _open(config, split, config.data[split])
+    return source if source is None else _transformed(config, split, source)
   except ValueError as error:
     raise ValueError(f"config.data.{split}={config.data[split]!r}: {error}") from error
 
@@ -68,6 +70,23 @@ def _open(config, split, spec):
   if not len(part):
     raise ValueError(f"[{match[2]}:{match[3]}] leaves none of the rows")
   return part
+
+
+def _transformed(config, split, source):
+  """The source, changed by those of `config.data.transforms` that are for this split."""
+  for i, spec in enumerate(config.data.transforms):
+    where, spec = f"config.data.transforms[{i}]", configs.to_dict(spec)
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    splits = spec.pop("splits", SPLITS)
+    if isinstance(splits, str) or not set(splits) <= set(SPLITS):
+      raise ValueError(f"{where}.splits={splits!r} must list some of {', '.join(SPLITS)}")
+    seed = config.seed if split == "train" else 0
+    transform = compose.build(spec, transforms, where=where, given=dict(seed=seed, split=split))
+    if split in splits:
+      source = transform(source)
+      if not len(source):
+        raise ValueError(f"{where} leaves none of the rows")
+  return source
 
 
 def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
@@ -119,13 +138,13 @@ def _adopt_tokenizer(start, directory):
   return tokenizer
 
 
-def decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
-  """The architecture that `config.model` describes, for a tokenizer of so many tokens.
+def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> DecoderConfig:
+  """The architecture that `config.model` describes, for the tokens of a tokenizer.
 
   Raises:
     ValueError: settings that do not fit together.
   """
-  fields = dict(model)
+  fields, tokens = dict(model), tokenizer.vocab_size
   fields["vocab_size"] = fields["vocab_size"] or tokens
   if fields["vocab_size"] < tokens:
     raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
@@ -133,7 +152,16 @@ def decoder_config(model: Mapping[str, Any], tokens: int) -> DecoderConfig:
   for name in ("rope_scaling", "heads_on_top"):
     fields[name] = tuple(map(tuple, fields[name]))
   fields["layer_types"] = tuple(fields["layer_types"])
+  fields["verdict"] = tuple(_token_of(text, tokenizer) for text in fields.get("verdict", ()))
   return DecoderConfig(**fields)
+
+
+def _token_of(text, tokenizer):
+  ids = tokenizer.encode(text)
+  if len(ids) != 1:
+    raise ValueError(f"config.model.verdict has {text!r}, which is {len(ids)} tokens here: name two texts of "
+                     "one token each, perhaps with a space in front")
+  return ids[0]
 
 
 def builder(config: ml_collections.ConfigDict, tokenizer: data.Tokenizer) -> data.TaskBuilder:
@@ -165,7 +193,8 @@ def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder) -> 
   try:
     return data.PairBuilder(tasks, chosen=d.chosen, rejected=d.rejected, answers=d.answers,
                             preference=d.preference, columns=tuple(d.columns), turn=d.turn,
-                            other_turn=d.other_turn)
+                            other_turn=d.other_turn, critique=d.critique,
+                            step_labels=d.step_labels, step_end=d.step_end)
   except ValueError as error:
     raise ValueError(f"config.data: {error}") from error
 
@@ -233,12 +262,15 @@ def _texts(source, config) -> Iterator[str]:
     compared = [row.get(field) for field in (d.chosen, d.rejected) if field] if pairs else []
     texts = [row.get(field) for field in (d.question, d.solution or d.answer, *d.more) if field]
     texts += [text for text in compared if isinstance(text, str)]
+    if pairs and d.critique:
+      texts += [row.get(f"{d.chosen}_{d.critique}"), row.get(f"{d.rejected}_{d.critique}"), row.get(d.critique)]
     for messages in (row.get(d.messages) if d.messages else None, *compared):
       for message in messages if isinstance(messages, list) else ():
-        texts.append(message.get("content") if isinstance(message, dict) else None)
+        texts.append(message.get("content") if isinstance(message, dict) else message)
     listed = row.get(d.answers) if pairs and d.answers else None
     for item in listed if isinstance(listed, list) else ():
-      texts.append(item.get(d.chosen) if isinstance(item, dict) else None)
+      text = item.get(d.chosen) if isinstance(item, dict) else None
+      texts += text if isinstance(text, list) else [text]
     for text in texts:
       if isinstance(text, str):
         yield remove.sub("", text) if remove else text
