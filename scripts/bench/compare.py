@@ -10,9 +10,10 @@ disturbed is made again; a row that never gets quiet is marked, not quoted, and 
 status 1. Times are medians over the steps of all rounds.
 
 Rows: `sampling` (prompts as text to responses as text), `grpo` (a whole step: data, sampling,
-reward in Python, advantage, reference, update, metrics), `grpo_no_reference`, `sft`, `start` (from
-starting the process to the end of the first GRPO step, once with an empty compilation cache and
-once with a full one). `grpo:vocab=16384:samples=32` is a row at another shape. With `median_len`,
+reward in Python, advantage, reference, update, metrics), `grpo_no_reference`, `sft`, `dpo` (with the
+reference computed on the way), `reward` (a Bradley-Terry reward model, which Tunix has none of),
+`start` (from starting the process to the end of the first GRPO step, once with an empty compilation
+cache and once with a full one). `grpo:vocab=16384:samples=32` is a row at another shape. With `median_len`,
 responses have log-normally distributed lengths, forced on all systems alike by the model's
 parameters (see `peers/common.py`).
 """
@@ -37,17 +38,19 @@ import report
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OUT, QUICK_OUT, PICTURE = "results/bench/compare", ".bench/quick", "docs/bench.png"
 SYSTEMS = ("jaxrl", "tunix", "trl")
-DEFAULT = ("sampling", "grpo", "grpo_no_reference", "grpo:vocab=16384", "sft", "start")
+DEFAULT = ("sampling", "grpo", "grpo_no_reference", "grpo:vocab=16384", "sft", "dpo", "reward",
+           "start")
 LONG_TAIL = "new_tokens=480:median_len=30"  # the longest is 16 times the median
 WIDE = "d_model=256:heads=8:kv_heads=4:d_ff=768"
 MORE = tuple(f"{row}:{shape}" for shape in ("prompt_len=512", "samples=32", WIDE, LONG_TAIL)
              for row in ("sampling", "grpo")) + ("sft:sft_len=512", f"sft:{WIDE}")
 SHAPE = ("prompts", "samples", "prompt_len", "new_tokens", "median_len", "sigma", "vocab", "layers",
-         "d_model", "heads", "kv_heads", "d_ff", "beta", "sft_batch", "sft_len")
+         "d_model", "heads", "kv_heads", "d_ff", "beta", "sft_batch", "sft_len", "pairs", "pair_len", "spread")
 SETTINGS = ("row_length", "micro_batch_rows", "micro_prompts", "iters", "warmup", "seconds", "seed")
 SECTIONS = {"sampling": "sampling", "grpo": "grpo", "grpo_no_reference": "grpo", "sft": "sft",
-            "start": "grpo"}
-FASTER = {"sampling": 2, "sft": 3}  # times as many steps are measured of what is short
+            "dpo": "dpo", "reward": "reward", "start": "grpo"}
+LACKING = {"reward": ("tunix",)}  # systems that have no such thing
+FASTER = {"sampling": 2, "sft": 3, "dpo": 2, "reward": 2}  # times as many steps are measured of what is short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +166,14 @@ class Session:
         self.pythons[name] = environments.interpreter(name, arguments.peers_dir)
     self.systems = [name for name in SYSTEMS if name in arguments.systems]
 
+  def systems_of(self, row: Row) -> list[str]:
+    """Those that have what the row measures."""
+    return [name for name in self.systems if name not in LACKING.get(row.kind, ())]
+
   def round(self, row: Row) -> tuple[dict[str, list[dict]], float]:
     """Every system once. Returns their results and the largest share of other processes."""
     found, other = {}, 0.0
-    for system in self.systems:
+    for system in self.systems_of(row):
       # A cache that is kept from run to run must not be found filled. jaxrl always keeps one.
       with tempfile.TemporaryDirectory(prefix="bench_cache_") as cache:
         keeps = system == "jaxrl" or row.kind == "start"
@@ -178,7 +185,7 @@ class Session:
 
   def rounds(self, row: Row) -> tuple[dict[str, list], float, bool]:
     """Results of each round by system, the largest share of others, whether it was too large."""
-    kept, worst, disturbed = {system: [] for system in self.systems}, 0.0, False
+    kept, worst, disturbed = {system: [] for system in self.systems_of(row)}, 0.0, False
     for _ in range(self.arguments.rounds):
       tries = [self.round(row)]
       while tries[-1][1] > self.arguments.max_other_cpu and len(tries) <= self.arguments.repeats:
@@ -186,7 +193,7 @@ class Session:
         tries.append(self.round(row))
       found, other = min(tries, key=lambda made: made[1])
       worst, disturbed = max(worst, other), disturbed or other > self.arguments.max_other_cpu
-      for system in self.systems:
+      for system in kept:
         kept[system].append(found[system])
     return kept, worst, disturbed
 

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from peers.common import Work
 from peers.common import length_probabilities
+from peers.common import pair_lengths
 
 FLOAT = 4  # bytes
 UPDATE = 7  # parameter-sized arrays that an Adam step reads or writes, the gradient included
@@ -64,6 +65,10 @@ def phases(work: Work) -> list[Phase]:
     tokens = work.sft_batch * work.sft_len
     pairs = work.sft_batch * work.sft_len * (work.sft_len + 1) / 2
     return [_update(work, forward_flops(work, tokens, pairs, tokens))]
+  if work.section in ("dpo", "reward"):
+    forward = _forward_of_pairs(work)
+    reference = [Phase("reference", forward, size, size)] if work.section == "dpo" else []
+    return [*reference, _update(work, forward)]
   probabilities = length_probabilities(work)
   lengths = np.arange(1, work.new_tokens + 1)
   mean, square = probabilities @ lengths, probabilities @ lengths ** 2
@@ -102,6 +107,15 @@ def limit_seconds(work: Work, gflops: float, bandwidth: Mapping[int, float]) -> 
 def _update(work, forward):
   size = FLOAT * parameters(work)
   return Phase("update", 3 * forward, UPDATE * size, UPDATE * size)
+
+
+def _forward_of_pairs(work):
+  """FLOPs of a pass over all pairs: prompts once, logits of answers unless only a score is read."""
+  answers = pair_lengths(work) - work.prompt_len
+  prompts = work.pairs * work.prompt_len
+  seen = prompts * (work.prompt_len + 1) / 2 + np.sum(answers * (work.prompt_len + (answers + 1) / 2))
+  logits = answers.sum() if work.section == "dpo" else 0
+  return forward_flops(work, prompts + answers.sum(), seen, logits)
 
 
 def _decode_bytes(work, size, probabilities, lengths):

@@ -23,12 +23,13 @@ sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 import compare  # noqa: E402
 import costs  # noqa: E402
 import machine  # noqa: E402
+import ragged  # noqa: E402
 from peers import common  # noqa: E402
 import report  # noqa: E402
 
 TOY = dict(prompts=2, samples=4, prompt_len=6, new_tokens=10, vocab=40, layers=1, d_model=16,
            heads=2, kv_heads=1, d_ff=32, sft_batch=4, sft_len=12, micro_batch_rows=4, warmup=1,
-           iters=2)
+           iters=2, pairs=4, pair_len=12)
 
 
 def test_counted_flops_are_those_that_xla_counts_in_the_real_forward_pass():
@@ -211,12 +212,59 @@ def test_countdown_embeddings_draw_lengths_from_the_distribution_and_then_count_
   assert steps == 41
 
 
-@pytest.mark.parametrize("section, tokens", [("grpo", 80), ("sft", 40)])
+@pytest.mark.parametrize("section, tokens", [("grpo", 80), ("sft", 40), ("dpo", 72), ("reward", 48)])
 def test_jaxrl_side_does_the_work_it_is_asked_for(section, tokens):
-  found = toy_run(common.Work(section, **TOY))
+  work = common.Work(section, **TOY)
+  if section == "dpo":  # 8 sequences of 12 tokens in the mean
+    work = dataclasses.replace(work, prompt_len=3, spread=2.0)
+  found = toy_run(work)
   assert found["tokens"] == [tokens, tokens]
   assert len(found["steps_s"]) == 2 and found["first_step_s"] > max(found["steps_s"])
   assert found["peak_rss_mb"] > 50 and found["compile_s"] > 0
+
+
+def test_ragged_pairs_have_as_many_tokens_as_equal_ones_and_the_spread_that_is_asked_for():
+  for count, spread in ((64, 4.0), (7, 3.0), (32, 1.0)):
+    work = common.Work("dpo", pairs=count, spread=spread)
+    lengths = common.pair_lengths(work)
+    assert lengths.shape == (count, 2) and lengths.sum() == 2 * count * work.pair_len
+    assert lengths.max() / lengths.min() == pytest.approx(spread, rel=0.03)
+    for (prompt, *answers), both in zip(common.pairs(work), lengths):
+      assert [len(prompt) + len(answer) + 1 for answer in answers] == both.tolist()
+  with pytest.raises(ValueError, match="makes sequences of 9 tokens"):
+    common.pair_lengths(common.Work("dpo", pair_len=48, spread=10.0))
+
+
+def test_least_work_of_pairs_is_a_sum_over_their_tokens():
+  work = common.Work("dpo", pairs=3, prompt_len=5, pair_len=12, spread=2.0)
+  answers = [n - 5 for n in common.pair_lengths(work).ravel()]
+  pairs = 3 * sum(range(1, 6)) + sum(sum(range(6, 6 + n)) for n in answers)
+  forward = costs.forward_flops(work, 15 + sum(answers), pairs, sum(answers))
+  assert sum(phase.flops for phase in costs.phases(work)) == pytest.approx(4 * forward, rel=1e-9)
+  scored = costs.forward_flops(work, 15 + sum(answers), pairs, 0)
+  (update,) = costs.phases(dataclasses.replace(work, section="reward"))
+  assert update.flops == pytest.approx(3 * scored, rel=1e-9)
+
+
+def test_a_system_that_lacks_what_a_row_measures_is_left_out(monkeypatch):
+  monkeypatch.setattr(compare.environments, "interpreter", lambda name, directory: name)
+  arguments = compare.parse_arguments(["--rows", "dpo", "reward", "--rounds", "1", "--wait-quiet", "0"])
+  monkeypatch.setattr(compare, "measure", lambda *_: {"steps_s": [1.0], "other_cpu": 0.0, "peak_rss_mb": 1.0})
+  session = compare.Session(arguments)
+  assert [list(session.rounds(row)[0]) for row in arguments.rows] == [
+      ["jaxrl", "tunix", "trl"], ["jaxrl", "trl"]]
+
+
+def test_raggedness_is_measured_against_as_many_tokens_of_equal_lengths(monkeypatch, tmp_path):
+  def measure(system, python, work, cache):
+    return {"steps_s": [1.2 if work.spread > 1 else 1.1 if work.row_length else 1.0], "other_cpu": 0.0,
+            "tokens": [common.pair_tokens(work)]}
+  monkeypatch.setattr(compare, "measure", measure)
+  assert ragged.main(["--rounds", "2", "--wait-quiet", "0", "--out", str(tmp_path / "out")]) == 1
+  found = json.loads((tmp_path / "out.json").read_text())
+  assert found["ragged_over"] == {"equal lengths": 1.2, "equal lengths, long rows": 1.091,
+                                  "ragged lengths": 1.0}
+  assert len(set(found["loss_tokens"].values())) == 1
 
 
 def test_jaxrl_side_samples_responses_of_different_lengths_where_asked():

@@ -29,13 +29,16 @@ class Work:
   """One measurement.
 
   Attributes:
-    section: `sampling`, `grpo` or `sft`.
+    section: `sampling`, `grpo`, `sft`, `dpo` or `reward`.
     prompts, samples, prompt_len, new_tokens: of sampling and GRPO; `prompt_len` counts the BOS.
     median_len: 0, or the median of a log-normal distribution of response lengths that
       `new_tokens` cuts off; see `countdown`.
     sigma: standard deviation of the logarithm of those lengths.
     beta: weight of the KL term; 0 means no reference model.
     sft_batch, sft_len: sequences and their tokens in supervised tuning.
+    pairs, pair_len: pairs of answers per update, and the mean length of their sequences; each begins
+      with a prompt of `prompt_len` tokens and ends with EOS.
+    spread: longest over shortest sequence of the pairs, see `pair_lengths`.
     vocab, layers, d_model, heads, kv_heads, d_ff: of the model; its embeddings are tied, but for
       `countdown`.
     warmup, iters, seconds: steps that are not measured, and steps that are; at least 2 of these
@@ -58,6 +61,9 @@ class Work:
   beta: float = 0.04
   sft_batch: int = 32
   sft_len: int = 96
+  pairs: int = 32
+  pair_len: int = 96
+  spread: float = 1.0
   vocab: int = 512
   layers: int = 4
   d_model: int = 128
@@ -106,6 +112,36 @@ def prompts(work: Work, count: int) -> np.ndarray:
   if work.median_len:
     ids[:, -1] = work.vocab - 1  # see `countdown`
   return ids
+
+
+def pair_lengths(work: Work) -> np.ndarray:
+  """Tokens of both sequences of every pair, prompt and EOS included.
+
+  They are spread evenly from shortest to longest, and are as many in sum as if all had `pair_len`.
+  [pairs, 2]
+
+  Raises:
+    ValueError: the shortest has no room for a token of an answer.
+  """
+  mean = work.pair_len
+  short = np.round(np.linspace(2 * mean / (1 + work.spread), mean, work.pairs)).astype(int)
+  if short.min() < work.prompt_len + 2:
+    raise ValueError(f"pair_len={mean} with spread={work.spread} makes sequences of {short.min()} tokens, "
+                     f"but prompts have {work.prompt_len}: use a longer pair_len or shorter prompts")
+  lengths = np.concatenate([short, 2 * mean - short])
+  return np.random.default_rng(work.seed).permutation(lengths).reshape(work.pairs, 2)
+
+
+def pairs(work: Work) -> list[tuple]:
+  """A prompt behind a BOS, and two answers without their EOS, of random token ids, for each pair."""
+  rng = np.random.default_rng(work.seed + 1)
+  return [(prompt, *(rng.integers(SPECIALS, work.vocab, n - work.prompt_len - 1) for n in both))
+          for prompt, both in zip(prompts(work, work.pairs), pair_lengths(work))]
+
+
+def pair_tokens(work: Work) -> int:
+  """Tokens of all answers of an update, EOS included."""
+  return int(pair_lengths(work).sum()) - 2 * work.pairs * work.prompt_len
 
 
 def share_of_even(ids: list) -> float:

@@ -15,8 +15,9 @@ import tempfile
 import common
 
 FIRST_CHARACTER = 0x20000  # from here on, a million code points are neither spaces nor surrogates
-ROWS = 512  # of data
+ROWS = 512  # of data, but for pairs: these are all in every update
 SFT_PROMPT = 2  # tokens: a BOS and one more; all others carry loss, EOS among them
+PAIRED = {"dpo": "dpo", "reward": "reward_model"}  # sections whose examples are pairs, and their phases
 
 
 def even_tokens(task, completion):
@@ -31,8 +32,11 @@ def text(ids) -> str:
 
 
 def write_data(work: common.Work, path: pathlib.Path) -> None:
-  """Rows with a question, and in supervised tuning a solution that makes up the whole length."""
-  if work.section != "sft":
+  """Rows with a question, in supervised tuning a solution that makes up the whole length, or pairs."""
+  if work.section in PAIRED:
+    rows = [dict(question=text(prompt), answer="-", chosen=text(chosen), rejected=text(rejected))
+            for prompt, chosen, rejected in common.pairs(work)]
+  elif work.section != "sft":
     rows = [dict(question=text(ids), answer="-") for ids in common.prompts(work, ROWS)]
   else:
     whole = dataclasses.replace(work, prompt_len=work.sft_len - 1)
@@ -47,15 +51,20 @@ def make_config(work: common.Work, data: pathlib.Path):
   from jaxrl import config as configs
   config = base.get_config()
   config.seed = work.seed
-  lengths = (SFT_PROMPT, work.sft_len - SFT_PROMPT) if work.section == "sft" else (
-      work.prompt_len, work.new_tokens)
+  lengths, row, examples = (work.prompt_len, work.new_tokens), 0, work.sft_batch
+  if work.section == "sft":
+    lengths = SFT_PROMPT, work.sft_len - SFT_PROMPT
+  elif work.section in PAIRED:
+    lengths = work.prompt_len, int(common.pair_lengths(work).max()) - work.prompt_len
+    # Two sequences of a pair in a row; ragged ones pack better in twice that.
+    row, examples = (2 if work.spread == 1 else 4) * work.pair_len, work.pairs
   config.data.update(train=str(data), solution="answer", max_prompt_tokens=lengths[0],
                      max_completion_tokens=lengths[1])
   config.tokenizer.alphabet = text(range(common.SPECIALS, work.vocab))
   config.model.update(layers=work.layers, d_model=work.d_model, heads=work.heads,
                       kv_heads=work.kv_heads, d_ff=work.d_ff, tie_embeddings=work.tied)
   config.optimizer.update(learning_rate=1e-5)
-  config.batch.update(examples=work.sft_batch, row_length=work.row_length or sum(lengths))
+  config.batch.update(examples=examples, row_length=work.row_length or row or sum(lengths))
   if work.micro_batch_rows:
     config.batch.micro_batch_rows = work.micro_batch_rows
   config.rollout.update(prompts=work.prompts, max_tokens=work.new_tokens,
@@ -64,9 +73,13 @@ def make_config(work: common.Work, data: pathlib.Path):
   config.reward.criteria = [dict(name="on_jaxrl:even_tokens")]
   config.evaluate.problems = 0
   config.checkpoint.every = config.log.samples_every = config.log.curves_every = 0
-  config.phases = ("sft",) if work.section == "sft" else ("rl",)
+  config.phases = (PAIRED.get(work.section, "sft" if work.section == "sft" else "rl"),)
+  config.model.heads_on_top = (("score", 1),) if work.section == "reward" else ()
   steps = work.warmup + work.iters
   config.sft = dict(kind="sft", steps=steps, objective=[dict(name="cross_entropy")])
+  of_pairs = dict(steps=steps, aggregation=dict(kind="sequence_mean"))
+  config.dpo = dict(of_pairs, kind="preference", objective=[dict(name="dpo", beta=0.1)])
+  config.reward_model = dict(of_pairs, kind="reward", objective=[dict(name="bradley_terry")])
   surrogate = [dict(name="clipped_surrogate", low=0.2, high=0.2)]
   penalty = [dict(name="kl", beta=work.beta)] if work.beta else []
   config.rl = dict(kind="rl", steps=steps, objective=surrogate + penalty)
@@ -148,7 +161,7 @@ def trainer(work, config, clock, workdir):
 
 def full_length(work) -> bool:
   """Whether every response shall have its full length."""
-  return not work.median_len and work.section != "sft"
+  return not work.median_len and work.section in ("sampling", "grpo")
 
 
 def never_ending(parts):
@@ -164,6 +177,8 @@ def check_size(work, metrics):
   expected = work.rows, work.rows * work.new_tokens
   if work.section == "sft":
     expected = work.sft_batch, work.sft_batch * (work.sft_len - SFT_PROMPT)
+  elif work.section in PAIRED:
+    expected = 2 * work.pairs, common.pair_tokens(work)
   if work.median_len:  # lengths are drawn
     expected = work.rows, found[1]
   if found != expected:

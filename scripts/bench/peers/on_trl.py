@@ -38,19 +38,22 @@ def text(ids):
   return " ".join(BOS_TEXT if i == common.BOS else f"w{i}" for i in ids)
 
 
-def save_model(work, directory):
-  """Random parameters on disk, where trainers find policy and reference. Returns their number."""
+def save_model(work, directory, scores=False):
+  """Random parameters on disk, where trainers find policy and reference, or with `scores` those of a
+  reward model. Returns their number."""
   import torch
   from transformers import Qwen2Config
   from transformers import Qwen2ForCausalLM
+  from transformers import Qwen2ForSequenceClassification
   torch.manual_seed(work.seed)
-  longest = max(work.prompt_len + work.new_tokens, work.sft_len)
-  model = Qwen2ForCausalLM(Qwen2Config(
+  longest = max(work.prompt_len + work.new_tokens, work.sft_len, 2 * work.pair_len)
+  kind, more = (Qwen2ForSequenceClassification, {"num_labels": 1}) if scores else (Qwen2ForCausalLM, {})
+  model = kind(Qwen2Config(
       vocab_size=work.vocab, hidden_size=work.d_model, intermediate_size=work.d_ff,
       num_hidden_layers=work.layers, num_attention_heads=work.heads,
       num_key_value_heads=work.kv_heads, tie_word_embeddings=work.tied,
       max_position_embeddings=longest + 8, bos_token_id=None, eos_token_id=common.EOS,
-      pad_token_id=common.PAD, attn_implementation="sdpa", dtype="float32"))
+      pad_token_id=common.PAD, attn_implementation="sdpa", dtype="float32", **more))
   if work.median_len:
     inputs, outputs = map(torch.from_numpy, common.countdown(work))
     with torch.no_grad():
@@ -157,15 +160,53 @@ def sft(work, clock, directory):
   return counts, size
 
 
+def dpo(work, clock, directory):
+  from trl import DPOConfig
+  from trl import DPOTrainer
+  return of_pairs(work, clock, directory, DPOTrainer, DPOConfig)
+
+
+def reward(work, clock, directory):
+  from trl import RewardConfig
+  from trl import RewardTrainer
+  return of_pairs(work, clock, directory, RewardTrainer, RewardConfig)
+
+
+def of_pairs(work, clock, directory, trainer_of, config_of):
+  """Times a trainer of pairs; the reward trainer reads whole texts."""
+  from datasets import Dataset
+  size = save_model(work, directory, scores=work.section == "reward")
+  longest, real = int(common.pair_lengths(work).max()), int(common.pair_lengths(work).sum())
+  rows = []
+  for prompt, *answers in common.pairs(work):
+    start = text(prompt) + " "
+    chosen, rejected = map(text, answers)
+    rows.append({"prompt": start, "chosen": chosen, "rejected": rejected} if work.section == "dpo" else
+                {"chosen": start + chosen, "rejected": start + rejected})
+  trainer = trainer_of(
+      model=directory, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(work),
+      args=config_of(**arguments(work, directory, work.pairs), max_length=longest))
+  counts, inner = [], trainer.compute_loss
+
+  def compute_loss(model, inputs, *args, **kwargs):
+    found = tuple(inputs["input_ids"].shape), int(inputs["attention_mask"].sum())
+    assert found == ((2 * work.pairs, longest), real), found
+    counts.append(common.pair_tokens(work))
+    return inner(model, inputs, *args, **kwargs)
+  trainer.compute_loss = compute_loss
+  train(trainer, clock)
+  return counts, size
+
+
 def main():
   work = common.from_command_line()
   import torch
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   clock = common.Clock(work)
-  sections = {"sampling": sampling, "grpo": grpo, "sft": sft}
+  sections = {"sampling": sampling, "grpo": grpo, "sft": sft, "dpo": dpo, "reward": reward}
   with tempfile.TemporaryDirectory(prefix="trl_bench_") as directory:
     counts, size = sections[work.section](work, clock, directory)
-  if not work.median_len and work.section != "sft":
+  if not work.median_len and work.section in ("sampling", "grpo"):
     assert set(counts) == {work.rows * work.new_tokens}, counts
   clock.result(["trl", "torch", "transformers", "accelerate"], tokens=counts[work.warmup:],
                parameters=size)

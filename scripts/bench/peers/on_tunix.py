@@ -164,14 +164,46 @@ def sft(work, clock):
   return counts, size
 
 
+def dpo(work, clock):
+  import numpy as np
+  import optax
+  from tunix.sft.dpo import dpo_trainer
+  model, size = build_model(work)
+  trainer = dpo_trainer.DPOTrainer(
+      model=model, ref_model=build_model(work)[0], optimizer=optax.adamw(1e-5),
+      training_config=dpo_trainer.DPOTrainingConfig(
+          eval_every_n_steps=NO_EVALUATION, max_steps=None, beta=0.1))
+  longest = int(common.pair_lengths(work).max()) - work.prompt_len
+
+  def padded(answers):
+    ids = np.full((work.pairs, longest), common.PAD, np.int32)
+    for row, answer in zip(ids, answers):
+      row[:len(answer) + 1] = [*answer, common.EOS]
+    return ids, (ids != common.PAD).astype(np.int32)
+  counts = []
+
+  def batches():
+    while not counts or not clock.tick():
+      prompts, *answers = zip(*common.pairs(work))
+      (chosen, chosen_mask), (rejected, rejected_mask) = map(padded, answers)
+      counts.append(int(chosen_mask.sum() + rejected_mask.sum()))
+      prompts = np.array(prompts, np.int32)
+      yield dpo_trainer.TrainingInput(
+          prompt_ids=prompts, prompt_mask=np.ones_like(prompts), chosen_ids=chosen,
+          chosen_mask=chosen_mask, rejected_ids=rejected, rejected_mask=rejected_mask)
+
+  trainer.train(batches())
+  return counts, size
+
+
 def main():
   work = common.from_command_line()
   import tunix  # noqa: F401  whatever it costs is part of a start
   meter = common.CompileMeter()
   clock = common.Clock(work, meter.read)
-  sections = {"sampling": sampling, "grpo": grpo, "sft": sft}
+  sections = {"sampling": sampling, "grpo": grpo, "sft": sft, "dpo": dpo}
   counts, size = sections[work.section](work, clock)
-  if not work.median_len and work.section != "sft":
+  if not work.median_len and work.section in ("sampling", "grpo"):
     assert set(counts) == {work.rows * work.new_tokens}, counts
   clock.result(["google-tunix", "jax", "jaxlib", "flax", "optax"], tokens=counts[work.warmup:],
                parameters=size)
