@@ -5,6 +5,7 @@
   jaxrl methods                    # every method with its parts and what its claim came to
   jaxrl methods igrpo              # what its config changes in its parent's
   jaxrl reproduce --method=igrpo --seeds=0,1,2
+  jaxrl evaluate --model=runs/reward_hh --data=bench.jsonl    # is the better answer scored higher?
   jaxrl arena --votes=votes.jsonl --out=arena    # ranks models by votes between their answers
 """
 
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.error(f"--config.{next(iter(overrides))} is for jaxrl run")
   if options.command == "methods":
     return _methods(options)
+  if options.command == "evaluate":
+    return _evaluate(options)
   if options.command == "arena":
     return _arena(options)
   config = _config(options, overrides) if options.command == "run" else None
@@ -60,6 +63,25 @@ def _arena(options):
         options.votes, pathlib.Path(options.out), length=options.length, ridge=options.ridge,
         resamples=options.resamples, seed=options.seed))
   except (ValueError, OSError) as error:
+    _fail(str(error))
+
+
+def _evaluate(options):
+  """Measures a reward model on answers whose order is known."""
+  try:
+    with _loading():
+      from jaxrl.evaluation import reward_model
+      from jaxrl.evaluation.reward_model_questions import Reading
+    name = re.sub(r"\..*", "", pathlib.Path(options.data).name) or options.split
+    out = pathlib.Path(options.out or pathlib.Path(options.model) / "evaluation" / name)
+    reward_model.evaluate(
+        options.model, out, path=options.data, split=options.split, levels=options.levels,
+        head=int(options.head) if options.head.lstrip("-").isdigit() else options.head,
+        ordered=options.ordered, quiet=options.quiet,
+        reading=Reading(options.shape, options.subset, options.prompt, options.answer, options.limit))
+  except KeyboardInterrupt:
+    _fail("interrupted; the same command continues", code=128 + signal.SIGINT)
+  except (ValueError, *_mistakes()) as error:
     _fail(str(error))
 
 
@@ -203,6 +225,27 @@ def _parser():
                          help="where runs are kept and reused (runs/reproduce)")
   reproduce.add_argument("--steps", type=int, default=0,
                          help="updates of each run, for a trial whose outcome is not kept")
+  evaluate = commands.add_parser(
+      "evaluate", help="measure a reward model on answers whose order is known",
+      epilog="Rows are {prompt, chosen, rejected, subset}, as in RewardBench; the same with three texts, "
+             "one per style, in chosen and rejected, as in RM-Bench; or in the shape of the run's own "
+             "data. An evaluation that was interrupted continues.")
+  evaluate.add_argument("--model", required=True, metavar="DIR", help="--workdir of a run that trained it")
+  evaluate.add_argument("--data", default="", metavar="FILE",
+                        help="what to score; else the run's own data of --split")
+  evaluate.add_argument("--split", default="test", help="of the run's data (test)")
+  evaluate.add_argument("--out", default="", metavar="DIR",
+                        help="where figures and pictures go (DIR/evaluation/NAME of the model)")
+  evaluate.add_argument("--shape", default="auto", help="of rows: auto, benchmark or run (auto)")
+  evaluate.add_argument("--subset", default="subset", metavar="FIELD", help="that accuracies are given by")
+  evaluate.add_argument("--prompt", default="{prompt}", metavar="TEXT",
+                        help="what a prompt of a benchmark becomes for this model ({prompt})")
+  evaluate.add_argument("--answer", default="{answer}", metavar="TEXT", help="likewise ({answer})")
+  evaluate.add_argument("--head", default="0", help="which number of the heads scores, or its name (0)")
+  evaluate.add_argument("--levels", type=int, default=0, help="of a model trained by `ordinal`")
+  evaluate.add_argument("--ordered", action="store_true", help="likewise, see `ordinal`")
+  evaluate.add_argument("--limit", type=int, default=0, help="questions at most, the first ones")
+  evaluate.add_argument("--quiet", action="store_true", help="plain lines, no progress bar")
   arena = commands.add_parser("arena", help="rank models by votes between their answers")
   arena.add_argument("--votes", required=True, metavar="FILE", help="see jaxrl.data.votes")
   arena.add_argument("--out", required=True, metavar="DIR", help="where table and picture go")
