@@ -11,6 +11,8 @@ from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group
 from jaxrl.rollouts.influence import influence_rewarded
+from jaxrl.rollouts.injection import best_and_flawed
+from jaxrl.rollouts.interventions import repaired_trace
 from jaxrl.rollouts.midtraining import predict_tokens
 from jaxrl.rollouts.experts import group_and_expert
 from jaxrl.rollouts.modes import answer_in_mode

@@ -16,11 +16,13 @@ from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
 from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
+from jaxrl.tasks import cues
 from jaxrl.tasks import habits
 from jaxrl.tasks import letters
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import preferred_addition
 from jaxrl.tasks import principles
+from jaxrl.tasks import rated_addition
 from jaxrl.tasks import repeated_addition
 from jaxrl.tasks import running_sum
 from jaxrl.tasks import scratchpad_addition
@@ -32,10 +34,10 @@ from jaxrl.tasks import votes
 from jaxrl.tasks import worked_sums
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
-             corrected_addition=corrected_addition, countdown=countdown,
+             corrected_addition=corrected_addition, countdown=countdown, cues=cues,
              habits=habits, letters=letters, modular_arithmetic=modular_arithmetic,
              preferred_addition=preferred_addition, principles=principles,
-             repeated_addition=repeated_addition,
+             rated_addition=rated_addition, repeated_addition=repeated_addition,
              running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,
              sorting=sorting, tastes=tastes, transitions=transitions, votes=votes,
              worked_sums=worked_sums)

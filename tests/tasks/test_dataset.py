@@ -18,6 +18,8 @@ SMALL = dict(running_sum=dict(), addition=dict(digits=2), brackets=dict(longest=
              preferred_addition=dict(digits=2), sorting=dict(longest=3, largest=12), transitions=dict(digits=2),
              repeated_addition=dict(digits=2), series=dict(digits=3))
 names = st.sampled_from(sorted(TASKS))
+# In others a solution is what somebody would write, be it good or not.
+RIGHT = sorted(set(TASKS) - {"cues", "endings", "leanings", "letters", "votes"})
 
 
 def opened(name, split="train", size=50, seed=0, **knobs):
@@ -63,7 +65,7 @@ def test_seeds_give_other_rows(name):
   assert [first[i]["solution"] for i in range(50)] != [second[i]["solution"] for i in range(50)]
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", RIGHT)
 def test_the_oracle_takes_the_solution_and_refuses_that_of_another_problem(name):
   data = opened(name)
   right = wrong = 0
