@@ -12,6 +12,7 @@ from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
 from jaxrl.batch import Task, Trajectory, pack
+from jaxrl.evaluation.reward_model import evaluate
 from jaxrl.models import model_outputs
 from jaxrl.objectives import reward_model
 from jaxrl.rewards import Scorer
@@ -119,6 +120,14 @@ def test_impossible_criteria_are_refused(trained, change, message):
   spec = dict(name="reward_model", run=str(trained)) | change
   with pytest.raises(ValueError, match=message):
     Scorer.from_config(dict(criteria=[spec], workers=0))
+
+
+def test_an_evaluation_finds_what_the_run_itself_measured(trained, tmp_path):
+  """Rows of one sequence each, in float64 margins, against packed batches under the loss of training."""
+  found = evaluate(trained, tmp_path, head=1, quiet=True)
+  after = json.loads((trained / "summary.json").read_text())["phases"][-1]["after"]
+  assert found["pairs"] == 256
+  np.testing.assert_allclose(found["calibration"]["nll"], after["pairs/loss/bradley_terry"], rtol=1e-5)
 
 
 def test_a_run_without_heads_is_no_reward_model(trained, tmp_path):
