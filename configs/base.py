@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
       critique="",  # ending of fields with texts about answers, see data.PairBuilder; "" is none
       step_labels="", step_end="\n",  # field with labels of the steps that `chosen` lists, what ends each
       turn="", other_turn="\n\nHuman:",  # of transcripts that share their prompt, see data.PairBuilder
+      weaker="",  # field with the row of a pair whose preference is not as strong, see pairs_of_pairs
       transforms=(),  # what is done to rows before anything reads them: pieces of jaxrl.data.transforms
       max_prompt_tokens=256, max_completion_tokens=256,  # of the data; 0 is no limit
       on_bad_row="fail",  # fail | skip | truncate (what is too long)
@@ -103,7 +104,11 @@ def get_config() -> ml_collections.ConfigDict:
       constant=0.0)  # tokens that kind="constant" divides by; a term may have its own aggregation
   config.reference = dict(
       every=0,  # updates after which the reference follows the policy; 0 is never
-      decay=0.0)  # share of itself that it keeps then: 0 is a copy, 0.99 a moving average
+      decay=0.0,  # share of itself that it keeps then: 0 is a copy, 0.99 a moving average
+      follows="policy",  # or a model of config.frozen
+      lag=False)  # follow the policy as it was before the update
+  config.frozen = dict()  # more such models by name, as dict(average=dict(every=1, decay=0.99)), whose
+  # signals (`average_logprobs`) a piece reads; see training.frozen
 
   config.evaluate = dict(
       problems=256,  # of validation, and of test

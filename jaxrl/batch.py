@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 PREFERENCE = "preference"  # the column that says which sequence of a pair is the better one
+TUPLE, STRONGER = "tuple", "stronger"  # columns that say which pairs are compared, and which is the stronger
 PADDING = -1  # sequence and group id of padding: out of range, so segment sums drop it
 CRITIQUE = -1  # tag of tokens behind an answer that speak about it, which its scores do not see
 

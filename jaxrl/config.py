@@ -30,7 +30,8 @@ SHARED = ("seed", "phases", "start", "data", "tokenizer", "model", "mesh", "comp
           "rollout.cache_dtype", "checkpoint.keep")
 # Where any field may be added: knobs, texts and arguments, which whoever reads them checks.
 OPEN = re.compile(r"config(\.\w+)?\.(data\.task|data\.held_out_task|rollout\.templates|"
-                  r"rollout\.episode|evaluate\.episode|reward\.aggregate(\.weights)?)|.*\[\d+\]")
+                  r"rollout\.episode|evaluate\.episode|reward\.aggregate(\.weights)?|"
+                  r"frozen(\.\w+)?)|.*\[\d+\]")
 
 
 class ConfigError(ValueError):

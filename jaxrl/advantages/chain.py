@@ -42,7 +42,8 @@ def chain(pieces: Sequence[Callable]
   return lambda batch, rewards: run(batch, rewards, {}).values
 
 
-def credit(pieces: Sequence[Callable], terms: Sequence[Callable] = ()) -> Callable[..., Credit]:
+def credit(pieces: Sequence[Callable], terms: Sequence[Callable] = (),
+           hint: Callable[[str], str] = lambda signal: "") -> Callable[..., Credit]:
   """Composes pieces, first to last, into one function.
 
   A piece maps `(batch, values)` to values, one per sequence or one per token, or to a `Credit`.
@@ -53,6 +54,7 @@ def credit(pieces: Sequence[Callable], terms: Sequence[Callable] = ()) -> Callab
   Args:
     pieces: as `compose.build` returns them; none leaves the rewards as they are.
     terms: of the objective, some of which may want one advantage per sequence.
+    hint: what else to say of a signal that is missing.
 
   Returns:
     `run(batch, rewards, carried) -> Credit`: values per sequence are spread over their tokens at the
@@ -77,7 +79,7 @@ def credit(pieces: Sequence[Callable], terms: Sequence[Callable] = ()) -> Callab
     for index, piece in enumerate(pieces):
       name = f"config.advantage[{index}] ({name_of(piece)})"
       _check_input(piece, name, values, source)
-      _check_signals(piece, name, batch)
+      _check_signals(piece, name, batch, hint)
       own = (carried[name_of(piece)],) if initial_of(piece) else ()
       found = piece(batch, values, *own)
       found = found if isinstance(found, Credit) else Credit(found)
@@ -134,13 +136,13 @@ def _check_whole(terms, values, source):
           "'sequence_token' of clipped_surrogate, or pieces of credit that work on sequences")
 
 
-def _check_signals(piece, name, batch):
+def _check_signals(piece, name, batch, hint):
   for signal in signals_of(piece):
     if signal not in batch.signals:
       raise ValueError(f"{name} needs the signal {signal!r}; the batch has "
                        f"{', '.join(batch.signals) or 'none'}. What a model says is computed when "
                        "the piece declares it with compose.needs; other signals come from episodes "
-                       "(Trajectory.signals) or from pieces that are listed before")
+                       f"(Trajectory.signals) or from pieces that are listed before{hint(signal)}")
 
 
 def _check_new(found, known, name, kind):

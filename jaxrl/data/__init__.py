@@ -12,6 +12,7 @@ from jaxrl.data.examples import TaskBuilder
 from jaxrl.data.pairs import AS_IT_IS
 from jaxrl.data.pairs import compared
 from jaxrl.data.pairs import Comparison
+from jaxrl.data.pairs import linked
 from jaxrl.data.pairs import mismatched
 from jaxrl.data.pairs import PairBuilder
 from jaxrl.data.parts import split_steps

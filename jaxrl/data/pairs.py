@@ -9,6 +9,8 @@ in:
   {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}        two transcripts (HH-RLHF)
   {"prompt": "1+2=", "answers": [{"text": "3", "rank": 1}, ...]}             any number, with labels
   {"prompt": "1+2=", "answer": "3", "rating": 4}                             one answer with labels
+  {"prompt": "1+2=", "chosen": "3", "rejected": "9", "weaker": {"prompt": "2+3=", "chosen": "5", ...}}
+                                              a pair, and one whose preference is not as strong
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,10 @@ import os
 from typing import Any
 
 from jaxrl.batch import PREFERENCE
+from jaxrl.batch import STRONGER
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.batch import TUPLE
 from jaxrl.data import parts
 from jaxrl.data.examples import present
 from jaxrl.data.examples import supervised
@@ -42,6 +46,7 @@ class Comparison:
       that it is the best one, 0.5 twice for a tie; of a single answer, that it is a good one.
     critiques: texts about every answer, empty where there is none; no texts if nobody asked for them.
     steps: of every answer, each with its label; nothing if steps are not labelled.
+    weaker: a pair whose preference is not as strong; None where preferences are not compared.
   """
 
   task: Task
@@ -49,6 +54,7 @@ class Comparison:
   columns: tuple[dict[str, float], ...]
   critiques: tuple[str, ...] = ()
   steps: tuple[tuple[parts.Step, ...], ...] = ()
+  weaker: "Comparison | None" = None
 
 
 @dataclasses.dataclass
@@ -76,6 +82,7 @@ class PairBuilder:
     step_labels: field with the probabilities that steps are right, 0 to 1 or yes and no, null for unknown;
       `chosen` then holds a list of as many texts. Empty for answers in one piece.
     step_end: what is put behind every step, so that its end can be found.
+    weaker: field with the row of a pair whose preference is not as strong; empty for none.
 
   Raises:
     ValueError: for settings that no row could satisfy.
@@ -92,6 +99,7 @@ class PairBuilder:
   critique: str = ""
   step_labels: str = ""
   step_end: str = "\n"
+  weaker: str = ""
 
   def __post_init__(self):
     if not self.chosen or self.chosen == self.rejected:
@@ -163,7 +171,12 @@ class PairBuilder:
         raise BadRow("same_answers", where, f"the {name} is the same answer as an earlier one, so "
                      "nothing is preferred")
     task = self.tasks.parse(whole, where, False)
-    return Comparison(task, tuple(written), tuple(columns), tuple(critiques), tuple(steps))
+    weaker = self._weaker(row, where) if self.weaker else None
+    return Comparison(task, tuple(written), tuple(columns), tuple(critiques), tuple(steps), weaker)
+
+  def _weaker(self, row, where):
+    inner = present(row, self.weaker, "weaker", where)
+    return dataclasses.replace(self, weaker="")._comparison(inner, f"{where}, field {self.weaker!r}")
 
   def _written(self, answer, row, where):
     """An answer as `tasks.solution_template` has it."""
@@ -304,6 +317,20 @@ def compared(comparison: Comparison, tokenizer: Tokenizer, *, group: int,
       trajectory = parts.with_critique(trajectory, comparison.critiques[number], tokenizer, **limit)
     trajectory.group, trajectory.columns = group, dict(columns)
     found.append(trajectory)
+  return found
+
+
+def linked(comparisons: Sequence[Comparison]) -> list[Comparison]:
+  """Comparisons with their weaker ones behind them, and columns that say which belong together: `tuple`,
+  the number of the two in the batch, and `stronger`, 1 or 0. Those without stay as they are."""
+  found = []
+  for number, comparison in enumerate(comparisons):
+    if comparison.weaker is None:
+      found.append(comparison)
+      continue
+    for own, stronger in ((comparison, 1.0), (comparison.weaker, 0.0)):
+      columns = tuple({**c, TUPLE: float(number), STRONGER: stronger} for c in own.columns)
+      found.append(dataclasses.replace(own, columns=columns, weaker=None))
   return found
 
 

@@ -22,6 +22,8 @@ from jaxrl.objectives.imitation import imitate_marked
 from jaxrl.objectives.inverse import fit_inverse_reward
 from jaxrl.objectives.labels import binary_label
 from jaxrl.objectives.labels import label_steps
+from jaxrl.objectives.nash import mnpo
+from jaxrl.objectives.pairs_of_pairs import dpo_pop
 from jaxrl.objectives.policy import clipped_surrogate
 from jaxrl.objectives.policy import geometric_mean
 from jaxrl.objectives.policy import reinforce
@@ -37,6 +39,7 @@ from jaxrl.objectives.reward_model import bradley_terry
 from jaxrl.objectives.reward_model import ordinal
 from jaxrl.objectives.reward_model import plackett_luce
 from jaxrl.objectives.reward_model import regress_attributes
+from jaxrl.objectives.robust import rpo
 from jaxrl.objectives.segments import execution_entropy
 from jaxrl.objectives.supervised import cross_entropy
 from jaxrl.objectives.valuation import random_policy_valuation

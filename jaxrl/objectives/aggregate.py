@@ -106,7 +106,9 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
                    for x in (weights, mean_weights)]
     loss, metrics = jnp.zeros((), each[0].dtype), {}
     for index, (name, term, own, mean) in enumerate(zip(names, terms, each, means, strict=True)):
-      _check_signals(f"config.objective[{index}] ({name})", term, outputs, batch)
+      for signal in signals_of(term):
+        if signal not in batch.signals and outputs.get(signal) is None:
+          raise missing(f"config.objective[{index}] ({name})", signal, batch)
       values, diagnostics = term(outputs, batch)
       metrics[f"loss/{name}"] = jnp.sum(own * values)
       loss += metrics[f"loss/{name}"]
@@ -125,11 +127,10 @@ def _scored_tokens(batch: TokenBatch) -> Bool[Array, "rows length"]:
   return batch.loss_mask & to_tokens(batch, batch.sequence_mask).astype(bool)
 
 
-def _check_signals(name, term, outputs, batch):
-  for signal in signals_of(term):
-    if signal not in batch.signals and outputs.get(signal) is None:
-      raise ValueError(f"{name} needs {signal!r}, which is neither among the "
-                       f"batch's signals ({', '.join(batch.signals) or 'none'}) nor in the model's "
-                       "outputs: the trainer computes what the term declares with compose.needs if "
-                       "it is a model's; others come from a piece of config.advantage or from the "
-                       "episode")
+def missing(where: str, signal: str, batch: TokenBatch, hint: str = "") -> ValueError:
+  """What to raise when the term at `where` in the config declared a signal that nothing gives."""
+  return ValueError(f"{where} needs {signal!r}, which is neither among the "
+                    f"batch's signals ({', '.join(batch.signals) or 'none'}) nor in the model's "
+                    "outputs: the trainer computes what the term declares with compose.needs if "
+                    "it is a model's; others come from a piece of config.advantage or from the "
+                    f"episode{hint}")

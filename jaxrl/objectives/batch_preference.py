@@ -6,14 +6,17 @@ about, so micro-batches add up to the very gradient of the equation. The notatio
 `jaxrl.objectives.preference`; `preference` is the probability that a sequence is a good one.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import sum_by_group, sum_by_sequence, to_tokens
 from jaxrl.compose import by_sequence, carries, needs, prepares
+from jaxrl.log_ratio import check_clamp, clamped, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
-from jaxrl.objectives.pairs import check_numbers, diagnostics, in_pairs, loss_of_pairs
+from jaxrl.objectives.pairs import check_numbers, constant_of, diagnostics, in_pairs, loss_of_pairs
 from jaxrl.objectives.pairs import loss_of_sequences, of_other, preferences, reduce, token_weights
 from jaxrl.objectives.preference import logistic
 
@@ -23,24 +26,16 @@ def _ratios(batch, logprobs):
   return reduce(batch, logprobs - batch.signals["reference_logprobs"], token_weights(batch))
 
 
-def _anywhere(batch, name):
-  """A number of the batch that stands at all of its tokens. [sequences]"""
-  signal = batch.signals[name].reshape(-1)
-  of = jax.ops.segment_sum(signal, batch.sequence_ids.reshape(-1), num_segments=batch.num_sequences)
-  tokens = sum_by_sequence(batch, jnp.ones(batch.tokens.shape, jnp.float32))
-  return of / jnp.maximum(tokens, 1)
-
-
 # --------------------------------------------------------------------------------------------- KTO
 
 
-def _divergence(batch, *, estimate_kl):
+def _divergence(batch, *, estimate_kl, clamp):
   """`max(0, mean over mismatched answers of rho)`, at every token."""
   if not estimate_kl:
     return {}
   off = batch.signals["mismatched"]
   ratio = batch.signals["old_logprobs"] - batch.signals["reference_logprobs"]
-  total = jnp.sum(jnp.where(off > 0, ratio.astype(jnp.float32), 0))
+  total = jnp.sum(clamped(jnp.where(off > 0, ratio.astype(jnp.float32), 0), clamp)[0])
   answers = jnp.sum(sum_by_sequence(batch, off) > 0)
   kl = jnp.maximum(total / jnp.maximum(answers, 1), 0)
   return {"kto_kl": jnp.where(batch.segment_ids != 0, kl, 0)}
@@ -51,7 +46,8 @@ def _divergence(batch, *, estimate_kl):
 @needs("reference_logprobs",
        lambda estimate_kl: ("old_logprobs", "mismatched") if estimate_kl else ())
 def kto(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1, desirable: float = 1.0,
-        undesirable: float = 1.0, estimate_kl: bool = True) -> TermOutput:
+        undesirable: float = 1.0, estimate_kl: bool = True,
+        clamp: Sequence[float] | None = None) -> TermOutput:
   """Kahneman-Tversky optimisation (arXiv:2402.01306, eq. 7 and 8); answers need no partner.
 
     loss = preference(y) d (1 - s(beta (rho(y) - z))) + (1 - preference(y)) u (1 - s(beta (z - rho(y))))
@@ -65,18 +61,23 @@ def kto(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1, desirabl
     beta: strength of the pull to the reference, above 0.
     desirable, undesirable: d and u; the paper wants d n_good / (u n_bad) between 1 and 4/3.
     estimate_kl: False puts z at 0, which is APO-zero of unpaired answers (arXiv:2408.06266).
+    clamp: as in `dpo`, in rho of z too.
 
   Returns:
-    Loss of its sequence at each token; metrics `kto_kl` (z) and, of pairs, those of `dpo`.
+    Loss of its sequence at each token; metrics `kto_kl` (z), `unclamped_fraction` with a clamp and, of
+    pairs, those of `dpo`.
 
   Raises:
     ValueError: numbers out of range.
   """
   check_numbers("kto", above_0=dict(beta=beta),
                 at_least_0=dict(desirable=desirable, undesirable=undesirable))
-  ratio, good = _ratios(batch, outputs.logprobs), preferences(batch)
-  extra = {"kto_kl": batch.signals["kto_kl"]} if estimate_kl else {}
-  z = _anywhere(batch, "kto_kl") if estimate_kl else 0.0
+  check_clamp("kto", clamp)
+  ratios, extra = clamped(
+      log_ratio(batch, outputs.logprobs, batch.signals["reference_logprobs"]), clamp)
+  ratio, good = reduce(batch, ratios, token_weights(batch)), preferences(batch)
+  extra |= {"kto_kl": batch.signals["kto_kl"]} if estimate_kl else {}
+  z = constant_of(batch, "kto_kl") if estimate_kl else 0.0
   value = (good * desirable * jax.nn.sigmoid(-beta * (ratio - z))
            + (1 - good) * undesirable * jax.nn.sigmoid(beta * (ratio - z)))
   h = beta * (ratio - of_other(batch, ratio))
@@ -120,7 +121,7 @@ def bco(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1) -> TermO
   """
   check_numbers("bco", above_0=dict(beta=beta))
   reward, good = beta * _ratios(batch, outputs.logprobs), preferences(batch)
-  above = reward - _anywhere(batch, "bco_shift")
+  above = reward - constant_of(batch, "bco_shift")
   value = -good * jax.nn.log_sigmoid(above) - (1 - good) * jax.nn.log_sigmoid(-above)
   return loss_of_sequences(batch, value), diagnostics(
       batch, reward, reward - of_other(batch, reward)) | {"bco_shift": batch.signals["bco_shift"]}
@@ -188,7 +189,7 @@ def aot(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1,
   """
   check_numbers("aot", label_smoothing=label_smoothing, above_0=dict(beta=beta))
   ratio = _ratios(batch, outputs.logprobs)
-  partner = _anywhere(batch, "aot_partner")
+  partner = constant_of(batch, "aot_partner")
   if unpaired:
     good = preferences(batch)
     sign = jnp.sign(good - 0.5)

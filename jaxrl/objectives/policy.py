@@ -3,12 +3,14 @@
 Both terms read `batch.signals["advantages"]`, one per token, which no gradient passes through.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch, mean_by_sequence, sum_by_sequence, to_tokens
 from jaxrl.compose import needs, takes_whole
-from jaxrl.log_ratio import cap, log_ratio
+from jaxrl.log_ratio import cap, check_clamp, clamped, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 
 
@@ -55,14 +57,14 @@ def reinforce(outputs: ModelOutputs, batch: TokenBatch, *, importance_cap: float
 
 
 def _anchor_signal(anchor):
-  return ("old_logprobs",) if anchor == "old" else ()
+  return (f"{anchor}_logprobs",) if anchor in ("old", "reference") else ()
 
 
 @takes_whole(lambda level: level == "sequence")
 @needs(_anchor_signal)
 def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 0.2,
                       high: float = 0.2, level: str = "token", dual_clip: float | None = None,
-                      anchor: str = "behaviour") -> TermOutput:
+                      anchor: str = "behaviour", clamp: Sequence[float] | None = None) -> TermOutput:
   """Clipped importance-weighted policy gradient (PPO, arXiv:1707.06347).
 
     loss_t = -min(r_t * A_t, clip(r_t, 1 - low, 1 + high) * A_t)
@@ -86,16 +88,20 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
       that has become far more likely cannot rule the batch (arXiv:1912.09729). Above 1, usually 3.
     anchor: what the ratio divides by: "behaviour", the log-probabilities of the sampler, or "old",
       those that the trainer itself computes before the first update on the batch. The latter is for
-      samples whose behaviour is unknown, or corrected by `advantages.truncate_importance`.
+      samples whose behaviour is unknown, or corrected by `advantages.truncate_importance`. With
+      "reference" they are those of the reference, which `config.reference` moves along.
+    clamp: smallest and largest log(pi / anchor) of a token, beyond which it passes no gradient; the
+      bounds stand in for it in r_t (Humanline, arXiv:2509.24207). None is no clamp.
 
   Returns:
-    Loss per token; metrics `clip_fraction` (tokens whose gradient is cut), `ratio` and
-    `behaviour_kl`, an estimate of KL(behaviour || policy).
+    Loss per token; metrics `clip_fraction` (tokens whose gradient is cut), `ratio`, `behaviour_kl`, an
+    estimate of KL(behaviour || policy), and with a clamp `unclamped_fraction`.
   """
   _check(low, high, level, dual_clip, anchor)
+  check_clamp("clipped_surrogate", clamp)
   advantages = _advantages(batch)
-  log_ratios = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
-  drift = log_ratios
+  drift = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
+  log_ratios, unclamped = clamped(drift, clamp)
   if level != "token":
     own = log_ratios - jax.lax.stop_gradient(log_ratios)  # 0, with the gradient of one token
     log_ratios = to_tokens(batch, mean_by_sequence(batch, log_ratios))
@@ -113,7 +119,7 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
   metrics = {
       "clip_fraction": jnp.where(advantages != 0, cut, False).astype(ratio.dtype),
       "ratio": ratio,
-      "behaviour_kl": _behaviour_kl(drift),
+      "behaviour_kl": _behaviour_kl(drift), **unclamped,
   }
   return -advantages * trusted, metrics
 
@@ -156,7 +162,7 @@ def geometric_mean(outputs: ModelOutputs, batch: TokenBatch, *, high: float = 0.
 
 
 def _anchor(batch, anchor):
-  return batch.signals["old_logprobs"] if anchor == "old" else batch.behaviour_logprobs
+  return batch.behaviour_logprobs if anchor == "behaviour" else batch.signals[f"{anchor}_logprobs"]
 
 
 def _advantages(batch):
@@ -179,8 +185,9 @@ def _check_importance(importance_cap, level):
 
 
 def _check(low, high, level, dual_clip, anchor):
-  if anchor not in ("behaviour", "old"):
-    raise ValueError(f"clipped_surrogate: anchor={anchor!r}; valid are 'behaviour' and 'old'")
+  if anchor not in ("behaviour", "old", "reference"):
+    raise ValueError(f"clipped_surrogate: anchor={anchor!r}; valid are 'behaviour', 'old' and "
+                     "'reference'")
   if level not in ("token", "sequence", "sequence_token"):
     raise ValueError(f"clipped_surrogate: level={level!r}; valid are 'token', 'sequence' and "
                      "'sequence_token'")

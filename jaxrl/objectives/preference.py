@@ -15,7 +15,7 @@ lengths. Pairs have to be packed together (`batch.pack(together=True)`), as phas
 log-probabilities are those at `rollout.temperature`. Sums are made in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, to_tokens
 from jaxrl.compose import by_sequence, nearest, needs
-from jaxrl.log_ratio import cap
+from jaxrl.log_ratio import cap, check_clamp, clamped, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, diagnostics, loss_of_pairs, of_other, preferences
 from jaxrl.objectives.pairs import reduce, token_weights
@@ -34,7 +34,8 @@ from jaxrl.objectives.pairs import reduce, token_weights
 def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta: float = 0.1,
         label_smoothing: float = 0.0, divergence: str = "reverse_kl", alpha: float = 0.5,
         tail_weight: float = 1.0, normalise: bool = False, margin: str | None = None,
-        tau: float = 0.05, weigh_by_policy: bool = False) -> TermOutput:
+        tau: float = 0.05, weigh_by_policy: bool = False,
+        clamp: Sequence[float] | None = None) -> TermOutput:
   """Direct preference optimisation (Rafailov et al., arXiv:2305.18290, eq. 7) and its variants.
 
   With e = label_smoothing, s the logistic function, r = rho(y) and r' = rho(y'):
@@ -63,7 +64,7 @@ def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta
     beta: strength of the pull to the reference, above 0.
     label_smoothing: probability that a label is wrong, in [0, 0.5); for sigmoid, robust and exo.
     divergence: one of `DIVERGENCES`; others than "reverse_kl" for losses of h only.
-    alpha: of the alpha divergence, above 0.
+    alpha: of the alpha divergence, above 0; 1 minus TRL's coefficient.
     tail_weight: what tokens beyond the length of the shorter sequence count (LD-DPO,
       arXiv:2409.06411); 1 is DPO.
     normalise: means of log-probabilities instead of sums (LN-DPO).
@@ -73,10 +74,12 @@ def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta
     weigh_by_policy: multiplies the loss of a pair by w(y) w(y'), where w(y) is the exponential of the
       mean over tokens of log pi(t) - log sum over the vocabulary of pi^2, and passes no gradient
       (WPO, arXiv:2406.11827, eq. 2).
+    clamp: smallest and largest log-ratio of a token, beyond which it passes no gradient; its bounds
+      stand in for it in the sum (Humanline, arXiv:2509.24207). None is no clamp.
 
   Returns:
     Loss per token; metrics by sequence `preference_accuracy`, `preference_margin` (beta h),
-    `chosen_reward` and `rejected_reward` (beta rho).
+    `chosen_reward` and `rejected_reward` (beta rho), and with a clamp `unclamped_fraction`.
 
   Raises:
     ValueError: unknown names, numbers out of range; a margin, divergence or label_smoothing that the
@@ -84,8 +87,11 @@ def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta
   """
   _check(loss, divergence, margin, label_smoothing)
   check_numbers("dpo", label_smoothing=label_smoothing, above_0=dict(beta=beta, alpha=alpha, tau=tau))
+  check_clamp("dpo", clamp)
   weights = token_weights(batch, tail_weight)
-  ratio = reduce(batch, outputs.logprobs - batch.signals["reference_logprobs"], weights, normalise)
+  ratios, unclamped = clamped(
+      log_ratio(batch, outputs.logprobs, batch.signals["reference_logprobs"]), clamp)
+  ratio = reduce(batch, ratios, weights, normalise)
   score = DIVERGENCES[divergence](ratio, alpha)
   h = beta * (score - of_other(batch, score))
   offset = column_of(batch, margin, "dpo")
@@ -99,7 +105,7 @@ def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta
     aligned = outputs.logprobs - jnp.log(jnp.maximum(outputs.get("collision"), 1e-30))
     own = jnp.exp(jax.lax.stop_gradient(reduce(batch, aligned, normalise=True)))
     values = values * own * of_other(batch, own)
-  return loss_of_pairs(batch, values), diagnostics(batch, beta * ratio, h)
+  return loss_of_pairs(batch, values), diagnostics(batch, beta * ratio, h) | unclamped
 
 
 @by_sequence
@@ -162,7 +168,8 @@ def imitate_preferred(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: 
   """Cross-entropy of the preferred sequences: `-2 c preference(y) log pi(t)`.
 
   With aggregation "sequence_mean" the sum is c times the mean over pairs of the chosen sequence's
-  mean token loss (RPO, arXiv:2404.19733, eq. 1). The metric `chosen_nll` is that mean.
+  mean token loss (RPO, arXiv:2404.19733, eq. 1; TRL and CPO average over all chosen tokens of the
+  batch). The metric `chosen_nll` is that mean.
   """
   preference = to_tokens(batch, preferences(batch))
   values = jnp.where(batch.loss_mask, -2 * preference * outputs.logprobs, 0)

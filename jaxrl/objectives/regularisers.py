@@ -8,9 +8,9 @@ from jaxrl.log_ratio import kl_estimate, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 
 
-@needs("reference_logprobs")
+@needs(lambda model: (f"{model}_logprobs",))
 def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str = "k3",
-       weight: str = "") -> TermOutput:
+       weight: str = "", model: str = "reference") -> TermOutput:
   """Penalty `beta * KL(policy || reference)`, estimated at the sampled token (Schulman, 2020).
 
   With d = log policy(t) - log reference(t) and t sampled from the policy:
@@ -27,11 +27,12 @@ def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str 
 
   Args:
     outputs: supplies `logprobs`.
-    batch: supplies `signals["reference_logprobs"]`.
+    batch: supplies `signals["reference_logprobs"]`, or those of another model.
     beta: coefficient.
     estimator: "k1", "k2" or "k3".
     weight: column of sequences that multiplies `beta`, such as how hard their problem is; empty is
       none.
+    model: the reference, or a model of `config.frozen`.
 
   Returns:
     Loss per token; metric `kl`, the estimate before `beta`.
@@ -39,7 +40,7 @@ def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str 
   Raises:
     ValueError: no such column.
   """
-  difference = log_ratio(batch, outputs.logprobs, batch.signals["reference_logprobs"])
+  difference = log_ratio(batch, outputs.logprobs, batch.signals[f"{model}_logprobs"])
   estimate = kl_estimate(difference, estimator)
   if not weight:
     return beta * estimate, {"kl": estimate}

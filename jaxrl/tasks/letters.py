@@ -19,7 +19,8 @@ LETTERS = "abcdefgh"
 
 def sample(rng: np.random.Generator, *, length: int = 8, share: float = 0.25,
            sharpness: float = 8.0, noise: float = 0.2) -> dict[str, Any]:
-  """A letter, two words, and which of them somebody preferred.
+  """A letter, two words, which of them somebody preferred, and how much better it is (`gap`, of gold
+  rewards, below 0 where it is worse).
 
   Args:
     rng: source of randomness.
@@ -47,7 +48,8 @@ def sample(rng: np.random.Generator, *, length: int = 8, share: float = 0.25,
   difference = gold_reward(row, words[0]) - gold_reward(row, words[1])
   if (rng.random() > 1 / (1 + np.exp(-sharpness * difference))) != (rng.random() < noise):
     words.reverse()
-  return dict(row, chosen=words[0], rejected=words[1], solution=words[int(rng.integers(2))])
+    difference = -difference
+  return dict(row, gap=difference, chosen=words[0], rejected=words[1], solution=words[int(rng.integers(2))])
 
 
 def gold_reward(row: Mapping[str, Any], completion: str) -> float:

@@ -23,7 +23,9 @@ from jaxrl.rollouts import edits
 from jaxrl.rollouts.edits import MISMATCHED
 from jaxrl import sharding
 from jaxrl.batch import PREFERENCE
+from jaxrl.batch import STRONGER
 from jaxrl.batch import Task
+from jaxrl.batch import TUPLE
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
 from jaxrl.models import critic_from_policy
@@ -32,6 +34,7 @@ from jaxrl.rewards import Scorer
 from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
+from jaxrl.training import frozen
 from jaxrl.training import inputs
 from jaxrl.training import learner
 from jaxrl.training import optimizers
@@ -57,7 +60,7 @@ AT_LEAST = {  # smallest values of settings that nothing else checks
     "batch.vocabulary_chunk": 0,
     "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
     "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
-    "reference.every": 0, "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
+    "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
     "evaluate.problems": 0, "evaluate.pairs": 0, "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0,
     "checkpoint.every": 0, "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
 
@@ -129,6 +132,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
   phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
+  _check_frozen(phases)
   paired = any(phase.kind in PAIRED for phase in phases)
   pair_builder = inputs.pair_builder(config, builder) if paired else None
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
@@ -166,7 +170,7 @@ def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> stat
   def start(params, rng):
     params = critic_from_policy(params) if critic_begins else params
     return states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
-                              with_reference=learning.needs_reference)
+                              frozen=learning.kept)
   return jax.jit(start, out_shardings=shardings)(params, rng)
 
 
@@ -265,6 +269,7 @@ def _to_trajectories(settings, terms, tokenizer):
     return lambda tasks: [data.supervised(task, tokenizer, **limit) for task in tasks]
 
   def compare(comparisons):
+    comparisons = data.linked(comparisons)
     found = [t for group, comparison in enumerate(comparisons)
              for t in data.compared(comparison, tokenizer, group=group, **limit)]
     if _reads(terms, MISMATCHED):
@@ -386,7 +391,7 @@ def _phase(config, index, name, decoder, mesh):
   terms, aggregations = _objective(settings)
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
-      refresh=learner.Refresh(settings.reference.every, settings.reference.decay),
+      models=frozen.read(settings.reference, settings.frozen),
       advantage=[compose.build(_plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
       optimizer=optimizers.build(settings.optimizer, optimizer_steps),
@@ -430,9 +435,6 @@ def _check_phase(phase, mesh, problems, pairs):
     fitting = sorted({parts * max(rows // parts, 1), parts * (rows // parts + 1)})
     raise ValueError(f"config.batch.micro_batch_rows={rows} does not divide over data x fsdp = "
                      f"{parts} devices: use {' or '.join(map(str, fitting))}")
-  if not 0 <= s.reference.decay < 1:
-    raise ValueError(f"config.reference.decay={s.reference.decay} must be at least 0 and below 1: "
-                     "the share of itself that the reference keeps; with every=0 it stays as it is")
   _sampling(s.rollout, ())
   _episode(s)
   _asking(s)
@@ -460,6 +462,16 @@ def _check_samples(settings, built):
       raise ValueError(f"config.rollout.edits[{i}]: {compose.name_of(edit)} compares the samples of a "
                        f"prompt, and {episode.name!r} draws one: use config.rollout.episode.samples=2 "
                        "or more")
+
+
+def _check_frozen(phases):
+  """Refuses frozen models that no phase keeps."""
+  kept = {name for phase in phases for name in phase.learning.kept}
+  for name in dict.fromkeys(name for phase in phases for name in phase.settings.frozen):
+    if name not in kept:
+      raise ValueError(f"config.frozen.{name} describes a model that nothing reads: no term and no piece "
+                       f"of credit declares a signal of it, such as '{name}_logprobs', and no model that is "
+                       "read follows it; leave it out")
 
 
 def _check_ahead(phases, decoder, mesh, sampling_mesh):
@@ -504,8 +516,8 @@ def _check_until(until, where, pairs):
 def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   if phase.kind in PAIRED:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
-    sizes = [sum(len(t.tokens) for t in to_trajectories([example]))
-             for example in inputs.first_tasks(pair_builder, source)]
+    examples = data.linked(inputs.first_tasks(pair_builder, source))
+    sizes = [sum(len(t.tokens) for t in to_trajectories([example])) for example in examples]
   else:
     sizes = [len(task.prompt) for task in inputs.first_tasks(builder, source,
                                                              solved=phase.kind == "sft")]
@@ -544,7 +556,7 @@ def _rehearsal(phase, mesh, shape):
 
 def _abstract_state(learning, mesh):
   return states.abstract_state(learning.decoder, mesh, learning.optimizer,
-                               with_reference=learning.needs_reference, carried=learning.carried)
+                               frozen=learning.kept, carried=learning.carried)
 
 
 def _empty_batch(phase, shape):
@@ -553,7 +565,8 @@ def _empty_batch(phase, shape):
   d = phase.settings.data
   there = {MISMATCHED: _reads(phase.learning.terms, MISMATCHED), data.STEP_LABELS: d.step_labels}
   off = tuple(name for name, value in there.items() if value)
-  of_pairs = [(off, (PREFERENCE, *d.columns))] if phase.kind in PAIRED else []
+  links = (TUPLE, STRONGER) if d.weaker else ()
+  of_pairs = [(off, (PREFERENCE, *links, *d.columns))] if phase.kind in PAIRED else []
   for signals, columns in (*of_pairs, *map(compose.supplied_by, _suppliers(phase))):
     batch = batch.with_signals(**{name: np.zeros(batch.tokens.shape, np.float32)
                                   for name in signals})

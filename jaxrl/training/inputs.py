@@ -194,7 +194,8 @@ def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder) -> 
     return data.PairBuilder(tasks, chosen=d.chosen, rejected=d.rejected, answers=d.answers,
                             preference=d.preference, columns=tuple(d.columns), turn=d.turn,
                             other_turn=d.other_turn, critique=d.critique,
-                            step_labels=d.step_labels, step_end=d.step_end)
+                            step_labels=d.step_labels, step_end=d.step_end,
+                            weaker=d.weaker)
   except ValueError as error:
     raise ValueError(f"config.data: {error}") from error
 

@@ -8,7 +8,7 @@ one trunk (one row where there are no trunks), unit `j * micro_batches + i` is u
 i.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -27,22 +27,10 @@ from jaxrl.models import DecoderConfig
 from jaxrl.models import model_outputs
 from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
+from jaxrl.training import frozen
 from jaxrl.training.state import TrainState
 
 MEANS = "mean_weights"  # the signal with the weights of diagnostics
-
-
-@dataclasses.dataclass(frozen=True)
-class Refresh:
-  """How the reference follows the policy.
-
-  Attributes:
-    every: updates after which it does; 0 is never.
-    decay: share of itself that it keeps: 0 makes it a copy, 0.99 every update is a moving average.
-  """
-
-  every: int = 0
-  decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +49,7 @@ class Learning:
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
     streams: loops over micro-batches that one program runs side by side. On a CPU, where the
       operations of a small model keep one core busy each, one per core.
-    refresh: of the reference.
+    models: frozen ones that pieces may read, by name, and how they follow the policy.
     asks_reference: rollouts ask the reference, whatever the pieces read.
   """
 
@@ -75,20 +63,22 @@ class Learning:
   vocabulary_chunk: int
   with_behaviour: bool
   streams: int = 1
-  refresh: Refresh = Refresh()
+  models: Mapping[str, frozen.Refresh] = dataclasses.field(
+      default_factory=lambda: {frozen.REFERENCE: frozen.Refresh()})
   asks_reference: bool = False
 
   @property
-  def needs_reference(self) -> bool:
-    """Whether a piece or the rollouts read what the reference says."""
-    return self.asks_reference or any(source == "reference" or name == model_signals.DIVERGENCE
-               for source, name in (*_sources(self.terms), *_sources(self.advantage)))
+  def kept(self) -> tuple[str, ...]:
+    """The frozen models that pieces or rollouts read, and those that they follow."""
+    read = {frozen.REFERENCE if name == model_signals.DIVERGENCE else source
+            for source, name in self._read}
+    read |= {frozen.REFERENCE} if self.asks_reference else set()
+    return frozen.kept(self.models, read & set(self.models))
 
   @property
   def needs_values(self) -> bool:
     """Whether a piece reads values."""
-    return any(name in model_signals.VALUES
-               for _, name in (*_sources(self.terms), *_sources(self.advantage)))
+    return any(name in model_signals.VALUES for _, name in self._read)
 
   @property
   def reads_logprobs(self) -> bool:
@@ -100,35 +90,46 @@ class Learning:
   @property
   def term_signals(self) -> frozenset[str]:
     """Model outputs that the loss reads, in every update."""
-    return frozenset(name for source, name in _sources(self.terms) if source == "policy")
+    return frozenset(name for source, name in self.sources(self.terms) if source == frozen.POLICY)
 
   @property
   def frozen_signals(self) -> dict[str, frozenset[str]]:
     """Model outputs that are computed once per batch, of the policy that it begins with (`old`) and
-    of the `reference`. A chain runs once per batch, so for it the policy is the old one."""
-    of_terms = {(source, name) for source, name in _sources(self.terms) if source != "policy"}
-    of_chain = {("old" if source == "policy" else source, name)
-                for source, name in _sources(self.advantage)}
+    of frozen models. A chain runs once per batch, so for it the policy is the old one."""
+    of_terms = {(source, name) for source, name in self.sources(self.terms) if source != frozen.POLICY}
+    of_chain = {(frozen.OLD if source == frozen.POLICY else source, name)
+                for source, name in self.sources(self.advantage)}
     return {wanted: frozenset(name for source, name in of_terms | of_chain if source == wanted)
-            for wanted in ("old", "reference")}
+            for wanted in (*self.models, frozen.OLD)}
 
   @property
   def carried(self) -> dict[str, Any]:
     """What the pieces of the chain and the terms remember before the first batch."""
     return initial_carried([*self.advantage, *self.terms])
 
+  def sources(self, pieces: Sequence[Callable]) -> set[tuple[str, str]]:
+    """(`policy`, `old` or a frozen model; name) of the model outputs that pieces read."""
+    found = set()
+    for piece in pieces:
+      for signal in compose.signals_of(piece):
+        source, _, name = signal.partition("_")
+        if signal == model_signals.DIVERGENCE or source not in (frozen.OLD, *self.models):
+          source, name = frozen.POLICY, signal
+        if model_signals.is_signal(name):
+          found.add((source, name))
+    return found
 
-def _sources(pieces) -> set[tuple[str, str]]:
-  """(`policy`, `old` or `reference`; name) of the model outputs that pieces read."""
-  found = set()
-  for piece in pieces:
-    for signal in compose.signals_of(piece):
-      source, _, name = signal.partition("_")
-      if signal == model_signals.DIVERGENCE or source not in ("old", "reference"):
-        source, name = "policy", signal
-      if model_signals.is_signal(name):
-        found.add((source, name))
-  return found
+  def hint(self, signal: str) -> str:
+    """What to say of a signal that nothing gives, if it might be that of a frozen model."""
+    model, _, name = signal.partition("_")
+    if not model_signals.is_signal(name) or model in self.models:
+      return ""
+    return (f". There is no frozen model {model!r}{compose.nearest(model, self.models)}; one is made by "
+            f"config.frozen.{model} = dict(every=..., decay=...)")
+
+  @property
+  def _read(self):
+    return self.sources([*self.terms, *self.advantage])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,22 +197,27 @@ def _signals(learning: Learning, state: TrainState, batch: TokenBatch
              ) -> tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]:
   """What the loss reads and no update changes, {name: [rows, length]}; memory, metrics."""
   found = {}
-  for source, params in (("reference", state.reference), ("old", state.params)):
+  for source, params in {**state.frozen, frozen.OLD: state.params}.items():
     if names := learning.frozen_signals[source]:
       outputs = _forward(learning, params, batch, names, state.reference)
       found |= {f"{source}_{name}": x for name, x in outputs.items()}
   read = {signal for term in learning.terms for signal in compose.signals_of(term)}
   signals, carried, metrics = {k: x for k, x in found.items() if k in read}, state.carried, {}
   if learning.with_behaviour:
-    now = {name: found[f"old_{name}"] for source, name in _sources(learning.advantage)
-           if source == "policy"}
+    now = {name: found[f"old_{name}"] for source, name in learning.sources(learning.advantage)
+           if source == frozen.POLICY}
     pieces = [compose.at(piece, state.step) for piece in learning.advantage]
-    earned = credit(pieces, learning.terms)(batch.with_signals(**found, **now), batch.rewards, carried)
+    give = credit(pieces, learning.terms, learning.hint)
+    earned = give(batch.with_signals(**found, **now), batch.rewards, carried)
     signals |= {k: x for k, x in earned.signals.items() if k in read}
     signals["advantages"], carried, metrics = earned.values, earned.carried, dict(earned.metrics)
   whole, carried = batch.with_signals(**(found | signals)), dict(carried)
-  for term in learning.terms:
+  for index, term in enumerate(learning.terms):
     name = compose.name_of(term)
+    for signal in compose.signals_of(term):
+      if signal not in whole.signals | signals and not model_signals.is_signal(signal):
+        raise aggregate.missing(f"config.objective[{index}] ({name})", signal, whole,
+                                learning.hint(signal))
     more, memory = compose.prepared(compose.at(term, state.step), whole, carried.get(name))
     signals |= more
     if name in carried:
@@ -265,8 +271,10 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
     sums = _streams(learning, batch, lambda i, total: _add(total, one(i)), zeros)
   loss, metrics, gap, gradient = functools.reduce(_add, sums)
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
+  before = state.params
   state, grad_norm = _apply(learning, state, loss, gradient)
-  state = _refresh(learning.refresh, state)
+  state = state.replace(frozen=frozen.refresh(learning.models, state.frozen, before, state.params,
+                                              state.step))
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
               "bad_steps": state.bad_steps, "learning_rate": jnp.asarray(rate)}
   if learning.with_behaviour:
@@ -363,18 +371,6 @@ def _apply(learning, state, loss, gradient):
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state,
                        bad_steps=(state.bad_steps + 1) * bad,
                        skipped_steps=state.skipped_steps + bad), grad_norm
-
-
-def _refresh(refresh, state):
-  """Moves the reference towards the policy, if it is due."""
-  if state.reference is None or not refresh.every:
-    return state
-  due = state.step % refresh.every == 0
-
-  def follow(old, new):
-    moved = refresh.decay * old.astype(jnp.float32) + (1 - refresh.decay) * new
-    return jnp.where(due, moved.astype(old.dtype), old)
-  return state.replace(reference=jax.tree.map(follow, state.reference, state.params))
 
 
 def _micro_batches(batch):

@@ -76,7 +76,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
   """
   together = compares or settings.kind in PAIRED
   if together:
-    longest, groups = max(sizes, default=1), settings.batch.examples
+    longest, groups = max(sizes, default=1), settings.batch.examples * (2 if settings.data.weaker else 1)
     if settings.kind == "rl":
       longest, groups = 2 * (longest + settings.rollout.max_tokens), settings.rollout.prompts
     row = settings.batch.row_length

@@ -1,5 +1,6 @@
 """What training changes: parameters, optimiser state, counters."""
 
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -25,8 +26,8 @@ class TrainState:
     step: updates of this phase, skipped ones included.
     params: of the policy.
     opt_state: of the phase's optimiser.
-    reference: the parameters at the start of the phase, or what followed them since (see
-      `learner.Refresh`); None if no piece needs it.
+    frozen: parameters of other models by name, the reference among them: those of the policy at the
+      start of the phase, or what followed it since (see `training.frozen`).
     carried: what pieces of credit remember from batch to batch, by name of piece.
     bad_steps: updates in a row that were skipped because a gradient was not finite.
     skipped_steps: all updates of this phase that were skipped.
@@ -37,20 +38,25 @@ class TrainState:
   step: Int[Array, ""]
   params: Any
   opt_state: Any
-  reference: Any
+  frozen: dict[str, Any]
   bad_steps: Int[Array, ""]
   skipped_steps: Int[Array, ""]
   rng: Array
   carried: Any = flax.struct.field(default_factory=dict)
 
+  @property
+  def reference(self) -> Any:
+    """Parameters of the reference, None if nothing reads what it says."""
+    return self.frozen.get("reference")
+
 
 def start_phase(params: Any, rng: Array, optimizer: optax.GradientTransformation, *,
-                with_reference: bool, carried: Any = None) -> TrainState:
-  """A fresh optimiser, counters and memory around given parameters."""
+                frozen: Sequence[str] = (), carried: Any = None) -> TrainState:
+  """A fresh optimiser, counters, frozen models of these names and memory around given parameters."""
   def zero():
     return jnp.zeros((), jnp.int32)
   return TrainState(step=zero(), params=params, opt_state=optimizer.init(params),
-                    reference=jax.tree.map(jnp.copy, params) if with_reference else None,
+                    frozen={name: jax.tree.map(jnp.copy, params) for name in frozen},
                     bad_steps=zero(), skipped_steps=zero(), rng=rng,
                     carried=jax.tree.map(jnp.asarray, carried or {}))
 
@@ -84,10 +90,10 @@ def _initialize(config):
 
 
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
-                   optimizer: optax.GradientTransformation, *, with_reference: bool,
+                   optimizer: optax.GradientTransformation, *, frozen: Sequence[str] = (),
                    carried: Any = None) -> TrainState:
   """Shapes, types and shardings of a state, without computing it: what a restore fills in."""
-  state = _abstract_state(config, mesh, optimizer, with_reference)
+  state = _abstract_state(config, mesh, optimizer, tuple(frozen))
   replicated = jax.NamedSharding(mesh, jax.P())
   return state.replace(carried=jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=replicated),
@@ -95,9 +101,9 @@ def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_state(config, mesh, optimizer, with_reference):
+def _abstract_state(config, mesh, optimizer, frozen):
   def make(rng):
-    return start_phase(_initialize(config)(rng), rng, optimizer, with_reference=with_reference)
+    return start_phase(_initialize(config)(rng), rng, optimizer, frozen=frozen)
   boxed = jax.eval_shape(make, KEY_DATA)
   shardings = sharding.shardings_of(boxed, mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -78,22 +78,21 @@ def parameters(seed):
 
 
 def start(parts, mesh=None, *, seed=0):
-  """A state at its first update; its reference, if any, is some way off the policy."""
+  """A state at its first update; its frozen models, if any, are some way off the policy."""
   def moved(parameter):
     noise = np.random.default_rng(parameter.size).normal(size=parameter.shape)
     return (parameter + 0.1 * noise).astype(parameter.dtype)
   params = parameters(seed)
   rng = jax.random.key_data(jax.random.key(seed))
-  state = start_phase(params, rng, parts.optimizer, with_reference=False, carried=parts.carried)
-  if parts.needs_reference:
-    state = state.replace(reference=jax.tree.map(moved, params))
+  state = start_phase(params, rng, parts.optimizer, carried=parts.carried)
+  state = state.replace(frozen={name: jax.tree.map(moved, params) for name in parts.kept})
   return jax.device_put(state, shardings(parts, mesh or one_device()))
 
 
 def shardings(parts, mesh):
   """Where a state lives on a mesh."""
   abstract = abstract_state(parts.decoder, mesh, parts.optimizer,
-                            with_reference=parts.needs_reference, carried=parts.carried)
+                            frozen=parts.kept, carried=parts.carried)
   return jax.tree.map(lambda x: x.sharding, abstract)
 
 

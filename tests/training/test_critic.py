@@ -59,7 +59,7 @@ def params(toys):
 def updated(toys, learner, parts, params, trajectories):
   """One update -> (state, metrics)."""
   key = jax.random.key_data(jax.random.key(0))
-  state = states.start_phase(params, key, parts.optimizer, with_reference=False)
+  state = states.start_phase(params, key, parts.optimizer)
   state = jax.device_put(state, toys.shardings(parts, toys.one_device()))
   host = to_micro_batches(pack(trajectories, row_length=32, rows_multiple=2, min_rows=8), 2)
   assert host.tokens.shape[0] // 2 > 1, "several micro-batches"
@@ -134,8 +134,7 @@ def test_advantages_are_against_the_critic_whatever_the_policy(toys, learners, p
   key = jax.random.key_data(jax.random.key(0))
   found = []
   for policy in (params["params"], jax.tree.map(lambda p: p * 1.1, params["params"])):
-    state = states.start_phase({**params, "params": policy}, key, parts.optimizer,
-                               with_reference=False)
+    state = states.start_phase({**params, "params": policy}, key, parts.optimizer)
     state = jax.device_put(state, toys.shardings(parts, toys.one_device()))
     host = to_micro_batches(pack(trajectories, row_length=32, rows_multiple=2, min_rows=8), 2)
     batch = learner.prepare(state, sharding.put_batch(host, toys.one_device()))[1]

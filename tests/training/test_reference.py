@@ -9,8 +9,8 @@ from jaxrl import objectives
 from jaxrl import sharding
 from jaxrl.batch import pack
 from jaxrl.objectives.aggregate import Aggregation
+from jaxrl.training.frozen import Refresh
 from jaxrl.training.learner import make_learner
-from jaxrl.training.learner import Refresh
 from jaxrl.training.learner import to_micro_batches
 
 UPDATES = 6
@@ -24,7 +24,7 @@ def trained(toys):
     parts = toys.learning(
         terms=[compose.build(t, objectives) for t in TERMS],
         aggregations=[Aggregation("token_mean")] * 2, optimizer=toys.gradient_keeper(0.2),
-        refresh=Refresh(every, decay))
+        models={"reference": Refresh(every, decay)})
     learner, state = make_learner(parts, toys.shardings(parts, toys.one_device())), toys.start(parts)
     states, rows = [jax.device_get(state)], []
     for update in range(1, UPDATES + 1):

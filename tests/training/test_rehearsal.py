@@ -34,7 +34,7 @@ def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices):
   expected = to_micro_batches(
       pack([], row_length=32, rows_multiple=4, min_rows=8, min_sequences=16), 4)
   state = abstract_state(learning.decoder, mesh, learning.optimizer,
-                         with_reference=learning.needs_reference)
+                         frozen=learning.kept)
   rehearsal = Rehearsal(make_learner(learning, shardings), state, expected, mesh)
   counter = CompileCounter()
   rehearsal.compile()
@@ -51,7 +51,7 @@ def test_pieces_that_do_not_fit_fail_at_the_rehearsal(toys):
     return outputs.logprobs[:, :2], {}
   mesh = toys.one_device()
   learning = toys.learning("sft", terms=[two_values])
-  state = abstract_state(learning.decoder, mesh, learning.optimizer, with_reference=False)
+  state = abstract_state(learning.decoder, mesh, learning.optimizer)
   learner = make_learner(learning, toys.shardings(learning, mesh))
   with pytest.raises((TypeError, ValueError)):
     Rehearsal(learner, state, pack([], row_length=32, rows_multiple=4), mesh)

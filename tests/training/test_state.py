@@ -17,12 +17,12 @@ def test_parameters_do_not_depend_on_the_mesh(toys):
   toys.close(found, toys.parameters(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_abstract_state_describes_the_real_one(toys, with_reference):
+@pytest.mark.parametrize("frozen", [(), ("reference", "average")])
+def test_abstract_state_describes_the_real_one(toys, frozen):
   mesh, optimizer = sharding.make_mesh(2, 2, 2), optax.adamw(1e-3)
-  abstract = states.abstract_state(toys.decoder, mesh, optimizer, with_reference=with_reference)
+  abstract = states.abstract_state(toys.decoder, mesh, optimizer, frozen=frozen)
   params = toys.parameters(0)
-  real = jax.jit(lambda p: states.start_phase(p, key(0), optimizer, with_reference=with_reference),
+  real = jax.jit(lambda p: states.start_phase(p, key(0), optimizer, frozen=frozen),
                  out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(params)
   assert jax.tree.structure(real) == jax.tree.structure(abstract)
   for x, y in zip(jax.tree.leaves(real), jax.tree.leaves(abstract)):
@@ -35,9 +35,9 @@ def test_abstract_state_describes_the_real_one(toys, with_reference):
 
 def test_a_phase_starts_from_zero_with_a_reference_of_its_own(toys):
   params = jax.device_put(toys.parameters(0), toys.one_device().devices.item())
-  state = states.start_phase(params, key(7), optax.sgd(0.1), with_reference=True)
+  state = states.start_phase(params, key(7), optax.sgd(0.1), frozen=("reference",))
   assert [int(x) for x in (state.step, state.bad_steps, state.skipped_steps)] == [0, 0, 0]
   toys.same_bits(state.reference, params)
   for mine, theirs in zip(jax.tree.leaves(state.reference), jax.tree.leaves(params)):
     assert mine.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
-  assert states.start_phase(params, key(7), optax.sgd(0.1), with_reference=False).reference is None
+  assert states.start_phase(params, key(7), optax.sgd(0.1)).reference is None

@@ -16,6 +16,7 @@ from jaxrl.data.transforms.cleaning import clean
 from jaxrl.data.transforms.cleaning import flip_labels
 from jaxrl.data.transforms.cleaning import leave_part_out
 from jaxrl.data.transforms.demonstrations import demonstrations
+from jaxrl.data.transforms.pairs_of_pairs import pairs_of_pairs
 from jaxrl.data.transforms.references import policy_pairs
 from jaxrl.data.transforms.references import ranked_triples
 from jaxrl.data.transforms.splits import hold_out

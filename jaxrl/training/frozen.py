@@ -1,0 +1,149 @@
+"""Frozen models beside the policy: the reference, moving averages, earlier policies.
+
+`config.reference` and every entry of `config.frozen` is one. It begins as the policy that a phase begins
+with, receives no gradient, and follows the policy, or another frozen model, every so many updates:
+
+    frozen=dict(average=dict(every=1, decay=0.99),                  # Polyak average
+                previous=dict(every=100),                           # the policy 1 to 100 updates ago
+                before=dict(every=100, follows="previous"),         # and that before it
+                start=dict())                                       # the policy of the phase's start
+
+A piece reads what one says as the signal `NAME_SIGNAL`, such as `average_logprobs`, exactly as
+`reference_logprobs`. A model is kept only in phases where a piece reads it, or a model that follows it.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxrl.compose import nearest
+from jaxrl.models.outputs import MODEL_SIGNALS
+
+POLICY, OLD, REFERENCE = "policy", "old", "reference"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+  """How a frozen model follows another.
+
+  Attributes:
+    every: updates after which it does; 0 is never.
+    decay: share of itself that it keeps: 0 makes it a copy, 0.99 every update is a moving average.
+    follows: the policy, or another frozen model, as it is before it is refreshed itself: models that
+      are refreshed by the same update form a shift register.
+    lag: follow the policy as it was before the update (Humanline, arXiv:2509.24207).
+  """
+
+  every: int = 0
+  decay: float = 0.0
+  follows: str = POLICY
+  lag: bool = False
+
+
+def read(reference: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Refresh]:
+  """The frozen models that a config describes, by name, the reference first.
+
+  Args:
+    reference: `config.reference`.
+    frozen: `config.frozen`.
+
+  Raises:
+    ValueError: a name that signals could not be told apart by, a field that there is not, a value out
+      of range, or a model that does not follow the policy in the end.
+  """
+  models = {}
+  for name, fields in {REFERENCE: reference, **frozen}.items():
+    where = "config.reference" if fields is reference else f"config.frozen.{name}"
+    if where != "config.reference":
+      _check_name(name, where)
+    models[name] = _refresh_of(fields, where)
+  for name in models:
+    _check_follows(name, models)
+  return models
+
+
+def kept(models: Mapping[str, Refresh], wanted: Iterable[str]) -> tuple[str, ...]:
+  """Those of the models that are wanted, and those that they follow."""
+  found = set()
+  for name in wanted:
+    while name != POLICY and name not in found:
+      found.add(name)
+      name = models[name].follows if models[name].every else POLICY
+  return tuple(name for name in models if name in found)
+
+
+def refresh(models: Mapping[str, Refresh], frozen: Mapping[str, Any], before: Any, after: Any,
+            step: Int[Array, ""]) -> dict[str, Any]:
+  """The frozen models after an update.
+
+  Args:
+    models: how each follows.
+    frozen: parameters of those that are kept.
+    before, after: parameters of the policy on either side of the update.
+    step: updates so far, this one included; one that was skipped counts.
+  """
+  def moved(name, own):
+    rule = models[name]
+    if not rule.every:
+      return own
+    of_policy = before if rule.lag else after
+    other = of_policy if rule.follows == POLICY else frozen[rule.follows]
+    due = step % rule.every == 0
+
+    def follow(old, new):
+      mixed = rule.decay * old.astype(jnp.float32) + (1 - rule.decay) * new
+      return jnp.where(due, mixed.astype(old.dtype), old)
+    return jax.tree.map(follow, own, other)
+  return {name: moved(name, own) for name, own in frozen.items()}
+
+
+def _check_name(name, where):
+  if name in (POLICY, OLD, REFERENCE):
+    what = "config.reference has its settings" if name == REFERENCE else "that is the policy"
+    raise ValueError(f"{where}: a frozen model cannot be called {name!r}, {what}")
+  if not re.fullmatch(r"[a-z][a-z0-9]*", name):
+    raise ValueError(f"{where}: pieces read what {name!r} says as NAME_SIGNAL, so a name is one word of "
+                     "small letters and digits, without '_'")
+  if clash := [signal for signal in MODEL_SIGNALS if signal.startswith(f"{name}_")]:
+    raise ValueError(f"{where}: {clash[0]!r} is a signal of the policy, so {name!r} cannot name a "
+                     "frozen model; take another word")
+
+
+def _refresh_of(fields, where):
+  valid = [field.name for field in dataclasses.fields(Refresh)]
+  if not hasattr(fields, "items"):
+    raise ValueError(f"{where}={fields!r}, but it is a section: dict(every=..., decay=...)")
+  for field in fields:
+    if field not in valid:
+      raise ValueError(f"{where} has no field {field!r}{nearest(field, valid)}")
+  rule = Refresh(**fields)
+  if isinstance(rule.every, bool) or not isinstance(rule.every, int) or rule.every < 0:
+    raise ValueError(f"{where}.every={rule.every!r} must be a number of updates; 0 is never")
+  if isinstance(rule.decay, bool) or not (isinstance(rule.decay, int | float) and 0 <= rule.decay < 1):
+    raise ValueError(f"{where}.decay={rule.decay!r} must be at least 0 and below 1: the share of itself "
+                     "that the model keeps; with every=0 it stays as it is")
+  if not isinstance(rule.lag, bool):
+    raise ValueError(f"{where}.lag={rule.lag!r} must be True or False")
+  return rule
+
+
+def _check_follows(name, models):
+  where = "config.reference" if name == REFERENCE else f"config.frozen.{name}"
+  followed, seen = models[name].follows, [name]
+  if models[name].lag and followed != POLICY:
+    raise ValueError(f"{where}.lag=True is about the policy before an update, but the model follows "
+                     f"{followed!r}: leave lag out")
+  while followed != POLICY:
+    if followed not in models:
+      raise ValueError(f"{where}.follows={followed!r} is no model"
+                       f"{nearest(followed, [POLICY, *models])}")
+    if followed in seen:
+      raise ValueError(f"{where}.follows={models[name].follows!r}: {' -> '.join([*seen, followed])} never "
+                       "comes to the policy, so nothing would move")
+    seen.append(followed)
+    followed = models[followed].follows
