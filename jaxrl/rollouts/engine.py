@@ -29,6 +29,8 @@ from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.data.examples import supervised
+from jaxrl.data.pairs import compared
+from jaxrl.data.pairs import PairBuilder
 from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Request
 from jaxrl.sampling import Sampler
@@ -198,6 +200,22 @@ class EpisodeContext:
                        "its field")
     return supervised(task, self._rollouts.tokenizer)
 
+  def compared(self, task: Task) -> list[Trajectory]:
+    """The answers that the task's row holds for comparison, in group 0, all of them under the loss mask
+    and with their columns, `preference` among them. An episode that asks for them declares
+    `@compose.needs("pairs")`.
+
+    Raises:
+      ValueError: the row holds none, or the phase reads none.
+    """
+    builder = self._rollouts.pairs
+    found = builder and builder.to_comparison(task.row, f"task {task.id!r}")
+    if not found:
+      raise ValueError(f"ctx.compared: task {task.id!r} comes without answers to compare: put "
+                       "@compose.needs(\"pairs\") on the episode, and name their fields in config.data")
+    return compared(found, self._rollouts.tokenizer, group=0,
+                    max_completion_tokens=builder.tasks.max_completion_tokens)
+
   def decode(self, tokens: Sequence[int]) -> str:
     """Text of token ids, such as a part of a completion."""
     return self._rollouts.tokenizer.decode(list(map(int, tokens)))
@@ -245,7 +263,8 @@ class Rollouts:
   def __init__(self, episode: Callable[..., Coroutine[Any, Any, list[Trajectory]]],
                sampler: Sampler, tokenizer, scorer, *, sampling: SamplingParams,
                templates: Mapping[str, str] | None = None, max_failure_rate: float = 0.1,
-               report: Callable[[str], None] = print, likelihood: Likelihood | None = None):
+               report: Callable[[str], None] = print, likelihood: Likelihood | None = None,
+               pairs: PairBuilder | None = None):
     """Args:
       episode: `async (ctx, task) -> list[Trajectory]`, with its keyword arguments bound.
       sampler, tokenizer, scorer: serve the episodes' requests.
@@ -255,6 +274,7 @@ class Rollouts:
         it (taken as 16 if there are fewer), above which the run stops.
       report: takes a line about every failing episode.
       likelihood: answers what episodes ask about given tokens, None if they may not.
+      pairs: reads the answers that rows hold, None if episodes ask for none.
     """
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
@@ -262,6 +282,7 @@ class Rollouts:
     self.stopped = False
     self.memory: dict[str, Any] = {}
     self.likelihood = likelihood
+    self.pairs = pairs
     self._failed = collections.deque(maxlen=WINDOW)
 
   def stop(self) -> None:

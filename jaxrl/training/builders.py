@@ -87,7 +87,7 @@ class Parts:
   tokenizer: data.Tokenizer
   decoder: DecoderConfig
   builder: data.TaskBuilder
-  pair_builder: data.PairBuilder | None  # if a phase compares answers
+  pair_builder: data.PairBuilder | None  # if a phase reads answers to compare
   train: data.Source
   validation: list[Task]
   test: list[Task]
@@ -133,7 +133,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   builder = inputs.builder(config, tokenizer)
   phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
   _check_frozen(phases)
-  paired = any(phase.kind in PAIRED for phase in phases)
+  paired = any(phase.kind in PAIRED or _asks_pairs(phase.settings) for phase in phases)
   pair_builder = inputs.pair_builder(config, builder) if paired else None
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
@@ -259,6 +259,8 @@ def _reader(parts, phase):
   """What makes an example of a row."""
   if phase.kind in PAIRED:
     return parts.pair_builder.read
+  if _asks_pairs(phase.settings):
+    return lambda source, index: getattr(parts.pair_builder.read(source, index), "task", None)
   return parts.builder.read if phase.kind == "rl" else parts.builder.read_solved
 
 
@@ -323,7 +325,8 @@ def _rollouts(parts, phase, sampler):
       _episode(phase.settings), sampler, parts.tokenizer, parts.scorer,
       sampling=_sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
-      likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0))
+      likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
+      pairs=parts.pair_builder)
 
 
 def _sampling(r, stop_ids):
@@ -337,6 +340,11 @@ def _sampling(r, stop_ids):
 
 def _episode(settings):
   return _build_episode(settings.rollout.episode, "config.rollout.episode")
+
+
+def _asks_pairs(settings):
+  """Whether the episodes of a phase ask for the answers that rows hold."""
+  return settings.kind == "rl" and "pairs" in compose.signals_of(_episode(settings))
 
 
 def _asking(settings):
@@ -518,6 +526,8 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
     sizes = [sum(len(t.tokens) for t in to_trajectories([example])) for example in examples]
+  elif _asks_pairs(phase.settings):
+    sizes = [len(pair.task.prompt) for pair in inputs.first_tasks(pair_builder, source)]
   else:
     sizes = [len(task.prompt) for task in inputs.first_tasks(builder, source,
                                                              solved=phase.kind == "sft")]
