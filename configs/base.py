@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
       step_labels="", step_end="\n",  # field with labels of the steps that `chosen` lists, what ends each
       turn="", other_turn="\n\nHuman:",  # of transcripts that share their prompt, see data.PairBuilder
       weaker="",  # field with the row of a pair whose preference is not as strong, see pairs_of_pairs
-      transforms=(),  # what is done to rows before anything reads them: pieces of jaxrl.data.transforms
+      transforms=[],  # what is done to rows before anything reads them: pieces of jaxrl.data.transforms
       max_prompt_tokens=256, max_completion_tokens=256,  # of the data; 0 is no limit
       on_bad_row="fail",  # fail | skip | truncate (what is too long)
   )
@@ -70,6 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
       b1=0.9, b2=0.95, epsilon=1e-8,
       weight_decay=0.0,  # of matrices, with adamw and lion
       clip_norm=1.0,  # largest global norm of a gradient; 0 is off
+      transforms=[],  # of gradients and updates: pieces of jaxrl.transforms
       max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
   config.batch = dict(
       examples=64,  # per update: sequences of supervised phases, pairs of others

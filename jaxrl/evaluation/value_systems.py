@@ -1,9 +1,14 @@
 """How well a few value systems stand for a society, and what a set of policies offers it."""
 
 from collections.abc import Sequence
+import json
+import pathlib
 
 from jaxtyping import Float, Int
 import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxrl.tasks import societies
 
 NEWTON_STEPS, RIDGE = 30, 1e-3
 
@@ -121,3 +126,25 @@ def _logistic(differences):
     if np.abs(step).max() < 1e-8:
       break
   return w
+
+
+def parts_found(workdir: pathlib.Path) -> dict[str, float]:
+  """What a run of `configs/methods/pbmorl_value_systems.py` has found out about its toy society.
+
+  Returns:
+    `adjusted_rand` of the annotators' clusters with the parts that they belong to, and `weight_cosine`,
+    the mean over parts of the largest cosine of a cluster's weights with those of the part.
+  """
+  config = json.loads((workdir / "config.json").read_text())
+  newest = max((p for p in (workdir / "checkpoints").glob("[0-9]*") if p.name.isdigit()),
+               key=lambda p: int(p.name))
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    carried = checkpointer.restore(newest / "state")["carried"]["value_systems"]
+  truth = np.array(societies.WEIGHTS)
+  members, values = config["data"]["task"].get("members", 24), truth.shape[1]
+  clusters = config["comparisons"]["objective"][0]["clusters"]
+  found = np.asarray(carried["losses"])[:members, :clusters].argmin(axis=1)
+  weights = np.exp(np.asarray(carried["logits"])[:clusters, :values])
+  weights, truth = (w / np.linalg.norm(w, axis=1, keepdims=True) for w in (weights, truth))
+  return {"adjusted_rand": adjusted_rand(found, np.arange(members) % len(truth)),
+          "weight_cosine": float((truth @ weights.T).max(axis=1).mean())}

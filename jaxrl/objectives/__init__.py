@@ -12,6 +12,7 @@ from jaxrl.objectives.batch_preference import bco
 from jaxrl.objectives.batch_preference import kto
 from jaxrl.objectives.bounded import bounded_bradley_terry
 from jaxrl.objectives.bounded import bounded_dpo
+from jaxrl.objectives.by_label import dpo_by_label
 from jaxrl.objectives.confidence import confident_policy_gradient
 from jaxrl.objectives.constraints import divergence_cost
 from jaxrl.objectives.critic import value_loss

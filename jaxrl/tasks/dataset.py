@@ -17,7 +17,10 @@ from jaxrl.tasks import copying
 from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
 from jaxrl.tasks import cues
+from jaxrl.tasks import endings
+from jaxrl.tasks import guarded_addition
 from jaxrl.tasks import habits
+from jaxrl.tasks import leanings
 from jaxrl.tasks import letters
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import preferred_addition
@@ -27,6 +30,7 @@ from jaxrl.tasks import repeated_addition
 from jaxrl.tasks import running_sum
 from jaxrl.tasks import scratchpad_addition
 from jaxrl.tasks import series
+from jaxrl.tasks import societies
 from jaxrl.tasks import sorting
 from jaxrl.tasks import tastes
 from jaxrl.tasks import transitions
@@ -35,11 +39,12 @@ from jaxrl.tasks import worked_sums
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              corrected_addition=corrected_addition, countdown=countdown, cues=cues,
-             habits=habits, letters=letters, modular_arithmetic=modular_arithmetic,
+             endings=endings, guarded_addition=guarded_addition, habits=habits, leanings=leanings,
+             letters=letters, modular_arithmetic=modular_arithmetic,
              preferred_addition=preferred_addition, principles=principles,
              rated_addition=rated_addition, repeated_addition=repeated_addition,
              running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,
-             sorting=sorting, tastes=tastes, transitions=transitions, votes=votes,
+             societies=societies, sorting=sorting, tastes=tastes, transitions=transitions, votes=votes,
              worked_sums=worked_sums)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows

@@ -39,9 +39,11 @@ from jaxrl.training import inputs
 from jaxrl.training import learner
 from jaxrl.training import optimizers
 from jaxrl.training import processes
+from jaxrl.training import references
 from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
+from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
@@ -50,6 +52,7 @@ from jaxrl.training.shapes import Shape
 from jaxrl.training.shapes import shape_of
 from jaxrl.training.supply import Examples
 from jaxrl.training.supply import GroupsOfRollouts
+from jaxrl.transforms.start import PhaseStart
 
 KINDS = ("sft", "rl", *PAIRED, "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
@@ -131,7 +134,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
-  phases = [_phase(config, index, name, decoder, mesh) for index, name in enumerate(names)]
+  phases = [_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
   _check_frozen(phases)
   paired = any(phase.kind in PAIRED or _asks_pairs(phase.settings) for phase in phases)
   pair_builder = inputs.pair_builder(config, builder) if paired else None
@@ -161,6 +164,44 @@ def abstract_state(parts: Parts, phase: Phase) -> states.TrainState:
 
 def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> states.TrainState:
   """The state at the first update of a phase, on the mesh."""
+  state = _fresh_state(parts, phase, params, rng)
+  transforms = phase.learning.transforms
+  if not transforms:
+    return state
+  start = PhaseStart(state.params, functools.partial(_parameters_of, parts, phase),
+                     _measuring(parts, phase, state.params, rng))
+  shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
+  place = jax.jit(lambda x: x, out_shardings=shardings)
+  return state.replace(opt_state=place(optimizers.begin(transforms, state.opt_state, start)))
+
+
+def _parameters_of(parts, phase, run):
+  """The last parameters of a run; of '', those that the latest training before the phase began with."""
+  seed, start = parts.config.seed, run or parts.config.start
+  if not run and not phase.index:
+    if not start:
+      raise configs.ConfigError(f"phase {phase.name} is the first of a run without config.start, so no "
+                                "training came before it: name a run in config.start")
+    before = json.loads((pathlib.Path(start) / "config.json").read_text())
+    seed, start = before["seed"], before["start"]
+  params = states.initial_parameters(parts.decoder, jax.random.key_data(jax.random.key(seed)), parts.mesh)
+  return read_parameters(pathlib.Path(start) / "checkpoints", params) if start else params
+
+
+def _measuring(parts, phase, params, rng):
+  """What measures parameters on validation data, as the phase before does, or the first as itself."""
+  before = parts.phases[max(phase.index - 1, 0)]
+
+  def measure(changed):
+    began = _parameters_of(parts, phase, "") if phase.index else params
+    state = _fresh_state(parts, before, began, rng).replace(params=changed)
+    validate = _validator(parts, before)
+    return validate(state, before.steps) if validate else {}
+  return measure
+
+
+def _fresh_state(parts, phase, params, rng):
+  """The same, before transformations have looked at it."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, phase))
   learning = phase.learning
 
@@ -386,7 +427,7 @@ def _correct(parts, phase):
   return phase.settings.evaluate.correct or parts.scorer.labels[0]
 
 
-def _phase(config, index, name, decoder, mesh):
+def _phase(config, index, name, decoder, mesh, tokenizer):
   settings = configs.phase_config(config, name)
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:
@@ -397,18 +438,40 @@ def _phase(config, index, name, decoder, mesh):
   # An evaluation makes no updates; its optimiser is only part of the state's shape.
   optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
   terms, aggregations = _objective(settings)
+  transforms = optimizers.read_transforms(
+      configs.to_dict(settings.optimizer),
+      lambda specs, where: _references(specs, where, settings, decoder, mesh, tokenizer)) if (
+          kind != "evaluate") else []
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
       models=frozen.read(settings.reference, settings.frozen),
       advantage=[compose.build(_plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
-      optimizer=optimizers.build(settings.optimizer, optimizer_steps),
+      optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms),
+      transforms=transforms,
       learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
       asks_reference=sampled and "reference" in compose.signals_of(_episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
+
+
+def _references(specs, where, settings, decoder, mesh, tokenizer):
+  """The losses on data of their own that a list in a config describes."""
+  if not isinstance(specs, list):
+    raise ValueError(f"{where}={specs!r} must be a list of dict(data=..., objective=[...])")
+  found = []
+  for i, spec in enumerate(specs):
+    here = f"{where}[{i}]"
+    own, parts = references.settings_of(spec, settings, here)
+    try:
+      terms, aggregations = _objective(own)
+    except ValueError as error:
+      raise ValueError(f"{here}: {error}") from error
+    found.append(references.build(own, parts, terms, aggregations, _to_trajectories(own, terms, tokenizer),
+                                  decoder=decoder, mesh=mesh, tokenizer=tokenizer, where=here))
+  return found
 
 
 def _objective(settings):
@@ -547,9 +610,12 @@ def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   Runs of one process that differ in nothing that these depend on, such as seeds, share them.
   """
   plain = {k: v for k, v in configs.to_dict(phase.settings).items() if k not in ("seed", "start")}
-  pieces = (*phase.learning.terms, *phase.learning.advantage, *_suppliers(phase))
+  pieces = (*phase.learning.terms, *phase.learning.advantage, *phase.learning.transforms,
+            *_suppliers(phase))
+  # Data of references has a shape of its own.
+  kept = tuple(x.shape for x in jax.tree.leaves(_abstract_state(phase.learning, mesh).opt_state))
   key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in pieces),
-         phase.learning.decoder, mesh, repr(shape))
+         phase.learning.decoder, mesh, repr(shape), kept)
   if key not in _REHEARSALS:
     while len(_REHEARSALS) >= REMEMBERED:
       _REHEARSALS.pop(next(iter(_REHEARSALS)))

@@ -51,6 +51,7 @@ class Learning:
       operations of a small model keep one core busy each, one per core.
     models: frozen ones that pieces may read, by name, and how they follow the policy.
     asks_reference: rollouts ask the reference, whatever the pieces read.
+    transforms: those of gradients and updates that are part of the optimiser.
   """
 
   decoder: DecoderConfig
@@ -66,6 +67,7 @@ class Learning:
   models: Mapping[str, frozen.Refresh] = dataclasses.field(
       default_factory=lambda: {frozen.REFERENCE: frozen.Refresh()})
   asks_reference: bool = False
+  transforms: Sequence[Callable] = ()
 
   @property
   def kept(self) -> tuple[str, ...]:
@@ -129,7 +131,8 @@ class Learning:
 
   @property
   def _read(self):
-    return self.sources([*self.terms, *self.advantage])
+    references = [r for piece in self.transforms for r in piece.keywords.get("references", ())]
+    return self.sources([*self.terms, *self.advantage, *(t for r in references for t in r.terms)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +253,9 @@ def _forward(learning, params, batch, names, reference):
   return jax.tree.map(lambda *o: all_rows(sum(o[1:], o[0])), *outs)
 
 
-def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
-            ) -> tuple[TrainState, dict[str, jax.Array]]:
+def _gradient(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
+              ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, Any]:
+  """Loss, metrics, gap and gradient of a prepared batch, summed over its micro-batches."""
   batch, reference = _weighted(learning, batch), _reference(learning, state)
   # Jitted, so that it is traced and lowered once for all the places that it is called in.
   gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
@@ -269,10 +273,15 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
   else:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
     sums = _streams(learning, batch, lambda i, total: _add(total, one(i)), zeros)
-  loss, metrics, gap, gradient = functools.reduce(_add, sums)
+  return functools.reduce(_add, sums)
+
+
+def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
+            ) -> tuple[TrainState, dict[str, jax.Array]]:
+  loss, metrics, gap, gradient = _gradient(learning, shardings, state, batch)
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
   before = state.params
-  state, grad_norm = _apply(learning, state, loss, gradient)
+  state, grad_norm = _apply(learning, shardings, state, loss, gradient)
   state = state.replace(frozen=frozen.refresh(learning.models, state.frozen, before, state.params,
                                               state.step))
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
@@ -355,14 +364,30 @@ def _loss(learning, params, rows, step, reference):
   return loss, jax.lax.stop_gradient((metrics, gap))
 
 
-def _apply(learning, state, loss, gradient):
+def _gradient_of(learning, shardings, state):
+  """What transformations call for the gradient of a loss of their own: `(loss, batch) -> gradient`
+  at the current parameters. The loss has `terms` and `aggregations`."""
+  def gradient_of(loss, batch):
+    own = dataclasses.replace(learning, terms=loss.terms, aggregations=loss.aggregations,
+                              advantage=(), with_behaviour=False, temperature=1.0)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    if mesh.size > 1 and batch.tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+      batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh)(batch))
+    batch = batch.with_signals(**_signals(own, state.replace(carried={}), batch)[0])
+    return _gradient(own, shardings, state, batch)[3]
+  return gradient_of
+
+
+def _apply(learning, shardings, state, loss, gradient):
   """One optimiser update, skipped and counted when a gradient is not finite."""
   grad_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  optimizer = optax.with_extra_args_support(learning.optimizer)
 
   def take(params, opt_state):
-    updates, opt_state = learning.optimizer.update(
-        jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params), opt_state, params)
+    updates, opt_state = optimizer.update(
+        jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params), opt_state, params,
+        gradient_of=_gradient_of(learning, shardings, state))
     return optax.apply_updates(params, updates), opt_state
 
   params, opt_state = jax.lax.cond(finite, take, lambda *same: same, state.params,
