@@ -28,8 +28,8 @@ def get_evidence():
   return dict(
       reported="250,000 votes; no figure of a model trained on them",
       warm=None,
-      overrides={"evaluate.pairs": 1000},
-      arms=dict(dropped=dict(overrides={"data.task.ties": "drop", "data.task_size": 1300}),
+      overrides={"evaluate.pairs": 1000, "evaluate.problems": 0, "evaluate.samples": 0},
+      arms=dict(dropped=dict(overrides={"data.task.ties": "drop", "data.task_size": 1585}),
                 coin=dict(overrides={"data.task.ties": "coin"})),
       claims=[
           dict(text="with ties as soft labels as many pairs are right as without the ties",
