@@ -28,6 +28,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+THRESHOLDS = "thresholds"  # the head that is the same for all states
 ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False),
                "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
@@ -51,7 +52,8 @@ class DecoderConfig:
     attention: `xla`, or `fused` (Tokamax, needs `pip install tokamax`), of packed rows.
     scan_layers: one stacked set of layer parameters, compiled once for any depth.
     remat: what the backward pass recomputes: `none`, `dots` (all but matrix products), `full`.
-    heads_on_top: scalar heads over the final hidden state, name -> number of outputs.
+    heads_on_top: scalar heads over the final hidden state, name -> number of outputs; `thresholds`
+      is a head whose numbers are the same for all states.
     verdict: ids of two tokens, "yes" and "no": the difference of their logits is one more score.
     critic: a second decoder beside the policy, with the head `value` (see `models.outputs`).
     dtype, param_dtype: of activations and of parameters.
@@ -176,6 +178,19 @@ class Projection(nn.Module):
                         c.param_dtype)
       y = y + bias.astype(c.dtype)
     return y
+
+
+class Constant(nn.Module):
+  """Numbers that are learned and depend on no input."""
+
+  config: DecoderConfig
+  outputs: int
+
+  @nn.compact
+  def __call__(self, x):
+    bias = self.param("bias", partitioned(nn.initializers.zeros, "head"), (self.outputs,),
+                      self.config.param_dtype)
+    return jnp.broadcast_to(bias.astype(self.config.dtype), (*x.shape[:-1], self.outputs))
 
 
 def _sums(n, x, kernel):
@@ -333,8 +348,9 @@ class Decoder(nn.Module):
       self.blocks = [Block(c) for _ in range(c.layers)]
     self.final_norm = RMSNorm(c)
     exact = dataclasses.replace(c, dtype="float32")  # a value in bfloat16 has three digits
-    self.tops = {name: Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True,
-                                  scale=1e-4, name=f"{name}_head")
+    self.tops = {name: Constant(exact, outputs, name=f"{name}_head") if name == THRESHOLDS else
+                 Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True, scale=1e-4,
+                            name=f"{name}_head")
                  for name, outputs in c.heads_on_top}
 
   def __call__(self, tokens: Int[Array, "units length"], positions: Int[Array, "units length"],

@@ -21,12 +21,12 @@ def sample(rng: np.random.Generator, *, digits: int = 3, users: int = 16, strict
 
   Args:
     rng: source of randomness.
-    digits: digits of each operand, 2 to 18.
+    digits: digits of each operand, 1 to 18.
     users: of whom one is drawn, `user`.
     strictness: standard deviation over users of what they take off, in wrong digits.
     noise: scale of the logistic noise of a single rating.
   """
-  knobs.integer("digits", digits, 2, 18)
+  knobs.integer("digits", digits, 1, 18)
   knobs.integer("users", users, 1, 1_000_000)
   row = addition.sample(rng, digits=digits, answer_format="reversed")
   user, errors = int(rng.integers(users)), int(rng.integers(4))
