@@ -10,7 +10,7 @@ import pytest
 from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
-from jaxrl.batch import CRITIQUE, ModelOutputs, Task, Trajectory, pack
+from jaxrl.batch import CRITIQUE, Task, Trajectory, pack
 from jaxrl.evaluation import representation
 from jaxrl.models import model_outputs
 from jaxrl.objectives import reward_model
@@ -85,10 +85,11 @@ def trained_on(model):
           for t in data.compared(builder.to_comparison(row, "here"), model.tokenizer, group=group)]
 
 
-def packed_scores(model, trajectories):
+def packed(model, trajectories, *signals):
+  """A batch with many sequences to a row, and what the model says of its tokens."""
   batch = pack(trajectories, row_length=64)
-  outputs = model_outputs(model.decoder, model.params, batch, signals=("scores",), logprobs=False)
-  return batch, outputs.scores
+  read = jax.jit(lambda params, batch: model_outputs(model.decoder, params, batch, signals=signals, logprobs=False))
+  return batch, read(model.params, batch)
 
 
 def test_scores_do_not_depend_on_batch_devices_or_packing(joint):
@@ -107,10 +108,9 @@ def test_scores_are_those_of_training_whatever_critique_follows(joint):
   found = trained_on(model)
   having = [(t.tag_ids == CRITIQUE).any() for t in found]
   assert any(having) and not all(having)
-  batch, scores = packed_scores(model, found)
-  packed = np.stack([reward_model.sequence_scores(ModelOutputs(scores=scores), batch, h)[:16]
-                     for h in range(2)], -1)
-  np.testing.assert_allclose(packed, np.array(model.scores(asked(model))), rtol=1e-5, atol=1e-5)
+  batch, outputs = packed(model, found, "scores")
+  own = np.stack([reward_model.sequence_scores(outputs, batch, head)[:16] for head in range(2)], -1)
+  np.testing.assert_allclose(own, np.array(model.scores(asked(model))), rtol=1e-5, atol=1e-5)
   row, first = rows_of(model)[0], found[0]
   text = model.tokenizer.decode(first.tokens[first.tag_ids != CRITIQUE])
   assert text == f"{row['question']}{row['answer']}={row['question']}{row['chosen']}+{row['answer']}"
@@ -125,8 +125,8 @@ def test_the_verdict_is_the_log_odds_of_two_tokens(joint):
           for token in (yes, no)]
   found = np.array(model.scores(questions))[:, 1]
   np.testing.assert_allclose(found, np.subtract(*said), rtol=1e-4, atol=1e-5)
-  batch = pack([Trajectory(s, np.arange(len(s)) == len(s) - 1) for s in sequences], row_length=64)
-  outputs = model_outputs(model.decoder, model.params, batch, signals=("yes_logprobs",), logprobs=False)
+  batch, outputs = packed(model, [Trajectory(s, np.arange(len(s)) == len(s) - 1) for s in sequences],
+                          "yes_logprobs")
   np.testing.assert_allclose(reward_model.at_ends(batch, outputs.yes_logprobs)[:6], said[0], rtol=1e-4,
                              atol=1e-5)
 
@@ -153,12 +153,12 @@ def judged(place, questions, **spec):
 
 def test_step_scores_are_those_of_training(stepwise):
   model = reward_models.RewardModel.load(stepwise)
-  batch, scores = packed_scores(model, trained_on(model))
+  batch, outputs = packed(model, trained_on(model), "scores")
   each = model.step_scores(asked(model))
   assert [len(x) for x in each] == [len(row["terms"]) for row in rows_of(model) for _ in range(2)]
   for item, steps in enumerate(each):
     at = (batch.sequence_ids == item) & batch.loss_mask
-    np.testing.assert_allclose(steps, np.asarray(scores)[at], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(steps, np.asarray(outputs.scores)[at], rtol=1e-5, atol=1e-5)
   alone = model.step_scores(asked(model)[:1])[0]
   np.testing.assert_allclose(alone, each[0], rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(model.scores(asked(model)[:1])[0], alone[-1])
