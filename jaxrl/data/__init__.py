@@ -5,6 +5,7 @@
     tasks = tasks_pipeline(source, builder.read, seed=0)
 """
 
+from jaxrl.data.consensus import agreed_principles
 from jaxrl.data.examples import Fields
 from jaxrl.data.examples import RowCounts
 from jaxrl.data.examples import supervised
