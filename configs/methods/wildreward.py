@@ -50,13 +50,14 @@ def get_config(stage: str = "reward"):
 def get_evidence():
   return dict(
       reported="RM-Bench hard 69.7, Skywork-Reward-8B 49.3 (WildReward-8B)", warm=None,
+      overrides={"evaluate.problems": 0, "evaluate.samples": 0},
       measure="jaxrl.evaluation.ratings:rating_quality",
       arms=dict(
           one_user=dict(overrides={"data.task": dict(digits=2, users=1)}),
           squares=dict(overrides={"ratings.objective": [
               dict(name="regress_attributes", labels=["label"])]})),
       claims=[
-          dict(text="as many ratings of more users tell better answers more often",
+          dict(text="as many ratings of 16 users tell better answers more often than those of a strict one",
                metric="measured/pair_accuracy", expect="higher", baseline="one_user"),
           dict(text="scores rank answers to different questions better than those fitted by squares",
                metric="measured/rank_correlation", expect="higher", baseline="squares")])
