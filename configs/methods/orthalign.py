@@ -43,7 +43,7 @@ def get_evidence():
           "reward.criteria": [dict(c) for c in own.reward.criteria]}
   return dict(
       reported="average of three objectives 75.15, DPO 63.55, MODPO 64.55 (Llama-3-SFT, UltraFeedback)",
-      warm={**warm, "sft.until.at_least": 2.0, "sft.steps": 300},
+      warm={**warm, "sft.until.at_least": 2.0, "sft.steps": 300}, overrides={"evaluate.samples": 4, "evaluate.k": 4},
       arms=dict(
           sequential=dict(overrides={"second.optimizer.transforms": []}),
           gradient=dict(overrides={"second.optimizer.transforms": [dict(

@@ -26,7 +26,8 @@ def get_config():
 def get_evidence():
   return dict(
       reported="higher representativeness and conciseness (figures not read)",
-      warm=None, measure="jaxrl.evaluation.value_systems:parts_found",
+      warm=None, overrides={"evaluate.problems": 0, "evaluate.samples": 0, "evaluate.pairs": 500},
+      measure="jaxrl.evaluation.value_systems:parts_found",
       arms=dict(
           one=dict(overrides={"comparisons.objective": [dict(name="value_systems", values=3, clusters=1)]}),
           ungrounded=dict(overrides={"data.task": dict(overall=1.0)})),
