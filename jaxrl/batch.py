@@ -224,6 +224,16 @@ class Layout:
   rows_per_trunk: int = 1
 
 
+def shared_length(trajectories: Sequence[Trajectory]) -> int:
+  """Tokens that all sequences of a group begin with, before anything in one of them is in its mask."""
+  first, *others = (t.tokens for t in trajectories)
+  count = min(int(t.loss_mask.argmax()) if t.loss_mask.any() else len(t.tokens) for t in trajectories)
+  for tokens in others:
+    differs = tokens[:count] != first[:count]
+    count = int(differs.argmax()) if differs.any() else count
+  return count
+
+
 def prompt_length(trajectory: Trajectory) -> int:
   """Tokens before the first one that is trained on, all of them if none is."""
   mask = trajectory.loss_mask & trajectory.scored
@@ -245,26 +255,30 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     min_rows: smallest row count, to keep several batches in one bucket.
     min_sequences: smallest length of the per-sequence arrays, likewise.
     together: the sequences of a group share a row, so that a loss may compare them in any split
-      into micro-batches; a larger group raises the row length to its power of two.
+      into micro-batches; a larger group raises the row length to its power of two. The trunk of a
+      group is what all of its sequences begin with, and unscored ones are stored too.
 
   Raises:
-    ValueError: when trajectories disagree on the keys of `columns` or `signals`, rows_multiple would
-      tear the rows of a trunk apart, or groups that stay together were to have trunks.
+    ValueError: when trajectories disagree on the keys of `columns` or `signals`, or rows_multiple would
+      tear the rows of a trunk apart.
   """
   if rows_multiple % rows_per_trunk:
     raise ValueError(f"rows_multiple={rows_multiple} is no multiple of rows_per_trunk="
                      f"{rows_per_trunk}, which belong together")
-  if together and trunk_length:
-    raise ValueError("together=True puts whole sequences into rows: it goes with trunk_length=0")
-  heads = [prompt_length(t) if trunk_length else 0 for t in trajectories]
   whole = _bundles(trajectories, together)
+  heads = [0] * len(trajectories)
+  for items in whole if trunk_length else ():
+    shared = [trajectories[item] for item in items]
+    head = shared_length(shared) if together else prompt_length(shared[0])
+    for item in items:
+      heads[item] = head
   sizes = [sum(len(trajectories[item].tokens) - heads[item] for item in items) for items in whole]
   longest = max(sizes, default=0)
   length = row_length if 0 < row_length >= longest else bucket(longest)
   deepest = max((head for t, head in zip(trajectories, heads) if head < len(t.tokens)), default=0)
   trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
   if trunk_length:
-    bins, prompts = _with_trunks(trajectories, Layout(length, trunk_length, rows_per_trunk))
+    bins, prompts = _with_trunks(trajectories, heads, whole, Layout(length, trunk_length, rows_per_trunk))
   else:
     bins, prompts = [[item for bundle in row for item in whole[bundle]]
                      for row in first_fit_decreasing(sizes, length)], []
@@ -320,21 +334,23 @@ def _empty(rows, length, trunks, trunk_length, sequences, signals, columns):
       columns={k: np.zeros(sequences, np.float32) for k in columns})
 
 
-def _with_trunks(trajectories, layout: Layout) -> tuple[list[list[int]], list[np.ndarray]]:
+def _with_trunks(trajectories, heads, bundles, layout: Layout) -> tuple[list[list[int]], list[np.ndarray]]:
   """Items of every row, and the prompt of every trunk, `rows_per_trunk` rows each."""
-  items: dict[bytes, list[int]] = {}
-  heads = [prompt_length(t) for t in trajectories]
-  for item, (t, head) in enumerate(zip(trajectories, heads)):
-    if head < len(t.tokens):
-      items.setdefault(t.tokens[:head].tobytes(), []).append(item)
+  by_prompt: dict[bytes, list[list[int]]] = {}
+  for items in bundles:
+    t, head = trajectories[items[0]], heads[items[0]]
+    if any(head < len(trajectories[item].tokens) for item in items):
+      by_prompt.setdefault(t.tokens[:head].tobytes(), []).append(items)
   bins, prompts = [], []
-  for members in items.values():
-    sizes = [len(trajectories[i].tokens) - heads[i] for i in members]
-    rows = [[members[i] for i in row] for row in first_fit_decreasing(sizes, layout.row_length)]
+  for members in by_prompt.values():
+    sizes = [sum(len(trajectories[i].tokens) - heads[i] for i in items) for items in members]
+    rows = [[item for bundle in row for item in members[bundle]]
+            for row in first_fit_decreasing(sizes, layout.row_length)]
+    first = members[0][0]
     for start in range(0, len(rows), layout.rows_per_trunk):
       unit = rows[start:start + layout.rows_per_trunk]
       bins += unit + [[]] * (layout.rows_per_trunk - len(unit))
-      prompts.append(trajectories[members[0]].tokens[:heads[members[0]]])
+      prompts.append(trajectories[first].tokens[:heads[first]])
   return bins, prompts
 
 

@@ -23,6 +23,7 @@ from jaxrl.rollouts import edits
 from jaxrl.rollouts.edits import MISMATCHED
 from jaxrl import sharding
 from jaxrl.batch import PREFERENCE
+from jaxrl.batch import shared_length
 from jaxrl.batch import STRONGER
 from jaxrl.batch import Task
 from jaxrl.batch import TUPLE
@@ -591,7 +592,9 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   if phase.kind in PAIRED:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
-    sizes = [sum(len(t.tokens) for t in to_trajectories([example])) for example in examples]
+    made = [to_trajectories([example]) for example in examples]
+    sizes = [sum(len(t.tokens) for t in pair) for pair in made]
+    shared = _prompts_of(made)
   elif _asks_pairs(phase.settings):
     sizes = [len(pair.task.prompt) for pair in inputs.first_tasks(pair_builder, source)]
   else:
@@ -604,7 +607,16 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
                for x in jax.tree.leaves(tree))
   kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
-                  compares=any(map(compose.is_by_sequence, phase.learning.terms)))
+                  compares=any(map(compose.is_by_sequence, phase.learning.terms)),
+                  shared=shared if phase.kind in PAIRED else ())
+
+
+def _prompts_of(made):
+  """Tokens of the prompt and of the answers of each group; nothing where examples make several."""
+  if any(len({t.group for t in group}) != 1 for group in made):
+    return ()
+  heads = [shared_length(group) for group in made]
+  return [(head, sum(len(t.tokens) - head for t in group)) for head, group in zip(heads, made)]
 
 
 def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:

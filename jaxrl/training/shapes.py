@@ -63,7 +63,8 @@ class Shape:
 
 
 def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: jax.sharding.Mesh,
-             sizes: Sequence[int], *, kept_bytes: int = 0, compares: bool = False) -> Shape:
+             sizes: Sequence[int], *, kept_bytes: int = 0, compares: bool = False,
+             shared: Sequence[tuple[int, int]] = ()) -> Shape:
   """The shape of a phase's batches.
 
   Args:
@@ -73,6 +74,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     sizes: tokens of some prompts, or pairs of answers with their prompts, that the phase may draw.
     kept_bytes: of parameters, optimiser, reference and gradients on one device.
     compares: whether a loss compares rollouts: groups then share rows, and are taken to be pairs.
+    shared: of those pairs, tokens of the prompt, and of all answers without it.
   """
   together = compares or settings.kind in PAIRED
   if together:
@@ -80,8 +82,10 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     if settings.kind == "rl":
       longest, groups = 2 * (longest + settings.rollout.max_tokens), settings.rollout.prompts
     row = settings.batch.row_length
-    layout = Layout(row if row >= longest else bucket(longest))
-    sequences, rows = 2 * groups, _rows_of_whole(layout, longest, groups)
+    whole = Layout(row if row >= longest else bucket(longest))
+    layout = _layout_of_pairs(settings, decoder, whole, sizes, shared)
+    rows = groups if layout.trunk_length else _rows_of_whole(layout, longest, groups)
+    sequences = 2 * groups
   elif settings.kind == "rl":
     known = list(sizes) or [max(settings.data.max_prompt_tokens, 1)]
     prompts = [known[i % len(known)] for i in range(settings.rollout.prompts)]
@@ -99,6 +103,20 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
   micro = _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows)
   return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences,
                together=together)
+
+
+def _layout_of_pairs(settings, decoder, whole, sizes, shared):
+  """Rows of whole pairs, or a trunk and a row for each, where that takes less of similar ones."""
+  if not settings.batch.share_prompts or not shared:
+    return whole
+  head, rest = (_round_up(max(lengths)) for lengths in zip(*shared))
+  rows = len(first_fit_decreasing(sizes, whole.row_length))
+
+  def cost(tokens, keys):
+    return tokens * (1 + keys / (4 * decoder.d_model))  # attention relative to all other work
+  once = cost(len(shared) * (head + rest), head + rest)
+  return (Layout(rest, head) if once < WORTH_SHARING * cost(rows * whole.row_length, whole.row_length)
+          else whole)
 
 
 def _layout_of_rollouts(settings, decoder, prompt, samples):
