@@ -7,14 +7,15 @@ demonstrations, 70.8 with more (abstract). Small-scale check: tests/methods/test
 
 Only abstracts were read. Choices made: each answer is scored alone, prior Beta(1, 1), weight 0.1, linear
 heads, least confidence 0.01. Variant "counted" multiplies the likelihood by 1 + the number of
-demonstrations, without which the best confidence is the same for every pair. The toy has items of four
-attributes; two of eight criteria are met in tests only.
+demonstrations, without which the best confidence is the same for every pair. The toy has items of two
+attributes and four criteria that conflict. Its demonstrations show the preferred item alone, which two
+layers learn to read within 300 updates; "{sign}{first}{other}{second}" shows both items in random order.
 """
 
 from configs import bradley_terry
 
-K = 6
-SHOWN = dict(name="demonstrations", template="{sign}{first}{other}{second}", fields=(), signs=("+", "="), start="=")
+K = 8
+SHOWN = dict(name="demonstrations", template="{better}", fields=(), signs=("+", "="), start="=")
 
 
 def get_config(variant: str = ""):
@@ -22,12 +23,13 @@ def get_config(variant: str = ""):
     raise ValueError(f"configs/methods/icrm.py has no variant {variant!r}; there is counted")
   config = bradley_terry.get_config()
   config.data.train = config.data.validation = config.data.test = "task:tastes"
-  config.data.task_size = 20_000
+  config.data.task_size, config.batch.row_length = 20_000, 48
   config.data.transforms = [dict(SHOWN, k=K, splits=("train",)),
                             dict(SHOWN, k=K, fewest=K, splits=("validation", "test"))]
   config.data.more, config.data.columns = ("demonstrations",), ("evidence",)
   config.data.prompt_template, config.data.max_prompt_tokens = "{demonstrations}{question}", 128
   config.model.heads_on_top = (("score", 1), ("confidence", 1))
+  config.comparisons.optimizer.learning_rate = 2e-3
   belief = dict(name="beta_preference", weight=0.1)
   config.comparisons.objective = [dict(belief, evidence="evidence") if variant else belief]
   return config
@@ -37,7 +39,7 @@ def get_evidence():
   none = [dict(SHOWN, k=0)]
   return dict(
       reported="RM-Bench 60.5 with few demonstrations, 70.8 with more",
-      warm=None, overrides={"evaluate.problems": 0, "comparisons.steps": 600},
+      warm=None, overrides={"evaluate.problems": 0},
       measure="jaxrl.evaluation.steering:by_demonstrations",
       arms=dict(
           static=dict(overrides={"data.transforms": none, "comparisons.objective": [dict(name="bradley_terry")]}),

@@ -157,7 +157,7 @@ def test_demonstrations_say_which_criterion_is_meant():
   """What the model reads tells an ideal reader ever more, and without any it can only guess."""
   config = configs.load("configs/methods/icrm.py")
   config.evaluate.pairs, config.data.task_size = 300, 300
-  accuracy, shown = {}, dict(config.data.transforms[1])
+  accuracy, shown = {}, {**config.data.transforms[1], "template": "{sign}{first}{other}{second}"}
   for k in (0, 1, 2, 4, 6):
     config.data.transforms = [{**shown, "k": k, "fewest": k}]
     source = inputs.open_split(config, "test")

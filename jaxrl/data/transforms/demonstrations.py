@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl.data import templates
-from jaxrl.data.sources import BadRow
 from jaxrl.data.sources import Source
 from jaxrl.data.transforms import rows
 
-OWN = ("first", "second", "sign", "other")  # placeholders that every demonstration has
+OWN = ("first", "second", "sign", "other", "better", "worse")  # placeholders of demonstrations
 
 
 def demonstrations(source: Source, *, seed: int, k: int, by: str = "criterion", fewest: int = 0,
@@ -33,17 +32,17 @@ def demonstrations(source: Source, *, seed: int, k: int, by: str = "criterion", 
     seed: of all draws.
     k: largest number of demonstrations.
     by: field whose values say which rows follow the same preference.
-    fewest: smallest number of demonstrations.
+    fewest: smallest number of demonstrations; rows with fewer others of their kind have those.
     template: of one demonstration; beside `fields` it has {first} and {second}, the answers, {sign}, which
-      tells the better one, and {other}, the other sign: "{sign}{first}{other}{second}" marks both.
+      tells the better one, and {other}, the other sign: "{sign}{first}{other}{second}" marks both. {better}
+      and {worse} are the answers in their order, for those who want to show one of them only.
     fields: of the demonstrating row that the template uses.
     signs: what stands for "the first is preferred" and "the second is preferred".
     start: what the text begins with, also where no demonstration follows; not blank.
     chosen, rejected: fields with the better and the other answer.
 
   Raises:
-    ValueError: impossible settings, or no row that could demonstrate anything. Rows with fewer than
-      `fewest` others of their kind are bad ones.
+    ValueError: impossible settings, or no row that could demonstrate anything.
   """
   if not 0 <= fewest <= k:
     raise ValueError(f"demonstrations: k={k}, fewest={fewest}: use 0 <= fewest <= k")
@@ -63,16 +62,14 @@ def demonstrations(source: Source, *, seed: int, k: int, by: str = "criterion", 
     values = {name: str(row[name]) for name in fields}
     first, second = reversed(answers) if swapped else answers
     return templates.fill(pieces, {**values, "first": first, "second": second, "sign": signs[swapped],
-                                   "other": signs[1 - swapped]})
+                                   "other": signs[1 - swapped], "better": answers[0],
+                                   "worse": answers[1]})
 
   def change(index, row):
     rng = np.random.default_rng([seed, index])
     count = int(rng.integers(fewest, k + 1))
     alike = members.get(row.get(by), np.array([], int))
     alike = alike[alike != index]
-    if len(alike) < fewest:
-      raise BadRow("too_few_alike", source.where(index), f"only {len(alike)} other rows have {by}="
-                   f"{row.get(by)!r}, and demonstrations wants at least {fewest}")
     shown = rng.permutation(alike)[:count]
     flips = rng.integers(2, size=len(shown))
     text = start + "".join(one(source[int(i)], int(flip)) for i, flip in zip(shown, flips))
