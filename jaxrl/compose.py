@@ -22,9 +22,10 @@ def needs(*signals: str | Callable[..., Sequence[str]]) -> Callable[[Callable], 
 
   Args:
     signals: names as in `models.outputs.MODEL_SIGNALS`. In an objective term a plain name is of the
-      policy as it is being updated, `old_NAME` of the policy that the batch began with, and
-      `reference_NAME` of the frozen reference. In a credit chain the policy is always that which
-      the batch began with. Where names depend on the piece's keywords, a function of those:
+      policy as it is being updated, `old_NAME` of the policy that the batch began with, `reference_NAME`
+      of the frozen reference, and `MODEL_NAME` of a model of `config.frozen`. In a credit chain the
+      policy is always that which the batch began with. Where names depend on the piece's keywords, a
+      function of those:
       `needs(lambda estimator: ("entropy",) if estimator == "full" else ())`.
   """
   def mark(function):

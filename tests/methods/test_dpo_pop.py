@@ -11,6 +11,7 @@ from jaxrl import data
 from jaxrl.batch import ModelOutputs
 from jaxrl.data import transforms
 from jaxrl.data.transforms.pairs_of_pairs import compared_pairs
+from jaxrl.evaluation import implicit_rewards
 from jaxrl.objectives import dpo_pop
 from tests.objectives import compared
 
@@ -177,6 +178,17 @@ def test_margins_rank_pairs_by_their_gaps_where_labels_are_right():
 def test_without_the_clip_margins_grow_further():
   bounded, free, chased = learnt()[1], learnt(most=np.inf)[1], learnt(most=np.inf, average=False)[1]
   assert bounded.max() <= free.max() <= chased.max() and chased.max() > bounded.max()
+
+
+def test_what_is_measured_of_margins_and_gaps(monkeypatch):
+  gaps = np.array([0.1, -0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+  margins = np.array([-1.0, -0.5, 1.0, 2.0, 3.0, 0.0, 5.0, 4.0])  # wrong, right (as labelled wrongly), ...
+  monkeypatch.setattr(implicit_rewards, "margins_of", lambda workdir: (gaps, margins))
+  found = implicit_rewards.of_gaps(None)
+  ranks = [scipy.stats.rankdata(x) for x in (gaps, margins)]
+  assert found == pytest.approx(dict(
+      gap_correlation=np.corrcoef(*ranks)[0, 1], accuracy=(0 + 1 + 1 + 1 + 1 + 0.5 + 1 + 1) / 8,
+      weakest_accuracy=0.5, strongest_accuracy=1.0, margin=margins.mean()))
 
 
 def test_the_gradient_of_a_stronger_pair_is_that_of_the_shifted_logistic():

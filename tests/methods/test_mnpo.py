@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.special
 
 from jaxrl.batch import ModelOutputs, Trajectory, pack
@@ -118,6 +119,25 @@ def test_without_an_anchor_more_history_circles_nearer_to_the_equilibrium(eta):
   """On average over a long play; single iterates circle, and are near or far by chance."""
   gaps = [np.mean([gap(p) for p in play(0.0, eta, history, 1000)[1]]) for history in (1, 2, 4, 8)]
   assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.9 * gaps[0]
+
+
+def dpo_policy(beta):
+  """What DPO makes of all pairs and their odds, to which Bradley-Terry scores are fitted."""
+  reference = np.log([0.6, 0.3, 0.1])
+
+  def loss(logits):
+    ratio = logits - reference
+    return -(ROCK * scipy.special.log_expit(beta * (ratio[:, None] - ratio[None, :]))).sum()
+  found = scipy.optimize.minimize(loss, reference, method="BFGS", options=dict(gtol=1e-10))
+  return scipy.special.softmax(found.x)
+
+
+def test_of_a_cycle_dpo_picks_one_response_and_mnpo_goes_on_mixing_as_the_anchor_weakens():
+  """The lowest chance to win against any response."""
+  plain = [(dpo_policy(beta) @ ROCK).min() for beta in (1.0, 0.3, 0.1, 0.05)]
+  assert plain == sorted(plain, reverse=True) and plain[-1] < ROCK.min() + 0.2
+  mixed = [(play(1 / 3, eta, 2, 3000)[1][-1] @ ROCK).min() for eta in (0.3, 1.0, 3.0)]
+  assert min(mixed) > plain[1] and mixed[-1] > 0.38
 
 
 def test_gradient_descent_on_the_term_reaches_the_minimiser():
