@@ -23,7 +23,8 @@ def get_config():
   config.rollout.filter_zero_variance = False
   config.rl.rollout = dict(
       edits=[dict(name="jaxrl.rollouts.meta_weights:weigh_pairs", beta=0.1, every=8)],
-      episode=dict(name="jaxrl.rollouts.meta_weights:known_and_bought_pairs", samples=8))
+      episode=dict(name="jaxrl.rollouts.meta_weights:known_and_bought_pairs", samples=8,
+                   always=False))
   config.rl.steps, config.rl.reference = STEPS, dict(every=STEPS // 3)
   return config
 
@@ -34,11 +35,12 @@ def get_evidence():
           "data.task": own.data.task.to_dict()}
   return dict(
       reported="best of all compared on AlpacaEval 2, with 42% less online annotation (Llama-3.1-8B)",
-      warm=task, overrides={"rl.steps": STEPS, "preference.steps": STEPS},
+      warm=task, overrides={"rl.steps": STEPS},
       arms=dict(
           always=dict(overrides={"rl.rollout.episode.always": True}),
           offline=dict(config="configs/dpo.py", overrides={
-              "preference.batch.examples": 32, "preference.objective": [dict(name="dpo", beta=0.1)],
+              "preference.steps": STEPS, "preference.batch.examples": 32,
+              "preference.objective": [dict(name="dpo", beta=0.1)],
               "preference.optimizer.learning_rate": 3e-4})),
       claims=[
           dict(text="fewer samples are bought", metric="mean/bought_share", expect="lower",

@@ -1,12 +1,14 @@
 """SeaPO: what an injected error is, when it is sure to be worse, and which pairs are kept."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from jaxrl.batch import Task
+from jaxrl.evaluation.flaws import flaw_rates
 from jaxrl.rollouts import EpisodeFailure, Rollouts, best_and_flawed
 from jaxrl.sampling import SamplingParams
 from jaxrl.tasks import scratchpad_addition as sums
@@ -171,3 +173,16 @@ def test_the_policy_may_rewrite_its_own_answer():
 def test_what_makes_no_sense_is_refused(options):
   with pytest.raises(EpisodeFailure, match="best_and_flawed: kinds="):
     play(tasks=1, **options)
+
+
+def test_rates_are_those_of_the_last_evaluation(tmp_path):
+  texts = ["+15=51", "+15=52", "+25=52", "+15+3=54", "+15+4=55", "x"]
+  (tmp_path / "summary.json").write_text(json.dumps(dict(phases=[dict(name="sft"), dict(name="rl")])))
+  with pytest.raises(ValueError, match="no answers"):
+    flaw_rates(tmp_path)
+  (tmp_path / "samples").mkdir()
+  for moment, some in (("sft", texts[:1]), ("rl", texts)):
+    (tmp_path / "samples" / f"evaluation_{moment}.jsonl").write_text("".join(
+        json.dumps(dict(prompt="12+39=", completion=text)) + "\n" for text in some))
+  assert flaw_rates(tmp_path) == pytest.approx(
+      dict(correctness=1 / 6, logic=1 / 6, hallucination=2 / 6, form=1 / 6))
