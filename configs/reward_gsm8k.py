@@ -26,14 +26,14 @@ def get_config():
       dict(name="pair_answers")]
   config.tokenizer.update(kind="bpe", vocab_size=1024)
 
-  config.model.update(layers=2, d_model=128, heads=4, kv_heads=2, d_ff=384,
+  config.model.update(layers=2, d_model=64, heads=4, kv_heads=4, d_ff=192,
                       heads_on_top=(("score", 1),))
   config.batch.update(examples=32, row_length=512)
-  config.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup_steps=10, b2=0.99,
+  config.optimizer.update(learning_rate=5e-4, schedule="cosine", warmup_steps=10, b2=0.99,
                           weight_decay=0.1)
-  config.evaluate.update(problems=0, pairs=1000, every=40)
+  config.evaluate.update(problems=0, pairs=1000, every=26)
   config.phases = ("reward_model",)
   config.reward_model = dict(
-      kind="reward", steps=160, objective=[dict(name="bradley_terry", centre=0.01)],
+      kind="reward", steps=52, objective=[dict(name="bradley_terry", centre=0.01)],
       aggregation=dict(kind="sequence_mean"))
   return config
