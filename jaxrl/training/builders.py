@@ -443,7 +443,7 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
   optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
   terms, aggregations = _objective(settings)
   transforms = optimizers.read_transforms(
-      configs.to_dict(settings.optimizer),
+      {"transforms": [_plain(spec) for spec in settings.optimizer.transforms]},
       lambda specs, where: _references(specs, where, settings, decoder, mesh, tokenizer)) if (
           kind != "evaluate") else []
   learning = learner.Learning(

@@ -238,7 +238,8 @@ def test_every_setting_has_a_smallest_value(config, build, untraced, path):
 def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, untraced):
   """Runs everything that reads settings; a dead field in each section shows that it would be seen.
 
-  The sections that are handed on as a whole (model, mesh, reward) are checked where they arrive.
+  The sections that are handed on as a whole (model, mesh, reward, reference, frozen) are checked where
+  they arrive.
   """
   phases = ("sft", "rl", "preference")
   reads, quiet = set(), [False]
@@ -279,7 +280,7 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
                            aggregation=dict(kind="sequence_mean"))
   sections = [name for name in config if isinstance(config[name], ml_collections.ConfigDict)
               and name not in phases]
-  dead = [name for name in sections if name not in ("model", "mesh", "reward")]
+  dead = [name for name in sections if name not in ("model", "mesh", "reward", "reference", "frozen")]
   for name in dead:
     config[name].dead = 1
   kinds = [dict(kind="character"), dict(kind="bpe", vocab_size=260),
