@@ -45,7 +45,8 @@ WIDE = "d_model=256:heads=8:kv_heads=4:d_ff=768"
 MORE = tuple(f"{row}:{shape}" for shape in ("prompt_len=512", "samples=32", WIDE, LONG_TAIL)
              for row in ("sampling", "grpo")) + ("sft:sft_len=512", f"sft:{WIDE}")
 SHAPE = ("prompts", "samples", "prompt_len", "new_tokens", "median_len", "sigma", "vocab", "layers",
-         "d_model", "heads", "kv_heads", "d_ff", "beta", "sft_batch", "sft_len", "pairs", "pair_len", "spread")
+         "d_model", "heads", "kv_heads", "d_ff", "beta", "sft_batch", "sft_len", "pairs", "pair_len",
+         "spread")
 SETTINGS = ("row_length", "micro_batch_rows", "micro_prompts", "iters", "warmup", "seconds", "seed")
 SECTIONS = {"sampling": "sampling", "grpo": "grpo", "grpo_no_reference": "grpo", "sft": "sft",
             "dpo": "dpo", "reward": "reward", "start": "grpo"}

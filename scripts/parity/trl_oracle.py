@@ -105,10 +105,12 @@ def kto(batch, *, loss_type="kto", **settings):
   with_kl = loss_type == "kto"
   examples = [{"prompt_ids": ids(a["head"]), "completion_ids": ids(len(a["logprobs"])),
                "label": bool(a["label"]),
-               **({"KL_completion_ids": ids(len(a["off_logprobs"]), OFF)} if with_kl else {})} for a in answers]
+               **({"KL_completion_ids": ids(len(a["off_logprobs"]), OFF)} if with_kl else {})}
+              for a in answers]
   model = Model(own, off)
   self = trainer(model=model, ref_model=Model(reference, off_reference), calculate_KL=with_kl,
-                 loss_type=loss_type, args=types.SimpleNamespace(gradient_checkpointing_kwargs=None), **settings)
+                 loss_type=loss_type, args=types.SimpleNamespace(gradient_checkpointing_kwargs=None),
+                 **settings)
   self._compute_kl_logps = lambda m, inputs: KTOTrainer._compute_kl_logps(self, m, inputs)
   inputs = DataCollatorForUnpairedPreference(pad_token_id=0).torch_call(examples)
   return KTOTrainer._compute_loss(self, model, inputs, False), own
@@ -156,7 +158,8 @@ KINDS = dict(dpo=dpo, kto=kto, cpo=cpo, orpo=orpo, reward=reward)
 def main():
   with open(sys.argv[1], encoding="utf-8") as file:
     questions = json.load(file)
-  answers = {"versions": {name: importlib.metadata.version(name) for name in ("trl", "torch", "transformers")}}
+  packages = ("trl", "torch", "transformers")
+  answers = {"versions": {name: importlib.metadata.version(name) for name in packages}}
   for name, (kind, settings) in questions["cases"].items():
     found = answers[name] = []
     batches = questions["single" if name in questions["alone"] else "batches"]

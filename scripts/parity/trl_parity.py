@@ -68,11 +68,13 @@ CASES = {
     "js": (on_dpo(f_divergence_type="js_divergence"), dpo, dict(divergence="js")),
     "alpha": (on_dpo(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3, dtype="float32"), dpo,
               dict(divergence="alpha", alpha=0.7)),
-    "js, hinge": (on_dpo("hinge", f_divergence_type="js_divergence"), dpo, dict(divergence="js", loss="hinge")),
+    "js, hinge": (on_dpo("hinge", f_divergence_type="js_divergence"), dpo,
+                  dict(divergence="js", loss="hinge")),
     "forward_kl, robust": (on_dpo("robust", f_divergence_type="forward_kl", label_smoothing=0.1), dpo,
                            dict(divergence="forward_kl", loss="robust", label_smoothing=0.1)),
     "wpo": (on_dpo(use_weighting=True), dpo, dict(weigh_by_policy=True)),
-    "wpo, apo_zero": (on_dpo("apo_zero", use_weighting=True), dpo, dict(loss="apo_zero", weigh_by_policy=True)),
+    "wpo, apo_zero": (on_dpo("apo_zero", use_weighting=True), dpo,
+                      dict(loss="apo_zero", weigh_by_policy=True)),
     "ld_dpo": (on_dpo(ld_alpha=0.4), dpo, dict(tail_weight=0.4)),
     "ld_dpo, sppo_hard": (on_dpo("sppo_hard", ld_alpha=0.0), dpo, dict(loss="sppo_hard", tail_weight=0.0)),
     "sft": (on_dpo("sft"), imitate_preferred, {}),
@@ -133,8 +135,8 @@ def ask_trl(questions: dict, python: str) -> dict:
   with tempfile.TemporaryDirectory() as directory:
     asked, said = (pathlib.Path(directory) / name for name in ("questions.json", "answers.json"))
     asked.write_text(json.dumps(questions))
-    done = subprocess.run([python, str(pathlib.Path(__file__).with_name("trl_oracle.py")), str(asked), str(said)],
-                          capture_output=True, text=True)
+    oracle = pathlib.Path(__file__).with_name("trl_oracle.py")
+    done = subprocess.run([python, str(oracle), str(asked), str(said)], capture_output=True, text=True)
     if done.returncode:
       raise RuntimeError(f"TRL failed:\n{done.stderr[-3000:]}")
     return json.loads(said.read_text())

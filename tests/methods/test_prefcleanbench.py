@@ -136,7 +136,8 @@ def test_a_cleaned_source_says_where_its_rows_come_from_and_what_was_done(noisy,
   removed = cleaning.clean(noisy, seed=0, score="reward_gap", action="remove", rate=NOISE)
   assert len(removed) == ROWS - round(NOISE * ROWS)
   kept = np.flatnonzero(~source.verdict.flip)
-  assert removed.where(3) == noisy.where(int(kept[3])) and removed[3]["chosen"] == noisy[int(kept[3])]["chosen"]
+  same = int(kept[3])
+  assert removed.where(3) == noisy.where(same) and removed[3]["chosen"] == noisy[same]["chosen"]
 
 
 # ------------------------------------------------------------------------------------------ scores

@@ -5,7 +5,7 @@ Scores of PrefCleanBench (arXiv:2509.23564), with what its 13 cleaners make of t
   judge             a named function                                              judge-R, judge-F
   reward_gap        a small reward model on counts, trained here                  rwgap-R, rwgap-F
   committee         several of those                                              all-R/-F, maj-R/-F
-  stored            what any model has said, from a file                          rwgap, all, maj, ifd, ifd-gap
+  stored            what any model has said, from a file                          all that need a model
   tag_complexity    number of tags of the prompt                                  cmp
   tag_diversity     tags that no richer prompt has                                div
 
