@@ -46,7 +46,8 @@ def margins_of(workdir: pathlib.Path) -> tuple[Float[np.ndarray, "pairs"], Float
   pairs = [pair for pair in pairs if pair.task.row["gap"]]
   both = [data.compared(pair, tokenizer, group=0) for pair in pairs]
   answers = [t for pair in both for t in pair]
-  decoder, mesh = inputs.decoder_config(config.model, tokenizer), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  decoder = inputs.decoder_config(config.model, tokenizer)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   empty = states.initial_parameters(decoder, jax.random.key_data(jax.random.key(0)), mesh)
   reader, total = Likelihood(decoder), []
   for run in (workdir, pathlib.Path(config.start)):
