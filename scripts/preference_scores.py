@@ -107,7 +107,7 @@ def reward_gaps(run, config, source, rows, kind):
   del kind
   model = reward_models.RewardModel.load(run)
   pairs = comparisons(config, model.tokenizer, source, rows)
-  asked = [(pair.task, answer, True) for pair in pairs if pair for answer in pair.answers]
+  asked = [(pair.task, answer, True) for pair in pairs if pair for answer in pair.bare]
   read = iter(model.scores(asked))
   gap = []
   for pair in pairs:

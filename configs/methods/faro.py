@@ -20,6 +20,7 @@ def get_config():
   config.data.update(answers="answers", chosen="text", rejected="", preference="preference",
                      columns=("first", "group"))
   config.tokenizer.alphabet = "abcdefghxy:"
+  config.model.heads_on_top = (("score", 1),)
   config.comparisons.objective = [dict(name="bradley_terry"), dict(name="fairness", notion="parity")]
   return config
 

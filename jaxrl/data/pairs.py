@@ -47,6 +47,7 @@ class Comparison:
     critiques: texts about every answer, empty where there is none; no texts if nobody asked for them.
     steps: of every answer, each with its label; nothing if steps are not labelled.
     weaker: a pair whose preference is not as strong; None where preferences are not compared.
+    bare: the answers as rows hold them, without `tasks.solution_template`.
   """
 
   task: Task
@@ -55,6 +56,7 @@ class Comparison:
   critiques: tuple[str, ...] = ()
   steps: tuple[tuple[parts.Step, ...], ...] = ()
   weaker: "Comparison | None" = None
+  bare: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -172,7 +174,8 @@ class PairBuilder:
                      "nothing is preferred")
     task = self.tasks.parse(whole, where, False)
     weaker = self._weaker(row, where) if self.weaker else None
-    return Comparison(task, tuple(written), tuple(columns), tuple(critiques), tuple(steps), weaker)
+    return Comparison(task, tuple(written), tuple(columns), tuple(critiques), tuple(steps), weaker,
+                      tuple(answers))
 
   def _weaker(self, row, where):
     inner = present(row, self.weaker, "weaker", where)

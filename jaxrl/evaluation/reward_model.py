@@ -74,7 +74,7 @@ def evaluate(run: str | pathlib.Path, out: pathlib.Path, *, path: str = "", spli
                           for q, i in asked])
     return [x if isinstance(x, Exception) else reward_models.rating(x, number, levels, ordered)
             for x in found]
-  subject = dict(run=str(place), checkpoint=max(int(p.name) for p in (place / "checkpoints").glob("[0-9]*")),
+  subject = dict(run=str(place), checkpoint=reward_models.newest(place),
                  head=head, levels=levels, ordered=ordered)
   rows = _score_all(questions, score, model.tokenizer, out / "scores.jsonl",
                     {**subject, "data": _digest(questions)}, terminal)
@@ -120,7 +120,8 @@ def _questions(config, place, path, split, reading) -> tuple[list[Question], dat
 
 def _digest(questions):
   """What tells the data of one evaluation from those of another."""
-  text = json.dumps([[q.where.rpartition("/")[2], q.answers] for q in questions], sort_keys=True)
+  text = json.dumps([[q.where.rpartition("/")[2], q.row, q.answers] for q in questions], sort_keys=True,
+                    default=str)
   return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

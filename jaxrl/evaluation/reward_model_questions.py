@@ -188,7 +188,7 @@ def _of_list(row, where, reading, listed):
 def _of_pair(comparison, reading, where):
   if comparison is None:
     return None
-  return Question(row=comparison.task.row, answers=comparison.answers,
+  return Question(row=comparison.task.row, answers=comparison.bare,
                   grades=tuple(columns[PREFERENCE] for columns in comparison.columns),
                   subset=_subset(comparison.task.row, reading), where=where)
 

@@ -113,7 +113,7 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
   # clip, far above) for A < 0. Selecting the bound cuts the gradient where clip_fraction says.
   negative = advantages < 0
   lower = jnp.where(negative, 1 - low, 0)
-  upper = jnp.where(negative, dual_clip or jnp.inf, 1 + high)
+  upper = jnp.where(negative, jnp.inf if dual_clip is None else dual_clip, 1 + high)
   cut = (ratio < lower) | (ratio > upper)
   trusted = jnp.where(cut, jax.lax.stop_gradient(jnp.clip(ratio, lower, upper)), ratio)
   metrics = {

@@ -235,6 +235,12 @@ class EpisodeContext:
       raise ValueError(f"template {template!r} wants {{{error.args[0]}}}, but only "
                        f"{sorted(fields)} were given") from error
 
+  def prompt(self, template: str, **fields: str) -> list[int]:
+    """A filled template that stands alone: as `render`, behind BOS if the tokenizer has one, with which
+    all prompts of the data begin."""
+    bos = self._rollouts.tokenizer.bos_id
+    return ([] if bos is None else [bos]) + self.render(template, **fields)
+
   def _check_model(self, model, reads=False):
     if reads and self._rollouts.likelihood is None:
       raise ValueError("these rollouts were made without a Likelihood, which answers what episodes "

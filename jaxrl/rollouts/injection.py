@@ -52,7 +52,7 @@ async def best_and_flawed(ctx: EpisodeContext, task: Task, *, samples: int, kind
   if flaw:
     text = compose.build(flaw, rollouts, where="best_and_flawed: flaw")(rng, best.text, kinds[number])
   else:
-    asked = ctx.render(rewrite, question=task.question, answer=best.text, kind=kinds[number])
+    asked = ctx.prompt(rewrite, question=task.question, answer=best.text, kind=kinds[number])
     text = (await ctx.sample(asked))[0].text
   pair = [best]
   if text and text.strip() != best.text.strip():

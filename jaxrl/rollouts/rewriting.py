@@ -52,11 +52,11 @@ async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, m
   teaches = _filter(group, right_from)
   second = []
   if right and level in REWRITTEN[mode]:
-    asked = ctx.render("simplify" if level == "hard" else "vary", question=task.question,
+    asked = ctx.prompt("simplify" if level == "hard" else "vary", question=task.question,
                        answer=task.answer)
     rewriting, = await ctx.sample(asked, max_tokens=rewrite_tokens)
-    prompt = ctx.render("rewritten", question=rewriting.text)
-    if prompt:
+    if ctx.render("rewritten", question=rewriting.text):
+      prompt = ctx.prompt("rewritten", question=rewriting.text)
       second = await ctx.sample(prompt, n=samples, train=True)
       await ctx.score(task, second)
       rescued = _filter(second, right_from) and not teaches

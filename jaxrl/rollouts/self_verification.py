@@ -49,7 +49,7 @@ async def answer_or_verify(ctx: EpisodeContext, task: Task, *, samples: int, int
   if not is_verifying(memory["batches"], interval) or not items:
     return await ctx.sample(task.prompt, n=samples, train=train_answers)
   item = items[ctx.episode % len(items)]
-  prompt = ctx.render("verify", question=item["question"], answer=item["answer"])
+  prompt = ctx.prompt("verify", question=item["question"], answer=item["answer"])
   group = await ctx.sample(prompt, n=samples, train=True)
   for t in group:
     right = t.text.strip() == (yes if item["right"] else no)

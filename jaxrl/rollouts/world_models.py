@@ -38,11 +38,11 @@ async def imagine_next_states(ctx: EpisodeContext, task: Task, *, samples: int,
     The group, with the evidence `recovered`, exp(R), and `matches`, whether it is the real state.
   """
   row = _row(task)
-  inverse = ctx.render("inverse", state=row["state"], next=row["next"])
+  inverse = ctx.prompt("inverse", state=row["state"], next=row["next"])
   action, = await ctx.sample(inverse, temperature=temperature, model="reference")
-  forward = ctx.render("forward", state=row["state"], action=action.text)
+  forward = ctx.prompt("forward", state=row["state"], action=action.text)
   group = await ctx.sample(forward, n=samples, train=True)
-  prompts = [ctx.render("inverse", state=row["state"], next=t.text) for t in group]
+  prompts = [ctx.prompt("inverse", state=row["state"], next=t.text) for t in group]
   await _reward(ctx, group, prompts, [action.tokens[action.prompt_length:]] * samples, floor, total)
   return _matched(group, row["next"])
 
@@ -65,9 +65,9 @@ async def explain_transitions(ctx: EpisodeContext, task: Task, *, samples: int,
     `action`, where it has one.
   """
   row = _row(task)
-  group = await ctx.sample(ctx.render("inverse", state=row["state"], next=row["next"]), n=samples,
+  group = await ctx.sample(ctx.prompt("inverse", state=row["state"], next=row["next"]), n=samples,
                            train=True)
-  prompts = [ctx.render("forward", state=row["state"], action=t.text) for t in group]
+  prompts = [ctx.prompt("forward", state=row["state"], action=t.text) for t in group]
   await _reward(ctx, group, prompts, [np.asarray(ctx.encode(row["next"]))] * samples, floor, total)
   return _matched(group, row.get("action"))
 

@@ -236,21 +236,20 @@ def _forward(learning, params, batch, names, reference):
                             vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
     return {name: _by_unit(outputs.get(name), batch) for name in names}
 
-  def all_rows(x):
-    shape = batch.tokens.shape
-    return x.reshape(shape if x.size == batch.tokens.size else (*shape, -1))
+  def all_rows(x, axes):  # the first of which say which token
+    return x.reshape(*batch.tokens.shape, *x.shape[axes:])
 
   def body(i, out):
     return jax.tree.map(lambda o, x: jax.lax.dynamic_update_index_in_dim(o, x, i, 1), out, one(i))
 
   count = _micro_batches(batch)
   if count == 1:
-    return jax.tree.map(all_rows, one(0))
+    return jax.tree.map(lambda x: all_rows(x, 3), one(0))
   zeros = jax.tree.map(lambda s: jnp.zeros((s.shape[0], count, *s.shape[1:]), s.dtype),
                        jax.eval_shape(one, 0))
   outs = _streams(learning, batch, body, zeros)
   # Each stream has filled its own micro-batches and left zeros elsewhere.
-  return jax.tree.map(lambda *o: all_rows(sum(o[1:], o[0])), *outs)
+  return jax.tree.map(lambda *o: all_rows(sum(o[1:], o[0]), 4), *outs)
 
 
 def _gradient(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch

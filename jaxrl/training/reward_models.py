@@ -64,8 +64,7 @@ class RewardModel:
     """
     place = pathlib.Path(run).absolute()
     check(place)
-    newest = max(int(p.name) for p in (place / "checkpoints").glob("[0-9]*"))
-    return _load(place, mesh or sharding.make_mesh(), newest)
+    return _load(place, mesh or sharding.make_mesh(), newest(place))
 
   def scores(self, asked: Sequence[tuple[Task, str, bool]]) -> list[np.ndarray | ValueError]:
     """What the heads say at the end of each answer, or of its last step. [heads] each, float32
@@ -137,8 +136,7 @@ def check(run: str | pathlib.Path) -> int:
     if not (place / needed).exists():
       raise ValueError(f"run={str(run)!r} has no {needed}: name the --workdir of a run that has "
                        "trained a reward model and saved a checkpoint")
-  if not any((place / "checkpoints").glob("[0-9]*")):
-    raise ValueError(f"run={str(run)!r} has no checkpoint yet")
+  newest(place)
   model = _model_of(place)
   count = sum(width for name, width in model["heads_on_top"] if name != VALUE_HEAD)
   count += bool(model.get("verdict"))
@@ -146,6 +144,18 @@ def check(run: str | pathlib.Path) -> int:
     raise ValueError(f"run={str(run)!r} has trained no reward model: its config.model.heads_on_top="
                      f"{model['heads_on_top']} has no head beside the value, and there is no verdict")
   return count
+
+
+def newest(run: str | pathlib.Path) -> int:
+  """The number of a run's last checkpoint; one that is being saved, or was given up, is none.
+
+  Raises:
+    ValueError: there is none.
+  """
+  numbers = [int(p.name) for p in (pathlib.Path(run) / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
+  if not numbers:
+    raise ValueError(f"run={str(run)!r} has no checkpoint yet")
+  return max(numbers)
 
 
 def index_of(run: str | pathlib.Path, head: int | str) -> int:

@@ -60,7 +60,12 @@ def _begin(state: NullSpace, start: PhaseStart, *, ratio, since, clip, metric, t
     return rows.reshape(like.shape)
   return state._replace(
       taken={name: taken(name, x) for name, x in state.taken.items()},
-      limit={name: clip * parts[name][1][:, 0] for name in state.limit})
+      limit={name: _limit(clip, parts[name][1][:, 0]) for name in state.limit})
+
+
+def _limit(clip, norm):
+  """Of a matrix that earlier training did not move, such as a new head, there is none."""
+  return jnp.where(norm > 0, clip * norm, jnp.inf)
 
 
 @begins(_begin)

@@ -18,6 +18,8 @@ END = "$"
 class Characters:
   """One token per character."""
 
+  bos_id = None
+
   def encode(self, text):
     return [ord(c) for c in text]
 

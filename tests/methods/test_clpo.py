@@ -23,6 +23,7 @@ class World:
   """Answers by prompt: texts in turn; "7" is right, "x" cannot be judged."""
 
   labels, has_workers = ["right"], False
+  bos_id = None
 
   def __init__(self, answers):
     self.answers, self.asked = answers, []

@@ -95,6 +95,7 @@ def test_intervals_count_batches_where_each_has_several_updates(updates):
 
 class World:
   labels, has_workers = ["right"], False
+  bos_id = None
 
   def __init__(self, says):
     self.says, self.asked = says, []

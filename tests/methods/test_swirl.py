@@ -15,6 +15,8 @@ TEMPLATES = dict(forward="{state}+{action}=", inverse="{state}={next}+")
 
 
 class Characters:
+  bos_id = None
+
   def encode(self, text):
     return [ord(c) for c in text]
 

@@ -267,13 +267,11 @@ def test_groups_stay_in_one_row(seed):
   assert batches.PREFERENCE in batch.columns
 
 
-def test_a_long_group_raises_the_row_length_and_trunks_are_refused():
+def test_a_long_group_raises_the_row_length():
   trajectories = pairs(0)
   longest = max(sum(len(t.tokens) for t in trajectories if t.group == g) for g in (0, 7, 14, 21))
   batch = pack(trajectories, row_length=longest - 1, together=True)
   assert batch.tokens.shape[1] == batches.bucket(longest)
-  with pytest.raises(ValueError, match="together=True"):
-    pack(trajectories, trunk_length=8, together=True)
 
 
 def test_pairs_that_the_policy_would_write_count_more():

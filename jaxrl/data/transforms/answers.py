@@ -8,7 +8,7 @@ Judgements are published in many shapes. Left: a row of the file; right: what re
   {instruction, completions: [{response, overall_score}, ...]}     PairBuilder alone, with
         config.data.answers="completions", chosen="response", rejected="", columns=("overall_score",)
   {conversation_a, conversation_b, winner}                         votes
-  {question, model_a, model_b, answer_a, answer_b, winner}         jaxrl.data.votes:pairs_of_votes
+  {question, model_a, model_b, answer_a, answer_b, winner}         jaxrl.data.votes, which ranks models too
 
 Lists of graded answers, whether read or made here, become pairs by `pair_answers`, and rankings by
 `rank_answers`. Questions that are in none of the other splits are chosen by `hold_out`.
