@@ -118,12 +118,14 @@ def test_models_of_rewards_find_wrong_labels_and_tags_of_prompts_do_not(cleaned,
   """What does not look at the answers flags right and wrong labels alike: its precision is the noise."""
   measured = {name: found.measure(source) for name, source in cleaned.items()}
   blind = measured["tag_complexity"]["precision"]
-  assert abs(blind - wrong.mean()) < 4 * np.sqrt(NOISE * (1 - NOISE) / (NOISE * ROWS))
+  deviation = np.sqrt(NOISE * (1 - NOISE) / (NOISE * ROWS))  # of the precision of flags without sight
+  assert abs(blind - wrong.mean()) < 4 * deviation
   for name in ("reward_gap", "majority"):
-    assert measured[name]["recall"] > 0.55 and measured[name]["precision"] > 2 * wrong.mean()
+    assert measured[name]["precision"] > wrong.mean() + 4 * deviation
+    assert measured[name]["recall"] > measured["tag_complexity"]["recall"]
   assert measured["all"]["precision"] >= measured["majority"]["precision"]
   assert measured["all"]["recall"] <= measured["majority"]["recall"]
-  assert measured["reward_gap"]["right_labels"] > 1 - wrong.mean() + 0.02
+  assert measured["reward_gap"]["right_labels"] > 1 - wrong.mean()
   assert measured["tag_complexity"]["right_labels"] < 1 - wrong.mean()
 
 
