@@ -56,6 +56,17 @@ def by_sequence(function: Callable) -> Callable:
   return function
 
 
+def of_pairs(function: Callable) -> Callable:
+  """Declares `by_sequence`, and that a group of any other size than two has no loss."""
+  function.of_pairs = True
+  return by_sequence(function)
+
+
+def is_of_pairs(piece: Callable) -> bool:
+  """Whether a term, bare or built, declared `of_pairs`."""
+  return getattr(_bare(piece), "of_pairs", False)
+
+
 def is_by_sequence(piece: Callable) -> bool:
   """Whether a term, bare or built, declared `by_sequence`."""
   return getattr(_bare(piece), "by_sequence", False)

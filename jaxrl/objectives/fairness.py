@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, sum_by_group, to_tokens
-from jaxrl.compose import by_sequence, carries, needs, nearest, prepares
+from jaxrl.compose import carries, nearest, needs, of_pairs, prepares
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, constant_of, in_pairs, loss_of_pairs, of_other
 from jaxrl.objectives.pairs import preferences
@@ -85,7 +85,7 @@ def _pull_together(batch, memory, soft, hard, group, is_first, tolerance, rate, 
 
 @carries(_start)
 @prepares(_prepare)
-@by_sequence
+@of_pairs
 @needs("scores", "old_scores")
 def fairness(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, notion: str = "parity",
              group: str = "group", first: str = "first", given: str | None = None, levels: int = 1,

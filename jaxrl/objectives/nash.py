@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
-from jaxrl.compose import by_sequence, needs
+from jaxrl.compose import needs, of_pairs
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, diagnostics, loss_of_pairs, of_other, reduce
 from jaxrl.objectives.pairs import token_weights
@@ -18,7 +18,7 @@ def _read(rho, models):
   return (*reference, *(() if known and rho == 1 else models))
 
 
-@by_sequence
+@of_pairs
 @needs(lambda rho, models: [f"{model}_logprobs" for model in _read(rho, models)])
 def mnpo(outputs: ModelOutputs, batch: TokenBatch, *, rho: float = 1 / 3, eta: float = 1.0,
          models: Sequence[str] = ("previous", "before"), weights: Sequence[float] = ()) -> TermOutput:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxrl.batch import PADDING, STRONGER, TUPLE, ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, sum_by_group, to_tokens
-from jaxrl.compose import by_sequence, needs, prepares
+from jaxrl.compose import needs, of_pairs, prepares
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, constant_of, diagnostics, in_pairs, loss_of_pairs
 from jaxrl.objectives.pairs import of_other, preferences, reduce, token_weights
@@ -28,7 +28,7 @@ def _margins(batch, *, beta, most, model):
 
 
 @prepares(_margins)
-@by_sequence
+@of_pairs
 @needs("reference_logprobs", lambda model: (f"{model}_logprobs",))
 def dpo_pop(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1, most: float = 5.0,
             model: str = "average") -> TermOutput:

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, to_tokens
-from jaxrl.compose import by_sequence, nearest, needs
+from jaxrl.compose import by_sequence, nearest, needs, of_pairs
 from jaxrl.log_ratio import cap, check_clamp, clamped, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, diagnostics, loss_of_pairs, of_other, preferences
 from jaxrl.objectives.pairs import reduce, token_weights
 
 
-@by_sequence
+@of_pairs
 @needs("reference_logprobs", lambda weigh_by_policy: ("collision",) if weigh_by_policy else ())
 def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta: float = 0.1,
         label_smoothing: float = 0.0, divergence: str = "reverse_kl", alpha: float = 0.5,
@@ -108,7 +108,7 @@ def dpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str = "sigmoid", beta
   return loss_of_pairs(batch, values), diagnostics(batch, beta * ratio, h) | unclamped
 
 
-@by_sequence
+@of_pairs
 def cpo(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1,
         label_smoothing: float = 0.0) -> TermOutput:
   """Contrastive preference optimisation: DPO without a reference (arXiv:2401.08417, eq. 5).
@@ -123,7 +123,7 @@ def cpo(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1,
   return loss_of_pairs(batch, logistic(h, label_smoothing)), diagnostics(batch, reward, h)
 
 
-@by_sequence
+@of_pairs
 def simpo(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 2.0, gamma: float = 1.0,
           label_smoothing: float = 0.0) -> TermOutput:
   """Simple preference optimisation (arXiv:2405.14734, eq. 6).
@@ -144,7 +144,7 @@ def simpo(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 2.0, gamma:
   return loss_of_pairs(batch, logistic(h - gamma, label_smoothing)), diagnostics(batch, reward, h)
 
 
-@by_sequence
+@of_pairs
 def orpo(outputs: ModelOutputs, batch: TokenBatch, *, beta: float = 0.1) -> TermOutput:
   """Odds-ratio preference optimisation (arXiv:2403.07691, eq. 6-7), to be added to
   `imitate_preferred`.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxrl.batch import CRITIQUE, ModelOutputs, TokenBatch
 from jaxrl.batch import at_last_tokens, column_of, sum_by_group, sum_by_sequence, to_tokens
-from jaxrl.compose import by_sequence, needs
+from jaxrl.compose import by_sequence, needs, of_pairs
 from jaxrl.objectives import beta as betas
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, diagnostics, loss_of_pairs, loss_of_sequences
@@ -59,7 +59,7 @@ def sequence_scores(outputs: ModelOutputs, batch: TokenBatch, head: int = 0
   return at_ends(batch, scores_of_head(outputs, head))
 
 
-@by_sequence
+@of_pairs
 @needs("scores")
 def bradley_terry(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0,
                   margin: str | None = None, centre: float = 0.0, label_smoothing: float = 0.0
@@ -96,7 +96,7 @@ def bradley_terry(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0,
   return loss_of_pairs(batch, values), diagnostics(batch, score, difference, "score")
 
 
-@by_sequence
+@of_pairs
 @needs("scores")
 def beta_preference(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, confidence: int = 1,
                     prior: Sequence[float] = (1.0, 1.0), weight: float = 0.1,

@@ -26,7 +26,7 @@ def _build(loss):
   """
   term = compose.build(loss, preference, where="rpo: loss")
   name = compose.name_of(term)
-  if not compose.is_by_sequence(term) or compose.initial_of(term) or hasattr(term.func, "prepare"):
+  if not compose.is_of_pairs(term) or compose.initial_of(term) or hasattr(term.func, "prepare"):
     raise ValueError(f"rpo: loss={name!r} is no function of the log-probabilities of one pair; dpo, cpo, "
                      "simpo and orpo are")
   for key, value in term.keywords.items():
@@ -82,7 +82,7 @@ def _expect(batch, memory, *, loss, annotator, annotators, rate):
 @compose.carries(lambda reliability, annotators: {"reliability": jnp.full((annotators,), reliability,
                                                                           jnp.float32)})
 @compose.prepares(_expect)
-@compose.by_sequence
+@compose.of_pairs
 @compose.needs("old_logprobs", _signals)
 def rpo(outputs: ModelOutputs, batch: TokenBatch, *, loss: str | Mapping[str, Any],
         reliability: float = 0.9, rate: float = 0.1, annotator: str | None = None,

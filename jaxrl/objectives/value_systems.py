@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, sum_by_sequence, to_tokens
-from jaxrl.compose import by_sequence, carries, needs, prepares
+from jaxrl.compose import carries, needs, of_pairs, prepares
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, in_pairs, loss_of_pairs, mean_of_pairs, of_other
 from jaxrl.objectives.pairs import preferences
@@ -55,7 +55,7 @@ def _prepare(batch, memory, *, values, clusters, agent, value, head, rate, decay
 
 @carries(_start)
 @prepares(_prepare)
-@by_sequence
+@of_pairs
 @needs("scores", "old_scores")
 def value_systems(outputs: ModelOutputs, batch: TokenBatch, *, values: int, clusters: int,
                   agent: str = "agent", value: str = "value", head: int = 0, rate: float = 0.5,

@@ -69,7 +69,9 @@ async def transferable_answers(ctx: EpisodeContext, task: Task, *, samples: int,
       for head, wanted in zip(heads, asked) if wanted]))
   for t, wanted, away in zip(group, asked, given_away):
     transfer = next(finished) if wanted else 0.0
-    if t.scored:
+    if transfer is None:
+      t.scored = False
+    elif t.scored:
       t.reward = answer_weight * t.reward + transfer_weight * transfer
       t.evidence |= {"transfer": ok(transfer), "given_away": ok(float(away))}
   return group
@@ -89,9 +91,9 @@ def _part_of_thought(ctx, t, share, boundary):
 
 
 async def _finish(ctx, task, head, receivers, max_tokens, temperature):
-  """Mean reward of what the reference makes of a thought; 0 where none can be judged."""
+  """Mean reward of what the reference makes of a thought; None where none can be judged."""
   left = max_tokens - (len(head.tokens) - head.prompt_length)
   found = await ctx.sample(head.tokens.tolist(), n=receivers, max_tokens=left,
                            temperature=temperature, model="reference")
   scores = await ctx.score(task, continued(head, found))
-  return float(scores.mean()) if scores.count() else 0.0
+  return float(scores.mean()) if scores.count() else None

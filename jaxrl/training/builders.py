@@ -1,5 +1,6 @@
 """From a config to the parts of a run; every mistake in it is found here, before any compute."""
 
+import collections
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -540,8 +541,15 @@ def _check_samples(settings, built):
 
 
 def _check_frozen(phases):
-  """Refuses frozen models that no phase keeps."""
+  """Refuses frozen models that no phase keeps, and averages that would stand still."""
   kept = {name for phase in phases for name in phase.learning.kept}
+  for phase in phases:
+    for name in phase.learning.kept:
+      decay, dtype = phase.learning.models[name].decay, phase.learning.decoder.param_dtype
+      if decay and dtype != "float32":
+        raise ValueError(f"the model {name!r} of phase {phase.name} is a moving average (decay={decay}) of "
+                         f"{dtype} parameters, whose steps are too small for that type: use "
+                         "config.model.param_dtype='float32', or decay=0")
   for name in dict.fromkeys(name for phase in phases for name in phase.settings.frozen):
     if name not in kept:
       raise ValueError(f"config.frozen.{name} describes a model that nothing reads: no term and no piece "
@@ -593,6 +601,7 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
     made = [to_trajectories([example]) for example in examples]
+    _check_pairs(phase, made)
     sizes = [sum(len(t.tokens) for t in pair) for pair in made]
     shared = _prompts_of(made)
   elif _asks_pairs(phase.settings):
@@ -609,6 +618,17 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared if phase.kind in PAIRED else ())
+
+
+def _check_pairs(phase, made):
+  """Refuses losses of pairs for data without any, which would be 0 without a word."""
+  counts = sorted({n for group in made for n in collections.Counter(t.group for t in group).values()})
+  for i, term in enumerate(phase.learning.terms):
+    if made and 2 not in counts and compose.is_of_pairs(term):
+      raise ValueError(f"config.objective[{i}]: {compose.name_of(term)} compares pairs, but the first rows of "
+                       f"config.data.train hold {' or '.join(map(str, counts))} answers each, which have no "
+                       "loss: make pairs of lists with config.data.transforms=[dict(name='pair_answers')], or "
+                       "use a loss of lists or of single answers, such as plackett_luce, ordinal or kto")
 
 
 def _prompts_of(made):

@@ -116,9 +116,9 @@ def test_several_receivers_are_averaged_and_without_transfer_it_is_grpo():
   assert found[0].reward == pytest.approx(0.5 * 0.75)
   found, _ = play(["abcdefghij=8", "abcdefghij=7"], lambda text: "=7", transfer_weight=0.0)
   assert [t.reward for t in found] == [0.0, 1.0]
-  # What cannot be judged says nothing; nothing at all is 0.
+  # What nobody can judge is no 0: it leaves the statistics of the group.
   found, _ = play(["abcdefghij=8"], lambda text: "=x", receivers=2)
-  assert found[0].scored and found[0].reward == 0.0
+  assert not found[0].scored
 
 
 def test_a_receiver_that_is_always_right_shifts_rewards_only():

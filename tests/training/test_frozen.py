@@ -153,6 +153,7 @@ def test_a_run_goes_on_after_a_stop_to_the_same_bits(tmp_path):
     ({"frozen.previous.follows": "before"}, "-> previous -> before.* never comes to the policy"),
     ({"frozen.previous.decay": "1.0"}, "config.frozen.previous.decay=1.0 must be at least 0 and below 1"),
     ({"frozen.previous.every": "-1"}, "config.frozen.previous.every=-1 must be a number of updates"),
+    ({"frozen.before.decay": "0.9", "model.param_dtype": "bfloat16"}, "moving average .* too small"),
     ({"frozen.before.lag": "True"}, "config.frozen.before.lag=True is about the policy"),
     ({"frozen.action": "{'every': 1}"}, "'action_values' is a signal of the policy"),
     ({"frozen.old": "{'every': 1}"}, "cannot be called 'old'"),
