@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl import config as configs
 from jaxrl.evidence import methods
+from jaxrl.training import curves
 from jaxrl.training import run
 from jaxrl.training.machine import CompileCounter
 
@@ -42,6 +43,16 @@ def small(spec):
   return config
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+  """Programs that run for milliseconds need no optimisation, and nobody looks at the pictures."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(curves, "draw", lambda *_: None)
+    yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def start_of(tmp_path_factory):
   """For a config, a supervised run that gets some of its problems right, so that rewards differ."""
@@ -56,6 +67,7 @@ def start_of(tmp_path_factory):
       warm.sft.steps, warm.sft.until = 60, None
       warm.optimizer.learning_rate = 3e-3
       warm.checkpoint.every = 0
+      warm.evaluate.update(problems=0, pairs=0)
       run.run(warm, made[key], quiet=True)
     return str(made[key])
   return start_of
