@@ -8,7 +8,7 @@ mean of six maths sets 41.08 -> 45.04 (Nemotron-H-8B), 68.29 -> 69.87 (R1-Distil
 GRPO. Small-scale check: tests/methods/test_igrpo.py.
 
 The paper's template tells the model in words that the draft may be wrong. The toy's alphabet has no
-words: its template writes the draft in front of the question, and its warm start has seen such
+words: its template writes the draft behind the question, and its warm start has seen such
 questions with drafts that are as often wrong as right.
 """
 
@@ -18,7 +18,7 @@ from configs import grpo
 def get_config():
   config = grpo.get_config()
   config.rollout.episode = dict(name="draft_then_refine", drafts=4, samples=4)
-  config.rollout.templates.refine = "{draft}={question}"
+  config.rollout.templates.refine = "{draft}="
   return config
 
 

@@ -22,7 +22,7 @@ def get_config():
   config.rollout.edits = [dict(name="jaxrl.rollouts.degeneration:punish_degenerate", penalty=-1.0,
                                ngram=20, times=3)]
   config.advantage = [dict(name="leave_one_out"), dict(name="penalise_centred_kl", beta=2e-4)]
-  config.objective = [*config.objective, dict(name="entropy", coefficient=1e-3)]
+  config.objective = [*config.objective, dict(name="entropy", coefficient=1e-3, aggregation="token_mean")]
   config.reference.update(every=1, decay=0.99)
   return config
 

@@ -17,15 +17,16 @@ def inverse_rewards(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
                     outcome: float = 0.0) -> Credit:
   """Returns under a learned reward, and how that is to change (rePIRL, arXiv:2602.07832).
 
-  With r(t) the critic's value at token t, and for each answer j of the policy to a prompt
+  With r(t) the critic's value at token t, r0 its mean over the tokens of all answers of the policy, and
+  for each answer j of the policy to a prompt
 
-    R_j = sum_t (r(t) - entropy * log policy(t)) + outcome * (its given reward)
+    R_j = sum_t (r(t) - r0 - entropy * log policy(t)) + outcome * (its given reward)
     w_j = softmax_j((mean_t r(t) - mean_t log policy(t)) / temperature), at most max_weight
 
   the log-likelihood of the expert under p(tau) ~ exp(R(tau)) has the gradient of r at the expert minus
   that at the policy's answers, weighed by w: importance weights of the policy as the proposal for
-  the partition function. Means in place of sums keep w from preferring short answers; what a cap
-  cuts off is lost.
+  the partition function. Means in place of sums keep w from preferring short answers, and r0 keeps R
+  from preferring long ones; what a cap cuts off is lost.
 
   Args:
     batch: supplies groups, `columns["expert"]` of `rollouts.group_and_expert`,
@@ -60,11 +61,12 @@ def inverse_rewards(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
   share = jnp.where(own, jnp.exp(score - highest), 0)
   total = sum_by_group(batch, share)
   weight = jnp.minimum(jnp.where(own, share / jnp.where(total > 0, total, 1), 0), max_weight)
-  learned = sum_by_sequence(batch, jnp.where(
-      mask, values - entropy * batch.signals["logprobs"], 0)) + outcome * rewards
 
   def mean_over(which, x):
     return jnp.sum(jnp.where(which, x, 0)) / jnp.maximum(jnp.sum(which), 1)
+  level = mean_over(mask & to_tokens(batch, own), values)
+  learned = sum_by_sequence(batch, jnp.where(
+      mask, values - level - entropy * batch.signals["logprobs"], 0)) + outcome * rewards
   centred = jnp.where(own, learned - mean_over(own, learned), 0)
   given = jnp.where(own, rewards - mean_over(own, rewards), 0)
   scale = jnp.sqrt(jnp.sum(centred ** 2) * jnp.sum(given ** 2))

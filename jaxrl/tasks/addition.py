@@ -1,5 +1,5 @@
-"""Addition of two numbers: `123+456=` -> `579`; with a draft in front, `589=123+456=`; as a question
-about an answer, `123+456=589+` -> `0`; or to be put in other words, `=123+456=` -> `456+123=`."""
+"""Addition of two numbers: `123+456=` -> `579`; with a draft behind it, `123+456=589=`; as a
+question about an answer, `123+456=589+` -> `0`; or to be put in other words, `=123+456=` -> `456+123=`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
     digits: digits of each operand, 1 (0 to 9) to 18.
     answer_format: how the sum is written, `plain` (579) or `reversed` (975: each digit then depends
       on operand digits and one carry only, which a small model learns sooner).
-    drafts: share of questions that begin with somebody's answer, wrong in a digit as often as right.
+    drafts: share of questions that end with somebody's answer, wrong in a digit as often as right.
     verdicts: share of questions, among the others, that end with such an answer and want to know
       whether it is right, 1, or not, 0.
     rewrites: share of questions, among the others, that want another question with the same answer.
@@ -33,7 +33,7 @@ def sample(rng: np.random.Generator, *, digits: int = 3, answer_format: str = "p
   answer = _written(a + b, answer_format)
   question = f"{a}+{b}="
   if drafts and rng.random() < drafts:
-    question = f"{_draft(rng, answer)}={question}"
+    question = f"{question}{_draft(rng, answer)}="
   elif verdicts and rng.random() < verdicts:
     draft = _draft(rng, answer)
     question, answer = f"{question}{draft}+", str(int(draft == answer))

@@ -11,7 +11,9 @@ from jaxrl import advantages, compose, objectives, rollouts
 from jaxrl import config as configs
 from jaxrl.advantages.chain import chain
 from jaxrl.batch import ModelOutputs, pack
+from jaxrl.evidence import methods
 from jaxrl.objectives.aggregate import loss_weights, sum_of_terms
+from jaxrl.tasks import addition
 
 TEMPLATES = dict(refine=" draft {draft}, again {question} ")
 
@@ -154,3 +156,15 @@ def test_the_config_builds_and_keeps_the_budget_of_its_parent():
   assert sum(built.keywords[k] for k in ("drafts", "samples")) == parent.rollout.episode.samples
   text = config.rollout.templates.refine.format(draft="975", question="123+456=")
   assert set(text) <= set(config.tokenizer.alphabet)
+
+
+def test_the_warm_start_has_seen_prompts_as_the_episode_writes_them():
+  """A refinement's prompt is the plain one and the template, and so is the task's."""
+  template = configs.load("configs/methods/igrpo.py").rollout.templates.refine
+  warm = methods.evidence_of("igrpo").warm["data.task"]
+  rng = np.random.default_rng(0)
+  rows = [addition.sample(rng, **dict(warm, drafts=1.0)) for _ in range(20)]
+  for row in rows:
+    plain, draft = f"{row['a']}+{row['b']}=", row["question"].split("=")[1]
+    assert row["question"] == plain + template.format(draft=draft, question=plain)
+    assert len(draft) == len(row["answer"]) and addition.check(row, row["answer"])

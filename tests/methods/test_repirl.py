@@ -73,12 +73,20 @@ def test_the_term_s_gradient_is_that_of_the_expert_s_likelihood():
 def test_returns_are_those_of_the_equation_and_experts_have_none(entropy, outcome):
   batch, made = batch_of(seed=2)
   found = run(batch, entropy=entropy, outcome=outcome)
-  returns = np.array([np.sum(t.signals["action_values"][1:] - entropy * t.signals["logprobs"][1:])
-                      + outcome * t.reward for t in made])
   own = np.array([t.scored and not t.columns["expert"] for t in made])
+  level = np.mean([v for t, mine in zip(made, own) if mine for v in t.signals["action_values"][1:]])
+  returns = np.array([
+      np.sum(t.signals["action_values"][1:] - level - entropy * t.signals["logprobs"][1:])
+      + outcome * t.reward for t in made])
   values = np.asarray(found.values)[:len(made)]
   np.testing.assert_allclose(values[own], returns[own] - returns[own].mean(), rtol=1e-4, atol=1e-4)
   assert not values[~own].any()
+
+
+def test_a_reward_that_is_the_same_everywhere_prefers_no_length():
+  batch, _ = batch_of(seed=6)
+  alike = batch.with_signals(action_values=jnp.full_like(batch.signals["action_values"], 3.0))
+  np.testing.assert_allclose(run(alike, entropy=0.0).values, 0, atol=1e-5)
 
 
 def test_weights_sum_to_1_for_each_prompt_unless_capped():
