@@ -116,6 +116,11 @@ def prepared(piece: Callable, batch: Any, memory: Any) -> tuple[dict[str, Any], 
   return _with_keywords(functools.partial(prepare, batch, memory), piece)
 
 
+def is_prepared(piece: Callable) -> bool:
+  """Whether a term, bare or built, declared `prepares`."""
+  return hasattr(_bare(piece), "prepare")
+
+
 def begins(function: Callable) -> Callable[[Callable], Callable]:
   """Declares what a transformation of gradients looks up before the first update of a phase.
 
@@ -153,6 +158,13 @@ def signals_of(piece: Callable) -> tuple[str, ...]:
 def name_of(piece: Callable) -> str:
   """The name of a piece, bare or built."""
   return _bare(piece).__name__
+
+
+def labels_of(pieces: Sequence[Callable]) -> list[str]:
+  """A label for each piece of a list: its name, with `_2`, `_3`, ... for its second and third use."""
+  names = [name_of(piece) for piece in pieces]
+  uses = [names[:i].count(name) + 1 for i, name in enumerate(names)]
+  return [name if n == 1 else f"{name}_{n}" for name, n in zip(names, uses)]
 
 
 def nearest(name: str, valid) -> str:

@@ -9,12 +9,14 @@ with them then adds up over micro-batches and devices to the same loss, gradient
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrl.batch import TokenBatch, sum_by_sequence, to_tokens
-from jaxrl.compose import name_of, nearest, signals_of
+from jaxrl.compose import labels_of, nearest, signals_of
+from jaxrl.schedule import Schedule
 
 # What a term returns: a loss per token, and diagnostics per token by name.
 TermOutput = tuple[Float[Array, "rows length"], dict[str, Float[Array, "rows length"]]]
@@ -24,10 +26,16 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Aggregation:
-  """Arguments of `loss_weights`."""
+  """How a term's losses per token become its share of the loss: arguments of `loss_weights`, and what
+  that is multiplied by, a number that may change over the updates."""
 
   kind: str
   constant: float | None = None
+  weight: float | Schedule = 1.0
+
+  def weight_at(self, step: Any) -> Any:
+    """The weight at an update."""
+    return self.weight(step) if isinstance(self.weight, Schedule) else self.weight
 
 
 def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None = None
@@ -89,17 +97,15 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
   Returns:
     `loss_and_metrics(outputs, batch, weights, mean_weights)` -> (loss, metrics): both are sums over
     the tokens at hand, under `weights` and `mean_weights`. Both are one array, or a sequence with
-    one for each term. Metrics are those of the terms, and `loss/<term>` for each.
+    one for each term. Metrics are those of the terms, and `loss/<term>` for each, with a term's label
+    of `compose.labels_of`. What an earlier term reports under the same name is `<term>/<metric>`.
 
   Raises:
-    ValueError: no term, or the same term twice; from the returned function: a signal that a term
-      declared is missing, or two terms report the same metric.
+    ValueError: no term; from the returned function: a signal that a term declared is missing.
   """
-  names = [name_of(term) for term in terms]
+  names = labels_of(terms)
   if not names:
     raise ValueError("objective lists no term: name at least one, such as 'clipped_surrogate'")
-  if repeated := [name for name in names if names.count(name) > 1]:
-    raise ValueError(f"objective lists {repeated[0]!r} {len(repeated)} times: keep one of them")
 
   def loss_and_metrics(outputs, batch, weights, mean_weights):
     each, means = [x if isinstance(x, Sequence) else [x] * len(terms)
@@ -113,10 +119,7 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
       metrics[f"loss/{name}"] = jnp.sum(own * values)
       loss += metrics[f"loss/{name}"]
       for key, per_token in diagnostics.items():
-        if key in metrics:
-          raise ValueError(f"objective term {name!r} reports the metric {key!r}, and so does "
-                           "another term: rename it in one of them")
-        metrics[key] = jnp.sum(mean * per_token)
+        metrics[f"{name}/{key}" if key in metrics else key] = jnp.sum(mean * per_token)
     return loss, metrics
 
   return loss_and_metrics

@@ -26,7 +26,7 @@ def _build(loss):
   """
   term = compose.build(loss, preference, where="rpo: loss")
   name = compose.name_of(term)
-  if not compose.is_of_pairs(term) or compose.initial_of(term) or hasattr(term.func, "prepare"):
+  if not compose.is_of_pairs(term) or compose.initial_of(term) or compose.is_prepared(term):
     raise ValueError(f"rpo: loss={name!r} is no function of the log-probabilities of one pair; dpo, cpo, "
                      "simpo and orpo are")
   for key, value in term.keywords.items():

@@ -1,10 +1,8 @@
 """From a config to the parts of a run; every mistake in it is found here, before any compute."""
 
-import collections
 from collections.abc import Callable
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import pathlib
@@ -18,9 +16,7 @@ from jaxrl import advantages
 from jaxrl import compose
 from jaxrl import config as configs
 from jaxrl import data
-from jaxrl import objectives
 from jaxrl import rollouts as rollout_lib
-from jaxrl.rollouts import edits
 from jaxrl.rollouts.edits import MISMATCHED
 from jaxrl import sharding
 from jaxrl.batch import PREFERENCE
@@ -31,17 +27,17 @@ from jaxrl.batch import TUPLE
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
 from jaxrl.models import critic_from_policy
-from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.rewards import Scorer
 from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Sampler
-from jaxrl.sampling import SamplingParams
 from jaxrl.training import frozen
 from jaxrl.training import inputs
 from jaxrl.training import learner
 from jaxrl.training import optimizers
+from jaxrl.training import pieces
 from jaxrl.training import processes
 from jaxrl.training import references
+from jaxrl.training import refusals
 from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
@@ -60,14 +56,6 @@ KINDS = ("sft", "rl", *PAIRED, "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 REMEMBERED = 4  # rehearsals of earlier runs
 _REHEARSALS: dict[tuple, Rehearsal] = {}
-AT_LEAST = {  # smallest values of settings that nothing else checks
-    "seed": 0, "batch.examples": 1, "batch.row_length": 1, "batch.micro_batch_rows": 0,
-    "batch.vocabulary_chunk": 0,
-    "optimizer.learning_rate": 0, "optimizer.clip_norm": 0, "optimizer.max_bad_steps": 1,
-    "rollout.prompts": 1, "rollout.updates": 1, "rollout.staleness": 0, "rollout.max_rows": 1,
-    "rollout.max_resample": 0, "rollout.max_failure_rate": 0, "rollout.max_logprob_gap": 0,
-    "evaluate.problems": 0, "evaluate.pairs": 0, "evaluate.samples": 0, "evaluate.temperature": 0, "evaluate.every": 0,
-    "checkpoint.every": 0, "checkpoint.keep": 1, "log.samples_every": 0, "log.curves_every": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +125,15 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
   phases = [_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
-  _check_frozen(phases)
-  paired = any(phase.kind in PAIRED or _asks_pairs(phase.settings) for phase in phases)
+  refusals.check_frozen(phases)
+  paired = any(phase.kind in PAIRED or pieces.asks_pairs(phase.settings) for phase in phases)
   pair_builder = inputs.pair_builder(config, builder) if paired else None
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
-    _check_phase(phase, mesh, held_out["validation"], pairs["validation"])
+    refusals.check_phase(phase, mesh, held_out["validation"], pairs["validation"])
   shapes = {phase.name: _shape(phase, decoder, mesh, builder, pair_builder, splits["train"])
             for phase in phases if phase.kind != "evaluate"}
-  _check_ahead(phases, decoder, mesh, sampling_mesh)
+  refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
   if fresh:
     rng = jax.random.key_data(jax.random.key(config.seed))
@@ -246,7 +234,7 @@ def evaluate(parts: Parts, phase: Phase, params: Any, tasks: list[Task], key: tu
   return policy.evaluate(
       _rollouts(parts, phase, parts.sampler), params, tasks, correct=_correct(parts, phase),
       samples=s.samples, k=s.k, temperature=s.temperature, base_key=parts.base_key,
-      key=(TESTING, *key), episode=_asking(phase.settings), step=step)
+      key=(TESTING, *key), episode=pieces.asking(phase.settings), step=step)
 
 
 def measure(parts: Parts, phase: Phase, state: states.TrainState, split: str) -> dict[str, float]:
@@ -284,7 +272,7 @@ def _validator(parts, phase):
       found |= policy.evaluate(
           rollouts, state.params, parts.validation, correct=_correct(parts, phase), samples=0, k=1,
           temperature=0.0, base_key=parts.base_key, key=(VALIDATING, phase.index, step),
-          episode=_asking(phase.settings), step=step).metrics
+          episode=pieces.asking(phase.settings), step=step).metrics
     return found
   return validate
 
@@ -305,7 +293,7 @@ def _reader(parts, phase):
   """What makes an example of a row."""
   if phase.kind in PAIRED:
     return parts.pair_builder.read
-  if _asks_pairs(phase.settings):
+  if pieces.asks_pairs(phase.settings):
     return lambda source, index: getattr(parts.pair_builder.read(source, index), "task", None)
   return parts.builder.read if phase.kind == "rl" else parts.builder.read_solved
 
@@ -340,22 +328,17 @@ def _supply(parts, phase):
     return Examples(pipeline, _to_trajectories(s, phase.learning.terms, parts.tokenizer),
                     s.batch.examples)
   sampler = parts.sampler
-  if _is_ahead(phase):  # one of its own, for validation may sample at the same time
+  if pieces.samples_ahead(phase):  # one of its own, for validation may sample at the same time
     sampler = _sampler(parts.config, parts.decoder, parts.tokenizer, parts.sampling_mesh)
   groups = GroupsOfRollouts(
-      pipeline, _rollouts(parts, phase, sampler), edits=_edits(s), prompts=s.rollout.prompts,
+      pipeline, _rollouts(parts, phase, sampler), edits=pieces.edits_of(s), prompts=s.rollout.prompts,
       base_key=parts.base_key, key=(TRAINING, phase.index),
       filter_zero_variance=s.rollout.filter_zero_variance, max_resample=s.rollout.max_resample)
-  if not _is_ahead(phase):
+  if not pieces.samples_ahead(phase):
     return groups
   shardings = states.parameter_shardings(parts.decoder, parts.mesh)
   return Ahead(groups, staleness=s.rollout.staleness, updates=s.rollout.updates,
                steps=phase.steps, copy=transfer.copier(shardings, parts.sampling_mesh))
-
-
-def _is_ahead(phase):
-  """Whether batches are sampled while earlier ones are trained on."""
-  return phase.kind == "rl" and phase.settings.rollout.staleness > 0
 
 
 def _sampler(config, decoder, tokenizer, mesh):
@@ -368,57 +351,15 @@ def _rollouts(parts, phase, sampler):
   r = phase.settings.rollout
   mesh = parts.mesh if sampler is parts.sampler else parts.sampling_mesh
   return rollout_lib.Rollouts(
-      _episode(phase.settings), sampler, parts.tokenizer, parts.scorer,
-      sampling=_sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
+      pieces.episode(phase.settings), sampler, parts.tokenizer, parts.scorer,
+      sampling=pieces.sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
       likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
       pairs=parts.pair_builder)
 
 
-def _sampling(r, stop_ids):
-  try:
-    return SamplingParams(
-        max_tokens=r.max_tokens, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
-        min_p=r.min_p, stop_ids=stop_ids, stop_strings=tuple(r.stop_strings))
-  except ValueError as error:
-    raise ValueError(str(error).replace("sampling.", "config.rollout.", 1)) from error
-
-
-def _episode(settings):
-  return _build_episode(settings.rollout.episode, "config.rollout.episode")
-
-
-def _asks_pairs(settings):
-  """Whether the episodes of a phase ask for the answers that rows hold."""
-  return settings.kind == "rl" and "pairs" in compose.signals_of(_episode(settings))
-
-
-def _asking(settings):
-  """The episode that evaluations ask by; None for the plain question."""
-  spec, where = settings.evaluate.episode, "config.evaluate.episode"
-  if not spec:
-    return None
-  episode = _build_episode(spec, where)
-  if "reference" in compose.signals_of(episode):
-    raise ValueError(f"{where}: {spec.name!r} asks the reference, and evaluations have none")
-  return episode
-
-
-def _build_episode(spec, where):
-  episode = compose.build(_plain(spec), rollout_lib, where=where)
-  if not inspect.iscoroutinefunction(episode.func):
-    raise ValueError(f"{where}: {spec.name!r} is no episode; an episode is an `async def "
-                     "my_episode(ctx, task, *, ...)`")
-  return episode
-
-
-def _edits(settings):
-  return [compose.build(_plain(edit), edits, where=f"config.rollout.edits[{i}]")
-          for i, edit in enumerate(settings.rollout.edits)]
-
-
 def _scorer(config, phases, mesh):
-  scorer = processes.SharedScorer.from_config(_plain(config.reward), mesh=mesh)
+  scorer = processes.SharedScorer.from_config(pieces.plain(config.reward), mesh=mesh)
   for phase in phases:
     label = phase.settings.evaluate.correct
     if label and label not in scorer.labels:
@@ -442,15 +383,15 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
   sampled, on_cpu = kind == "rl", mesh.devices.flat[0].platform == "cpu"
   # An evaluation makes no updates; its optimiser is only part of the state's shape.
   optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
-  terms, aggregations = _objective(settings)
+  terms, aggregations = pieces.objective(settings)
   transforms = optimizers.read_transforms(
-      {"transforms": [_plain(spec) for spec in settings.optimizer.transforms]},
+      {"transforms": [pieces.plain(spec) for spec in settings.optimizer.transforms]},
       lambda specs, where: _references(specs, where, settings, decoder, mesh, tokenizer)) if (
           kind != "evaluate") else []
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
       models=frozen.read(settings.reference, settings.frozen),
-      advantage=[compose.build(_plain(a), advantages, where=f"config.advantage[{i}]")
+      advantage=[compose.build(pieces.plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
       optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms),
       transforms=transforms,
@@ -458,7 +399,7 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
-      asks_reference=sampled and "reference" in compose.signals_of(_episode(settings)))
+      asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
 
 
@@ -471,7 +412,7 @@ def _references(specs, where, settings, decoder, mesh, tokenizer):
     here = f"{where}[{i}]"
     own, parts = references.settings_of(spec, settings, here)
     try:
-      terms, aggregations = _objective(own)
+      terms, aggregations = pieces.objective(own)
     except ValueError as error:
       raise ValueError(f"{here}: {error}") from error
     found.append(references.build(own, parts, terms, aggregations, _to_trajectories(own, terms, tokenizer),
@@ -479,132 +420,15 @@ def _references(specs, where, settings, decoder, mesh, tokenizer):
   return found
 
 
-def _objective(settings):
-  """The terms, and the aggregation of each: its own, or that of all."""
-  common = {name: settings.aggregation[name] for name in ("kind", "constant")}
-  terms, aggregations = [], []
-  for i, spec in enumerate(settings.objective):
-    where, spec = f"config.objective[{i}]", _plain(spec)
-    own = spec.pop("aggregation", None) if isinstance(spec, dict) else None
-    own = {"kind": own} if isinstance(own, str) else own or common
-    if set(own) - {"kind", "constant"} or "kind" not in own:
-      raise ValueError(f"{where}.aggregation={own} must be a kind of aggregation, or dict(kind=..., "
-                       "constant=...)")
-    terms.append(compose.build(spec, objectives, where=where))
-    aggregations.append(Aggregation(own["kind"], own.get("constant", common["constant"])))
-    if compose.is_by_sequence(terms[-1]) and own["kind"] == "token_mean" and (
-        settings.kind in ("rl", *PAIRED)):
-      raise ValueError(f"{where}: {compose.name_of(terms[-1])} compares sequences, and aggregation "
-                       "'token_mean' would let long ones count more: use config.aggregation."
-                       "kind='sequence_mean', the mean over pairs")
-  return terms, aggregations
-
-
-def _check_phase(phase, mesh, problems, pairs):
-  s, where = phase.settings, f"config.{phase.name}"
-  for path, least in AT_LEAST.items():
-    value = functools.reduce(lambda section, name: section[name], path.split("."), s)
-    if not value >= least:
-      raise ValueError(f"config.{path}={value} in phase {phase.name}; it must be at least {least}")
-  rows, parts = s.batch.micro_batch_rows, mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % parts:
-    fitting = sorted({parts * max(rows // parts, 1), parts * (rows // parts + 1)})
-    raise ValueError(f"config.batch.micro_batch_rows={rows} does not divide over data x fsdp = "
-                     f"{parts} devices: use {' or '.join(map(str, fitting))}")
-  _sampling(s.rollout, ())
-  _episode(s)
-  _asking(s)
-  _check_samples(s, _edits(s))
-  if phase.kind == "rl" and s.rollout.temperature <= 0:
-    raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "
-                     "policy gradient; use a positive temperature")
-  if s.evaluate.samples and not 0 < s.evaluate.k <= s.evaluate.samples:
-    raise ValueError(f"config.evaluate.k={s.evaluate.k} must be between 1 and config.evaluate."
-                     f"samples={s.evaluate.samples}")
-  until = s.get("until")
-  if until is not None:
-    _check_until(until, f"{where}.until", pairs)
-  if (until is not None or s.evaluate.every) and not problems and not pairs:
-    what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
-    raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
-                     "set config.data.validation, and config.evaluate.problems to at least 1")
-
-
-def _check_samples(settings, built):
-  """Refuses edits that choose among the samples of a prompt where there is one only."""
-  episode = settings.rollout.episode
-  for i, edit in enumerate(built):
-    if PREFERENCE in compose.supplied_by(edit)[1] and episode.get("samples") == 1:
-      raise ValueError(f"config.rollout.edits[{i}]: {compose.name_of(edit)} compares the samples of a "
-                       f"prompt, and {episode.name!r} draws one: use config.rollout.episode.samples=2 "
-                       "or more")
-
-
-def _check_frozen(phases):
-  """Refuses frozen models that no phase keeps, and averages that would stand still."""
-  kept = {name for phase in phases for name in phase.learning.kept}
-  for phase in phases:
-    for name in phase.learning.kept:
-      decay, dtype = phase.learning.models[name].decay, phase.learning.decoder.param_dtype
-      if decay and dtype != "float32":
-        raise ValueError(f"the model {name!r} of phase {phase.name} is a moving average (decay={decay}) of "
-                         f"{dtype} parameters, whose steps are too small for that type: use "
-                         "config.model.param_dtype='float32', or decay=0")
-  for name in dict.fromkeys(name for phase in phases for name in phase.settings.frozen):
-    if name not in kept:
-      raise ValueError(f"config.frozen.{name} describes a model that nothing reads: no term and no piece "
-                       f"of credit declares a signal of it, such as '{name}_logprobs', and no model that is "
-                       "read follows it; leave it out")
-
-
-def _check_ahead(phases, decoder, mesh, sampling_mesh):
-  """Refuses what cannot sample while it trains, and devices that nothing would use."""
-  ahead = next((phase for phase in phases if _is_ahead(phase)), None)
-  apart = sampling_mesh != mesh
-  if ahead is None:
-    if apart:
-      raise ValueError(f"config.mesh.sampling keeps {sampling_mesh.size} devices for samples of "
-                       "older parameters, but no phase wants any: use --config.rollout.staleness=1 "
-                       "or --config.mesh.sampling.data=0")
-    return
-  where = f"config.rollout.staleness={ahead.settings.rollout.staleness} in phase {ahead.name}"
-  if jax.process_count() > 1:
-    raise ValueError(f"{where} samples in a thread, whose order of programs {jax.process_count()} "
-                     "processes could not agree on: use --config.rollout.staleness=0 or one "
-                     "process")
-  if not apart and mesh.size > 1:  # programs of two threads would wait for each other's devices
-    raise ValueError(f"{where} needs devices that only sample, beside those that train, for there "
-                     f"are {mesh.size}: leave some to sampling with --config.mesh.sampling.data="
-                     f"{mesh.size // 2}, or use --config.rollout.staleness=0")
-  if apart:
-    try:
-      sharding.check_divisible(decoder, sampling_mesh)
-    except ValueError as error:
-      raise ValueError(str(error).replace("mesh.", "mesh.sampling.")) from error
-    transfer.copier(states.parameter_shardings(decoder, mesh), sampling_mesh)
-
-
-def _check_until(until, where, pairs):
-  wanted = ("metric", "at_least", "every")
-  if not isinstance(until, ml_collections.ConfigDict) or set(until) != set(wanted):
-    raise ValueError(f"{where} needs {', '.join(wanted)}, as in dict(metric='greedy_accuracy', "
-                     f"at_least=0.4, every=50); it is {_plain(until)}")
-  if until.metric not in policy.GREEDY_METRICS and not (pairs and until.metric.startswith("pairs/")):
-    raise ValueError(f"{where}.metric={until.metric!r} is not measured on the way"
-                     f"{compose.nearest(until.metric, policy.GREEDY_METRICS)}")
-  if not until.every >= 1:
-    raise ValueError(f"{where}.every={until.every} must be a number of updates, at least 1")
-
-
 def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   if phase.kind in PAIRED:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
     made = [to_trajectories([example]) for example in examples]
-    _check_pairs(phase, made)
+    refusals.check_pairs(phase, made)
     sizes = [sum(len(t.tokens) for t in pair) for pair in made]
     shared = _prompts_of(made)
-  elif _asks_pairs(phase.settings):
+  elif pieces.asks_pairs(phase.settings):
     sizes = [len(pair.task.prompt) for pair in inputs.first_tasks(pair_builder, source)]
   else:
     sizes = [len(task.prompt) for task in inputs.first_tasks(builder, source,
@@ -618,17 +442,6 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared if phase.kind in PAIRED else ())
-
-
-def _check_pairs(phase, made):
-  """Refuses losses of pairs for data without any, which would be 0 without a word."""
-  counts = sorted({n for group in made for n in collections.Counter(t.group for t in group).values()})
-  for i, term in enumerate(phase.learning.terms):
-    if made and 2 not in counts and compose.is_of_pairs(term):
-      raise ValueError(f"config.objective[{i}]: {compose.name_of(term)} compares pairs, but the first rows of "
-                       f"config.data.train hold {' or '.join(map(str, counts))} answers each, which have no "
-                       "loss: make pairs of lists with config.data.transforms=[dict(name='pair_answers')], or "
-                       "use a loss of lists or of single answers, such as plackett_luce, ordinal or kto")
 
 
 def _prompts_of(made):
@@ -645,11 +458,11 @@ def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   Runs of one process that differ in nothing that these depend on, such as seeds, share them.
   """
   plain = {k: v for k, v in configs.to_dict(phase.settings).items() if k not in ("seed", "start")}
-  pieces = (*phase.learning.terms, *phase.learning.advantage, *phase.learning.transforms,
-            *_suppliers(phase))
+  built = (*phase.learning.terms, *phase.learning.advantage, *phase.learning.transforms,
+           *_suppliers(phase))
   # Data of references has a shape of its own.
   kept = tuple(x.shape for x in jax.tree.leaves(_abstract_state(phase.learning, mesh).opt_state))
-  key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in pieces),
+  key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in built),
          phase.learning.decoder, mesh, repr(shape), kept)
   if key not in _REHEARSALS:
     while len(_REHEARSALS) >= REMEMBERED:
@@ -688,8 +501,4 @@ def _empty_batch(phase, shape):
 
 def _suppliers(phase):
   """What makes the trajectories of a phase, as far as they are sampled."""
-  return (_episode(phase.settings), *_edits(phase.settings)) if phase.kind == "rl" else ()
-
-
-def _plain(spec: Any) -> Any:
-  return configs.to_dict(spec) if isinstance(spec, ml_collections.ConfigDict) else spec
+  return (pieces.episode(phase.settings), *pieces.edits_of(phase.settings)) if phase.kind == "rl" else ()

@@ -353,7 +353,7 @@ def _loss(learning, params, rows, step, reference):
                           logprobs=learning.reads_logprobs, temperature=learning.temperature,
                           vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
   means = [rows.signals[_means_of(term)] for term in learning.terms]
-  weights = [rows.signals[_weights_of(a)] for a in learning.aggregations]
+  weights = [a.weight_at(step) * rows.signals[_weights_of(a)] for a in learning.aggregations]
   terms = [compose.at(term, step) for term in learning.terms]
   loss, metrics = aggregate.sum_of_terms(terms)(outputs, rows, weights, means)
   gap = jnp.zeros(())

@@ -149,20 +149,30 @@ def test_a_wrong_aggregation_is_refused(packed, aggregation, constant, message):
     loss_weights(packed.batch(0)[0], aggregation, constant=constant)
 
 
-def test_terms_that_cannot_be_added_are_refused(packed):
+def test_a_term_may_be_there_twice_and_two_may_report_the_same_metric(packed):
   batch, outputs = packed.batch(0)
   weights = loss_weights(batch, "token_mean")
 
   def also_kl(outputs, batch):
     return outputs.logprobs, {"kl": outputs.logprobs}
 
+  specs = [dict(name="kl", beta=0.1), dict(name="kl", beta=0.2, estimator="k2")]
+  terms = [compose.build(spec, objectives) for spec in specs]
+  loss, metrics = sum_of_terms([*terms, also_kl])(outputs, batch, weights, weights)
+  alone = [sum_of_terms([term])(outputs, batch, weights, weights) for term in (*terms, also_kl)]
+  assert loss == pytest.approx(sum(float(value) for value, _ in alone))
+  for label, key, (value, found), name in zip(
+      ("kl", "kl_2", "also_kl"), ("kl", "kl_2/kl", "also_kl/kl"), alone, ("kl", "kl", "also_kl")):
+    assert metrics[f"loss/{label}"] == value == found[f"loss/{name}"]
+    assert metrics[key] == found["kl"]
+
+
+def test_terms_that_cannot_be_added_are_refused(packed):
+  batch, outputs = packed.batch(0)
+  weights = loss_weights(batch, "token_mean")
+
   with pytest.raises(ValueError, match="lists no term"):
     sum_of_terms([])
-  with pytest.raises(ValueError, match="lists 'kl' 2 times"):
-    build([dict(name="kl", beta=0.1), dict(name="kl", beta=0.2, estimator="k2")])
-  with pytest.raises(ValueError, match="'also_kl' reports the metric 'kl'"):
-    sum_of_terms([compose.build(dict(name="kl", beta=0.1), objectives), also_kl])(
-        outputs, batch, weights, weights)
   with pytest.raises(ValueError, match=r"config.objective\[0\] \(entropy\) needs 'entropy', which is neither among"):
     build([dict(name="entropy", coefficient=0.1)])(
         ModelOutputs(logprobs=outputs.logprobs), batch, weights, weights)

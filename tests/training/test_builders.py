@@ -12,7 +12,7 @@ from jaxrl import config as configs
 from jaxrl import data
 from jaxrl.evaluation import policy
 from jaxrl.objectives.aggregate import Aggregation
-from jaxrl.training import builders, run
+from jaxrl.training import builders, refusals, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -122,6 +122,30 @@ def test_a_term_may_have_an_aggregation_of_its_own(config, build, untraced):
   assert [term.keywords for term in learning.terms[1:]] == [{"coefficient": 0.1}, {"beta": 0.1}, {}]
 
 
+def test_a_mixture_weighs_its_terms_and_may_list_one_more_than_once(config, build, untraced):
+  config.rl.objective = [
+      dict(name="kl", beta=0.1, loss_weight=0.8), dict(name="kl", beta=0.2),
+      dict(name="entropy", coefficient=1.0, loss_weight=dict(schedule="linear", start=1.0, end=0.0, steps=4))]
+  learning = build(config).phases[1].learning
+  assert names(learning.terms) == ["kl", "kl", "entropy"]
+  assert [float(a.weight_at(1)) for a in learning.aggregations] == [0.8, 1.0, 0.75]
+
+
+@pytest.mark.parametrize("weight", ["0.5", float("nan"), True, None])
+def test_a_weight_of_a_term_that_is_no_number_is_refused(config, build, weight):
+  config.rl.objective = [dict(name="kl", beta=0.1, loss_weight=weight)]
+  with pytest.raises(ValueError, match=r"config.objective\[0\].loss_weight=.* must be a number"):
+    build(config)
+
+
+def test_what_remembers_under_its_name_is_listed_once(config, build):
+  config.phases, config.data.train = ("comparisons",), "task:preferred_addition"
+  config.comparisons = dict(kind="reward", steps=2, aggregation=dict(kind="sequence_mean"),
+                            objective=2 * [dict(name="bco")])
+  with pytest.raises(ValueError, match=r"config.objective\[1\] lists 'bco' once more"):
+    build(config)
+
+
 @pytest.mark.parametrize("aggregation, message", [
     (dict(constant=3.0), r"config.objective\[0\].aggregation=.*must be a kind"),
     (dict(kind="constant", tokens=3.0), r"config.objective\[0\].aggregation=.*must be a kind"),
@@ -222,7 +246,7 @@ def test_a_bad_condition_to_end_a_phase_is_refused(config, build, until, message
     build(config)
 
 
-@pytest.mark.parametrize("path", sorted(builders.AT_LEAST))
+@pytest.mark.parametrize("path", sorted(refusals.AT_LEAST))
 def test_every_setting_has_a_smallest_value(config, build, untraced, path):
   *sections, field = path.split(".")
   section = config
@@ -230,7 +254,7 @@ def test_every_setting_has_a_smallest_value(config, build, untraced, path):
     section = section[name]
   config.phases = ("rl",)
   del config.rl.optimizer
-  section[field] = type(section[field])(builders.AT_LEAST[path] - 1)
+  section[field] = type(section[field])(refusals.AT_LEAST[path] - 1)
   with pytest.raises(ValueError, match=f"{field}=-?[0-9]"):
     build(config)
 

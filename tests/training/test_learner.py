@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl import compose
 from jaxrl import objectives
+from jaxrl import schedule
 from jaxrl import sharding
 from jaxrl.batch import pack
 from jaxrl.batch import Trajectory
@@ -225,6 +226,26 @@ def expected_of_two(parts, params, trajectories):
     bonus = (np.exp(policy) * policy).sum(-1)[at - 1].sum()
     entropy += t.weight * 0.4 * bonus / (len(scored) * 7.5)
   return reinforce, entropy
+
+
+def test_losses_are_weighed_at_every_update(toys):
+  """A mixture of one term with weights 1/4 and, falling to 0, 3/4 is the term, then a quarter of it."""
+  falling = schedule.Schedule("linear", 0.75, 0.0, 1)
+  found = {}
+  for name, weights in dict(alone=(1.0,), mixture=(0.25, falling)).items():
+    parts = toys.learning(terms=[compose.build("reinforce", objectives)] * len(weights), advantage=[],
+                          aggregations=[Aggregation("sequence_mean", weight=w) for w in weights])
+    learner = make_learner(parts, toys.shardings(parts, toys.one_device()))
+    state, batch = toys.start(parts), put(toys.rollouts(6), 2)
+    for step_ in range(2):
+      _, state, metrics = step(learner, state, batch)
+      gradient = jax.device_get(toys.gradient(state))
+      found[name, step_] = metrics, gradient
+  metrics, gradient = found["mixture", 0]
+  assert metrics["loss"] == pytest.approx(found["alone", 0][0]["loss"], rel=1e-6)
+  toys.close(gradient, found["alone", 0][1], rtol=1e-5)
+  metrics, _ = found["mixture", 1]
+  assert metrics["loss/reinforce_2"] == 0 != metrics["loss/reinforce"] == metrics["loss"]
 
 
 def test_every_term_has_its_own_aggregation(toys):

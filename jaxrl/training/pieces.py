@@ -1,0 +1,114 @@
+"""From settings of a phase to built pieces: terms, episodes, edits, how to sample."""
+
+from collections.abc import Callable, Sequence
+import inspect
+import math
+import numbers
+from typing import Any
+
+import ml_collections
+
+from jaxrl import compose
+from jaxrl import config as configs
+from jaxrl import objectives
+from jaxrl import rollouts as rollout_lib
+from jaxrl import schedule
+from jaxrl.objectives.aggregate import Aggregation
+from jaxrl.rollouts import edits
+from jaxrl.sampling import SamplingParams
+from jaxrl.training.shapes import PAIRED
+
+
+def objective(settings: ml_collections.ConfigDict) -> tuple[list[Callable], list[Aggregation]]:
+  """The terms, and the aggregation of each: its own, or that of all, with its `loss_weight`.
+
+  Raises:
+    ValueError: a mistake in one, or a second use of a term that can be there only once.
+  """
+  terms, aggregations = [], []
+  for i, spec in enumerate(settings.objective):
+    where, spec = f"config.objective[{i}]", plain(spec)
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    aggregation = _aggregation(spec, settings.aggregation, where)
+    term = compose.build(spec, objectives, where=where)
+    name = compose.name_of(term)
+    if name in map(compose.name_of, terms) and (compose.initial_of(term) or compose.is_prepared(term)):
+      raise ValueError(f"{where} lists {name!r} once more, but it keeps something of the batch under its "
+                       "name: list it once")
+    if compose.is_by_sequence(term) and aggregation.kind == "token_mean" and (
+        settings.kind in ("rl", *PAIRED)):
+      raise ValueError(f"{where}: {name} compares sequences, and aggregation 'token_mean' would let long "
+                       "ones count more: use config.aggregation.kind='sequence_mean', the mean over pairs")
+    terms.append(term)
+    aggregations.append(aggregation)
+  return terms, aggregations
+
+
+def _aggregation(spec, common, where):
+  """Takes what is about aggregation out of the spec of a term."""
+  own, weight = spec.pop("aggregation", None), spec.pop("loss_weight", 1.0)
+  own = {"kind": own} if isinstance(own, str) else own or {k: common[k] for k in ("kind", "constant")}
+  if set(own) - {"kind", "constant"} or "kind" not in own:
+    raise ValueError(f"{where}.aggregation={own} must be a kind of aggregation, or dict(kind=..., "
+                     "constant=...)")
+  weight = schedule.read(weight, f"{where}.loss_weight")
+  if not isinstance(weight, schedule.Schedule) and (
+      not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not math.isfinite(weight)):
+    raise ValueError(f"{where}.loss_weight={weight!r} must be a number, what the term's loss is multiplied "
+                     "by, or a schedule of one")
+  return Aggregation(own["kind"], own.get("constant", common["constant"]), weight)
+
+
+def episode(settings: ml_collections.ConfigDict) -> Callable:
+  """What samples and scores the trajectories of a prompt."""
+  return _build_episode(settings.rollout.episode, "config.rollout.episode")
+
+
+def asking(settings: ml_collections.ConfigDict) -> Callable | None:
+  """The episode that evaluations ask by; None for the plain question."""
+  spec, where = settings.evaluate.episode, "config.evaluate.episode"
+  if not spec:
+    return None
+  episode = _build_episode(spec, where)
+  if "reference" in compose.signals_of(episode):
+    raise ValueError(f"{where}: {spec.name!r} asks the reference, and evaluations have none")
+  return episode
+
+
+def asks_pairs(settings: ml_collections.ConfigDict) -> bool:
+  """Whether the episodes of a phase ask for the answers that rows hold."""
+  return settings.kind == "rl" and "pairs" in compose.signals_of(episode(settings))
+
+
+def _build_episode(spec, where):
+  episode = compose.build(plain(spec), rollout_lib, where=where)
+  if not inspect.iscoroutinefunction(episode.func):
+    raise ValueError(f"{where}: {spec.name!r} is no episode; an episode is an `async def "
+                     "my_episode(ctx, task, *, ...)`")
+  return episode
+
+
+def edits_of(settings: ml_collections.ConfigDict) -> list[Callable]:
+  """What changes the groups of an episode."""
+  return [compose.build(plain(edit), edits, where=f"config.rollout.edits[{i}]")
+          for i, edit in enumerate(settings.rollout.edits)]
+
+
+def sampling(r: ml_collections.ConfigDict, stop_ids: Sequence[int]) -> SamplingParams:
+  """How `config.rollout` samples."""
+  try:
+    return SamplingParams(
+        max_tokens=r.max_tokens, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
+        min_p=r.min_p, stop_ids=tuple(stop_ids), stop_strings=tuple(r.stop_strings))
+  except ValueError as error:
+    raise ValueError(str(error).replace("sampling.", "config.rollout.", 1)) from error
+
+
+def samples_ahead(phase: Any) -> bool:
+  """Whether batches are sampled while earlier ones are trained on."""
+  return phase.kind == "rl" and phase.settings.rollout.staleness > 0
+
+
+def plain(spec: Any) -> Any:
+  """A part of a config as plain dicts and lists."""
+  return configs.to_dict(spec) if isinstance(spec, ml_collections.ConfigDict) else spec
