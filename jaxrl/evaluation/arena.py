@@ -248,9 +248,11 @@ def ranking(matches: Matches, *, ridge: float = 0.0, resamples: int = 100, seed:
 
   def again(drawn):
     nonlocal alone
-    lost = not ridge and bool(separated(drawn))
-    alone += lost
-    return bradley_terry(drawn, ridge=max(ridge, LEAST_RIDGE) if lost else ridge)
+    try:
+      return bradley_terry(drawn, ridge=ridge)
+    except ValueError:  # no finite strengths fit these votes
+      alone += 1
+      return bradley_terry(drawn, ridge=LEAST_RIDGE)
   fits = bootstrap(matches, again, resamples=resamples, seed=seed)
   scores = np.array([one.scores for one in fits])
   low, median, high = np.percentile(scores, (2.5, 50, 97.5), axis=0)

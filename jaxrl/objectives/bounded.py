@@ -12,11 +12,11 @@ the cap, and is no wall. Pairs and labels are those of `jaxrl.objectives.prefere
 import jax
 import jax.numpy as jnp
 
-from jaxrl.batch import CRITIQUE, ModelOutputs, TokenBatch
+from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, sum_by_group
 from jaxrl.compose import needs, of_pairs
 from jaxrl.objectives.aggregate import TermOutput
-from jaxrl.objectives.pairs import Sequences, check_numbers, diagnostics, loss_of_pairs, mean_of_pairs
+from jaxrl.objectives.pairs import Sequences, answers_of, check_numbers, diagnostics, loss_of_pairs, mean_of_pairs
 from jaxrl.objectives.pairs import in_pairs, of_other, reduce, token_weights
 from jaxrl.objectives.reward_model import sequence_scores
 
@@ -130,7 +130,7 @@ def _places(batch):
   the first token in which the two differ [sequences, positions]."""
   index = jnp.arange(batch.num_sequences)
   partner = jnp.where(in_pairs(batch), sum_by_group(batch, index) - index, index)
-  answer = _scattered(batch, batch.loss_mask & (batch.tag_ids != CRITIQUE), False)
+  answer = _scattered(batch, answers_of(batch).loss_mask, False)
   tokens = jnp.where(answer, _scattered(batch, batch.tokens, 0), -1)
   differs = tokens != tokens[partner]
   return partner, answer, answer & (jnp.cumsum(differs, axis=1) > 0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxrl.batch import PREFERENCE, TokenBatch
+from jaxrl.batch import CRITIQUE, PREFERENCE, TokenBatch
 from jaxrl.batch import count_by_group, mean_by_sequence, sum_by_group, sum_by_sequence
 from jaxrl.batch import to_tokens
 
@@ -33,6 +33,11 @@ def in_pairs(batch: TokenBatch) -> Bool[Array, "sequences"]:
 def of_other(batch: TokenBatch, values: Sequences) -> Sequences:
   """The value of the other sequence of the pair."""
   return sum_by_group(batch, values) - jnp.where(batch.sequence_mask, values, 0)
+
+
+def answers_of(batch: TokenBatch) -> TokenBatch:
+  """The batch with answers alone in its loss mask, without the critiques behind them."""
+  return batch.replace(loss_mask=batch.loss_mask & (batch.tag_ids != CRITIQUE))
 
 
 def mean_of_pairs(batch: TokenBatch, values: Sequences) -> Tokens:
@@ -65,9 +70,10 @@ def diagnostics(batch: TokenBatch, rewards: Sequences, h: Sequences, what: str =
 
 def reduce(batch: TokenBatch, per_token: Tokens, weights: Tokens | float = 1.0,
            normalise: bool = False) -> Sequences:
-  """Weighted sum, or mean, over the loss tokens of every sequence, in float32."""
-  per_token = jnp.where(batch.loss_mask, per_token.astype(jnp.float32) * weights, 0)
-  return (mean_by_sequence if normalise else sum_by_sequence)(batch, per_token)
+  """Weighted sum, or mean, over the loss tokens of every answer, in float32."""
+  answers = answers_of(batch)
+  per_token = jnp.where(answers.loss_mask, per_token.astype(jnp.float32) * weights, 0)
+  return (mean_by_sequence if normalise else sum_by_sequence)(answers, per_token)
 
 
 def constant_of(batch: TokenBatch, name: str) -> Sequences:
@@ -82,7 +88,7 @@ def token_weights(batch: TokenBatch, tail_weight: float = 1.0) -> Tokens:
   weights = batch.signals.get("token_weights", jnp.ones(batch.tokens.shape, jnp.float32))
   if isinstance(tail_weight, int | float) and tail_weight == 1:
     return weights
-  mask = batch.loss_mask
+  mask = answers_of(batch).loss_mask
   lengths = sum_by_sequence(batch, mask.astype(jnp.float32))
   shared = to_tokens(batch, jnp.minimum(lengths, of_other(batch, lengths)))
   before = jnp.cumsum(mask, axis=1) - mask  # loss tokens of the row before this one

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
-from jaxrl.batch import column_of, to_tokens
+from jaxrl.batch import column_of, sum_by_sequence, to_tokens
 from jaxrl.compose import by_sequence, nearest, needs, of_pairs
 from jaxrl.log_ratio import cap, check_clamp, clamped, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
-from jaxrl.objectives.pairs import check_numbers, diagnostics, loss_of_pairs, of_other, preferences
+from jaxrl.objectives.pairs import answers_of, check_numbers, diagnostics, loss_of_pairs, of_other, preferences
 from jaxrl.objectives.pairs import reduce, token_weights
 
 
@@ -171,8 +171,11 @@ def imitate_preferred(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: 
   mean token loss (RPO, arXiv:2404.19733, eq. 1; TRL and CPO average over all chosen tokens of the
   batch). The metric `chosen_nll` is that mean.
   """
-  preference = to_tokens(batch, preferences(batch))
-  values = jnp.where(batch.loss_mask, -2 * preference * outputs.logprobs, 0)
+  answers = answers_of(batch).loss_mask
+  lengths = [sum_by_sequence(batch, mask.astype(jnp.float32)) for mask in (batch.loss_mask, answers)]
+  # A critique behind the answer is no part of it, but of what the aggregation divides by.
+  share = to_tokens(batch, preferences(batch) * lengths[0] / jnp.maximum(lengths[1], 1))
+  values = jnp.where(answers, -2 * share * outputs.logprobs, 0)
   return coefficient * values, {"chosen_nll": values}
 
 

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl.batch import CRITIQUE, ModelOutputs, TokenBatch
+from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import at_last_tokens, column_of, sum_by_group, sum_by_sequence, to_tokens
 from jaxrl.compose import by_sequence, needs, of_pairs
 from jaxrl.objectives import beta as betas
 from jaxrl.objectives.aggregate import TermOutput
-from jaxrl.objectives.pairs import check_numbers, diagnostics, loss_of_pairs, loss_of_sequences
+from jaxrl.objectives.pairs import answers_of, check_numbers, diagnostics, loss_of_pairs, loss_of_sequences
 from jaxrl.objectives.pairs import mean_of_pairs, of_other
 
 LEAST = 1e-3  # of the parameters of a Beta distribution
@@ -44,8 +44,7 @@ def scores_of_head(outputs: ModelOutputs, head: int) -> Float[Array, "rows lengt
 
 def at_ends(batch: TokenBatch, per_token: Float[Array, "rows length"]) -> Float[Array, "sequences"]:
   """Values at the last loss token of every answer, a critique behind it aside; 0 without a token."""
-  answers = batch.replace(loss_mask=batch.loss_mask & (batch.tag_ids != CRITIQUE))
-  last = at_last_tokens(answers, jnp.ones_like(batch.rewards)) > 0
+  last = at_last_tokens(answers_of(batch), jnp.ones_like(batch.rewards)) > 0
   return sum_by_sequence(batch, jnp.where(last, per_token, 0))
 
 

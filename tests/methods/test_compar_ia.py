@@ -226,3 +226,16 @@ def test_users_of_the_toy_tie_as_rao_and_kupper_say():
   assert abs(ties - expected) < 4 * np.sqrt(expected * (1 - expected) / len(source))
   decided = open_task("votes", split="test", size=100, seed=0, ties="drop", sharpness=1000.0)
   assert all(decided[i]["preference"] == 1 for i in range(100))
+
+
+def test_resamples_that_a_covariate_decides_are_fitted_with_a_ridge_and_counted():
+  """Two of 14 votes go against the covariate: resamples without them have no finite answer."""
+  rng, results, lengths = np.random.default_rng(0), [], []
+  for i in range(14):
+    a, b = rng.choice(3, 2, replace=False)
+    lengths.append(rng.normal())
+    results.append(("xyz"[a], "xyz"[b], 2.0 * ((lengths[-1] > 0) != (i in (3, 8)))))
+  found = arena.ranking(arena.Matches.of(results, {"length": lengths}), resamples=60)
+  assert 0 < found["separated_resamples"] < 30
+  low, high = found["covariates"]["length"]["interval"]
+  assert low < found["covariates"]["length"]["coefficient"] < high < np.inf

@@ -10,6 +10,8 @@ import scipy.special
 
 from jaxrl import batch as batches
 from jaxrl.batch import ModelOutputs, Trajectory, pack
+from jaxrl.data import CharacterTokenizer
+from jaxrl.data.parts import with_critique
 from jaxrl.objectives import cpo, dpo, imitate_preferred, orpo, simpo
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
 
@@ -300,3 +302,29 @@ def test_pairs_that_the_policy_would_write_count_more():
   value, gradients = jax.value_and_grad(loss, (0, 1))(jnp.asarray(logprobs), jnp.asarray(collision))
   np.testing.assert_allclose(value, np.mean(list(expected.values())), rtol=1e-5)
   assert not np.asarray(gradients[1]).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_critiques_behind_answers_are_no_part_of_them(name):
+  """With a critique behind some answers, value and gradient are those of the answers alone."""
+  term, _ = CASES[name]
+  made = pairs(5, gap=[0.3, -0.2, 0.1, 0.0])
+  longer = [with_critique(t, "abc"[:i % 4], CharacterTokenizer()) for i, t in enumerate(made)]
+  batches_ = [pack(some, row_length=64, together=True) for some in (made, longer)]
+  own = [np.random.default_rng(i).uniform(-2, -0.01, len(t.tokens)) for i, t in enumerate(made)]
+  found = []
+  for batch, some in zip(batches_, (made, longer)):
+    logprobs = np.full(batch.tokens.shape, np.nan, np.float32)
+    for item, values in enumerate(own):
+      at = np.argwhere(batch.sequence_ids == item)[:len(values)]
+      logprobs[tuple(at.T)] = values
+    value, metrics, gradient = value_and_gradient(term, batch, np.where(batch.loss_mask, logprobs, np.nan))
+    answers = np.asarray(batch.loss_mask & (batch.tag_ids != batches.CRITIQUE))
+    found.append((value, metrics, [np.asarray(gradient)[(np.asarray(batch.sequence_ids) == i) & answers]
+                                   for i in range(len(made))]))
+  (value, metrics, gradient), (other, others, same) = found
+  assert value == pytest.approx(float(other), rel=1e-5)
+  for key in metrics:
+    assert metrics[key] == pytest.approx(float(others[key]), rel=1e-5, abs=1e-6), key
+  for a, b in zip(gradient, same):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
