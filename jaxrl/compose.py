@@ -78,6 +78,30 @@ def is_whole(piece: Callable) -> bool:
   return condition is not None and _with_keywords(condition, piece)
 
 
+def ranges(function: Callable[..., Mapping[str, tuple[float, float]]]) -> Callable[[Callable], Callable]:
+  """Declares which numbers a term can do with, so that rows with others are refused where they are read.
+
+  Args:
+    function: of those keywords of the term that it asks for: least and greatest by column.
+  """
+  def mark(term):
+    term.ranges = function
+    return term
+  return mark
+
+
+def ranges_of(pieces: Sequence[Callable]) -> dict[str, tuple[float, float]]:
+  """What all of some terms, bare or built, can do with, by column; see `ranges`."""
+  found: dict[str, tuple[float, float]] = {}
+  for piece in pieces:
+    if (function := getattr(_bare(piece), "ranges", None)) is None:
+      continue
+    for name, (low, high) in _with_keywords(function, piece).items():
+      least, greatest = found.get(name, (low, high))
+      found[name] = max(least, low), min(greatest, high)
+  return found
+
+
 def carries(initial: Callable[..., Any]) -> Callable[[Callable], Callable]:
   """Declares that a piece remembers something from batch to batch, as part of every checkpoint.
 

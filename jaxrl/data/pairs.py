@@ -85,6 +85,7 @@ class PairBuilder:
       `chosen` then holds a list of as many texts. Empty for answers in one piece.
     step_end: what is put behind every step, so that its end can be found.
     weaker: field with the row of a pair whose preference is not as strong; empty for none.
+    ranges: least and greatest number by column, for rows with others are bad.
 
   Raises:
     ValueError: for settings that no row could satisfy.
@@ -102,6 +103,7 @@ class PairBuilder:
   step_labels: str = ""
   step_end: str = "\n"
   weaker: str = ""
+  ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not self.chosen or self.chosen == self.rejected:
@@ -243,7 +245,13 @@ class PairBuilder:
     return text
 
   def _constants(self, item, where):
-    return {name: self._number(item, name, "columns", where) for name in self.columns}
+    found = {name: self._number(item, name, "columns", where) for name in self.columns}
+    for name, value in found.items():
+      low, high = self.ranges.get(name, (value, value))
+      if not low <= value <= high:
+        raise BadRow("wrong_type", where, f"field {name!r} holds {value:g}, but config.objective has a loss "
+                     f"for numbers from {low:g} to {high:g}")
+    return found
 
   def _label(self, item, where, default):
     if not self.preference:

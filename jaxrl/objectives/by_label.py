@@ -2,13 +2,14 @@
 
 from jaxrl.batch import PREFERENCE, ModelOutputs, TokenBatch
 from jaxrl.batch import column_of
-from jaxrl.compose import needs, of_pairs
+from jaxrl.compose import needs, of_pairs, ranges
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import preferences
 from jaxrl.objectives.preference import dpo
 
 
 @of_pairs
+@ranges(lambda label: {label: (0, 1)})
 @needs("reference_logprobs")
 def dpo_by_label(outputs: ModelOutputs, batch: TokenBatch, *, label: str, beta: float = 0.1,
                  loss: str = "sigmoid") -> TermOutput:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, sum_by_group, to_tokens
-from jaxrl.compose import carries, nearest, needs, of_pairs, prepares
+from jaxrl.compose import carries, nearest, needs, of_pairs, prepares, ranges
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, constant_of, in_pairs, loss_of_pairs, of_other
 from jaxrl.objectives.pairs import preferences
@@ -86,6 +86,9 @@ def _pull_together(batch, memory, soft, hard, group, is_first, tolerance, rate, 
 @carries(_start)
 @prepares(_prepare)
 @of_pairs
+@ranges(lambda notion, group, first, given, levels: {
+    first: (0, 1)} | ({} if notion == "counterfactual" else {group: (0, MOST_GROUPS - 1)})
+        | ({given: (0, levels - 1)} if given else {}))
 @needs("scores", "old_scores")
 def fairness(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, notion: str = "parity",
              group: str = "group", first: str = "first", given: str | None = None, levels: int = 1,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxrl.batch import PREFERENCE, ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, to_tokens
-from jaxrl.compose import by_sequence, needs
+from jaxrl.compose import by_sequence, needs, ranges
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import diagnostics, loss_of_sequences, of_other
 from jaxrl.objectives.reward_model import at_ends, scores_of_head, sequence_scores
@@ -13,6 +13,7 @@ from jaxrl.objectives.reward_model import at_ends, scores_of_head, sequence_scor
 
 @by_sequence
 @needs("scores", lambda full: ("yes_logprobs",) if full else ())
+@ranges(lambda label: {label: (0, 1)})
 def binary_label(outputs: ModelOutputs, batch: TokenBatch, *, label: str = PREFERENCE, head: int = 0,
                  full: bool = False) -> TermOutput:
   """Whether an answer satisfies what its prompt asks for, yes or no (RLBFF, arXiv:2509.21319).

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import at_last_tokens, column_of, sum_by_group, sum_by_sequence, to_tokens
-from jaxrl.compose import by_sequence, needs, of_pairs
+from jaxrl.compose import by_sequence, needs, of_pairs, ranges
 from jaxrl.objectives import beta as betas
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import answers_of, check_numbers, diagnostics, loss_of_pairs, loss_of_sequences
@@ -186,6 +186,7 @@ def plackett_luce(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, ra
 
 @by_sequence
 @needs("scores")
+@ranges(lambda label, levels: {label: (1, levels)})
 def ordinal(outputs: ModelOutputs, batch: TokenBatch, *, levels: int, label: str = "label",
             head: int = 0, ordered: bool = False) -> TermOutput:
   """Ordered ratings by one logit per threshold (CORAL-like, WildReward, steps 5 and 6).

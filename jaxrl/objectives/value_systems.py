@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import column_of, sum_by_sequence, to_tokens
-from jaxrl.compose import carries, needs, of_pairs, prepares
+from jaxrl.compose import carries, needs, of_pairs, prepares, ranges
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import check_numbers, in_pairs, loss_of_pairs, mean_of_pairs, of_other
 from jaxrl.objectives.pairs import preferences
@@ -56,6 +56,7 @@ def _prepare(batch, memory, *, values, clusters, agent, value, head, rate, decay
 @carries(_start)
 @prepares(_prepare)
 @of_pairs
+@ranges(lambda agent, value, values: {agent: (0, MOST_AGENTS - 1), value: (-1, values - 1)})
 @needs("scores", "old_scores")
 def value_systems(outputs: ModelOutputs, batch: TokenBatch, *, values: int, clusters: int,
                   agent: str = "agent", value: str = "value", head: int = 0, rate: float = 0.5,
@@ -76,7 +77,7 @@ def value_systems(outputs: ModelOutputs, batch: TokenBatch, *, values: int, clus
     batch: supplies `columns["preference"]` and the columns below, equal in both answers.
     values: heads, 8 at most.
     clusters: 8 at most.
-    agent: column with the number of the annotator, 0 to 255; others belong to nobody.
+    agent: column with the number of the annotator, 0 to 255.
     value: column with the number of the value that the answers were compared by; -1 is overall.
     head: of the first value.
     rate: of the weights' gradient descent.

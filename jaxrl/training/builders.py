@@ -127,7 +127,8 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   phases = [_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
   refusals.check_frozen(phases)
   paired = any(phase.kind in PAIRED or pieces.asks_pairs(phase.settings) for phase in phases)
-  pair_builder = inputs.pair_builder(config, builder) if paired else None
+  ranges = compose.ranges_of([term for phase in phases for term in phase.learning.terms])
+  pair_builder = inputs.pair_builder(config, builder, ranges) if paired else None
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
     refusals.check_phase(phase, mesh, held_out["validation"], pairs["validation"])

@@ -183,8 +183,12 @@ def builder(config: ml_collections.ConfigDict, tokenizer: data.Tokenizer) -> dat
     raise ValueError(f"config.data: {error}") from error
 
 
-def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder) -> data.PairBuilder:
+def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder,
+                 ranges: Mapping[str, tuple[float, float]] | None = None) -> data.PairBuilder:
   """What turns rows into pairs of answers.
+
+  Args:
+    ranges: of `compose.ranges_of` the losses that read columns.
 
   Raises:
     ValueError: settings that no row could satisfy.
@@ -195,7 +199,7 @@ def pair_builder(config: ml_collections.ConfigDict, tasks: data.TaskBuilder) -> 
                             preference=d.preference, columns=tuple(d.columns), turn=d.turn,
                             other_turn=d.other_turn, critique=d.critique,
                             step_labels=d.step_labels, step_end=d.step_end,
-                            weaker=d.weaker)
+                            weaker=d.weaker, ranges=ranges or {})
   except ValueError as error:
     raise ValueError(f"config.data: {error}") from error
 

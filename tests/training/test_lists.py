@@ -1,4 +1,4 @@
-"""Losses of pairs refuse lists of answers, for which they would be 0 without a word."""
+"""Rows that a loss cannot do with are refused: lists for losses of pairs, numbers out of range."""
 
 import json
 
@@ -30,3 +30,22 @@ def test_a_loss_of_lists_takes_them(tmp_path):
   parts = builders.build_parts(config, tmp_path / "run", print)
   parts.scorer.close()
   assert parts.shapes["comparisons"].together
+
+
+@pytest.mark.parametrize("term, bad", [
+    (dict(name="ordinal", levels=3, label="rank"), 4), (dict(name="binary_label", label="rank"), 1.5),
+    (dict(name="value_systems", values=2, clusters=1, agent="rank", value="rank"), 2),
+    (dict(name="fairness", group="rank", first="rank"), -1)])
+def test_numbers_that_a_loss_cannot_do_with_are_bad_rows(tmp_path, term, bad):
+  place = tmp_path / "rows.jsonl"
+  config = lists(place, *[2] * 5)
+  config.comparisons.objective = [term]
+  rows = [json.loads(line) for line in place.read_text().splitlines()]
+  for row in rows:
+    for answer in row["answers"]:
+      answer["rank"] = 1
+  rows[3]["answers"][1]["rank"] = bad
+  place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with pytest.raises(ValueError, match=rf"rows.jsonl:4: field 'rank' holds {bad}, but config.objective has a loss "
+                                       "for numbers from"):
+    builders.build_parts(config, tmp_path / "run", print)
