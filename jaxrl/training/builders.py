@@ -27,6 +27,7 @@ from jaxrl.batch import TUPLE
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
 from jaxrl.models import critic_from_policy
+from jaxrl.models.outputs import VALUES
 from jaxrl.rewards import Scorer
 from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Sampler
@@ -200,13 +201,26 @@ def _fresh_state(parts, phase, params, rng):
   learning = phase.learning
 
   critic_begins = (parts.decoder.critic and learning.needs_values
-                   and not any(p.learning.needs_values for p in parts.phases[:phase.index]))
+                   and not any(p.learning.needs_values for p in parts.phases[:phase.index])
+                   and not _taught_critic(parts.config.start))
 
   def start(params, rng):
     params = critic_from_policy(params) if critic_begins else params
     return states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
                               frozen=learning.kept)
   return jax.jit(start, out_shardings=shardings)(params, rng)
+
+
+def _taught_critic(run):
+  """Whether a run, or one that it began with, has a critic that learned; not, if there is none."""
+  place = pathlib.Path(run) / "config.json"
+  if not run or not place.exists():
+    return False
+  config = ml_collections.ConfigDict(json.loads(place.read_text()))
+  phases = [configs.phase_config(config, name) for name in configs.phase_names(config)]
+  terms = [term for settings in phases if settings.kind != "evaluate" for term in pieces.objective(settings)[0]]
+  return any(signal in VALUES for term in terms for signal in compose.signals_of(term)) or (
+      _taught_critic(config.start))
 
 
 def phase_run(parts: Parts, phase: Phase) -> PhaseRun:

@@ -1,6 +1,7 @@
 """A critic of its own: what it learns from, what it begins as, and that the policy is left alone."""
 
 import dataclasses
+import json
 import types
 
 import jax
@@ -189,3 +190,21 @@ def test_a_critic_begins_as_the_policy_where_values_are_first_read(parts):
   learned = {**state.params, "critic": trained(state.params["critic"])}
   state = builders.start_state(parts, more, learned, key)
   assert bits(state.params) == bits(learned), "a critic that has learned goes on"
+
+
+@pytest.mark.parametrize("phases, taught", [(["sft", "rl"], True), (["sft"], False)])
+def test_a_critic_goes_on_where_the_run_that_is_started_from_taught_one(parts, tmp_path, phases, taught):
+  key = jax.random.key_data(jax.random.key(0))
+  earlier = parts.config.copy_and_resolve_references()
+  earlier.phases, later = tuple(phases), tmp_path / "later"
+  for place, start in ((tmp_path / "earlier", ""), (later, tmp_path / "earlier")):
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps({**configs.to_dict(earlier), "start": str(start)}))
+    earlier.phases = ("sft",)
+  params = states.initial_parameters(parts.decoder, key, parts.mesh)
+  config = parts.config.copy_and_resolve_references()
+  config.start = str(later)
+  rl = dataclasses.replace(parts.phases[1], index=0)
+  state = builders.start_state(dataclasses.replace(parts, config=config, phases=[rl]), rl, params, key)
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), state.params["critic"], params["critic"])
+  assert all(jax.tree.leaves(same)) == taught
