@@ -89,6 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
       staleness=0,  # batches that are sampled ahead, with older parameters; 0 is on-policy
       filter_zero_variance=False,  # replace groups of equal rewards, drawing at most
       max_resample=2,  # times again
+      filter_by="",  # criterion whose scores are to differ instead
       max_rows=1024,  # sampled together on the device
       weights_dtype="", cache_dtype="",  # float32 | bfloat16 | int8, for sampling; "" is the model's
       max_failure_rate=0.1,  # of episodes, before the run stops

@@ -21,13 +21,13 @@ class Collected:
   sampled: list[Trajectory]  # kept or not
   tasks: dict[str, Task]
   groups: int  # groups sampled, kept or not
-  effective_groups: int  # groups among them whose rewards differ
+  effective_groups: int  # groups among them whose rewards, or scores of `filter_by`, differ
 
 
 def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Task]], *,
             prompts: int, base_key: jax.Array, key: tuple[int, ...], step: int,
-            filter_zero_variance: bool = False, max_resample: int = 0, reference: Any = None
-            ) -> Collected:
+            filter_zero_variance: bool = False, filter_by: str = "", max_resample: int = 0,
+            reference: Any = None) -> Collected:
   """Collects the groups of `prompts` tasks.
 
   Args:
@@ -40,6 +40,8 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
       anything new; what the last brings too many is dropped. If no group differs at all the last
       round is kept: its advantages are 0. A sequence alone is no comparison, such as a known solution
       beside samples: it stays if another group of its episode does.
+    filter_by: criterion whose scores have to differ, such as DAPO's accuracy where the reward holds a
+      punishment for length too; empty for the reward.
 
   Raises:
     EpisodeFailure: no episode returned anything, or as in `Rollouts.run`.
@@ -54,9 +56,9 @@ def collect(rollouts: Rollouts, params: Any, next_tasks: Callable[[int], list[Ta
     episodes += len(drawn)
     sampled += [t for g in groups for t in g]
     total += len(groups)
-    differing = {_episode(g) for g in groups if _differs(g)}
-    effective += sum(map(_differs, groups))
-    kept += [g for g in groups if not filter_zero_variance or _differs(g)
+    differing = {_episode(g) for g in groups if _differs(g, filter_by)}
+    effective += sum(_differs(g, filter_by) for g in groups)
+    kept += [g for g in groups if not filter_zero_variance or _differs(g, filter_by)
              or len(g) == 1 and _episode(g) in differing]
     if len({_episode(g) for g in kept}) >= prompts:
       break
@@ -75,8 +77,11 @@ def _by_group(trajectories):
   return list(groups.values())
 
 
-def _differs(group):
-  return len({t.reward for t in group if t.scored}) > 1
+def _differs(group, by):
+  if not by:
+    return len({t.reward for t in group if t.scored}) > 1
+  found = [t.evidence[by] for t in group if by in t.evidence]
+  return len({criterion.score for criterion in found if criterion.status == "ok"}) > 1
 
 
 def _episode(group):

@@ -348,7 +348,8 @@ def _supply(parts, phase):
   groups = GroupsOfRollouts(
       pipeline, _rollouts(parts, phase, sampler), edits=pieces.edits_of(s), prompts=s.rollout.prompts,
       base_key=parts.base_key, key=(TRAINING, phase.index),
-      filter_zero_variance=s.rollout.filter_zero_variance, max_resample=s.rollout.max_resample)
+      filter_zero_variance=s.rollout.filter_zero_variance, filter_by=s.rollout.filter_by,
+      max_resample=s.rollout.max_resample)
   if not pieces.samples_ahead(phase):
     return groups
   shardings = states.parameter_shardings(parts.decoder, parts.mesh)
@@ -376,11 +377,12 @@ def _rollouts(parts, phase, sampler):
 def _scorer(config, phases, mesh):
   scorer = processes.SharedScorer.from_config(pieces.plain(config.reward), mesh=mesh)
   for phase in phases:
-    label = phase.settings.evaluate.correct
-    if label and label not in scorer.labels:
-      scorer.close()
-      raise ValueError(f"config.evaluate.correct={label!r} is none of the criteria in config.reward"
-                       f"{compose.nearest(label, scorer.labels)}")
+    s = phase.settings
+    for path, label in (("evaluate.correct", s.evaluate.correct), ("rollout.filter_by", s.rollout.filter_by)):
+      if label and label not in scorer.labels:
+        scorer.close()
+        raise ValueError(f"config.{path}={label!r} is none of the criteria in config.reward"
+                         f"{compose.nearest(label, scorer.labels)}")
   return scorer
 
 

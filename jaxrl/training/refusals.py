@@ -48,6 +48,9 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
   pieces.episode(s)
   pieces.asking(s)
   _check_samples(s, pieces.edits_of(s))
+  if s.rollout.filter_by and not s.rollout.filter_zero_variance:
+    raise ValueError(f"config.rollout.filter_by={s.rollout.filter_by!r} filters nothing without config."
+                     "rollout.filter_zero_variance=True")
   if phase.kind == "rl" and s.rollout.temperature <= 0:
     raise ValueError(f"config.rollout.temperature={s.rollout.temperature}: greedy samples have no "
                      "policy gradient; use a positive temperature")

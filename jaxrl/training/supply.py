@@ -80,10 +80,12 @@ class GroupsOfRollouts:
 
   def __init__(self, tasks: data.TaskIterator, rollouts: Rollouts, *, prompts: int,
                base_key: jax.Array, key: tuple[int, ...],
-               filter_zero_variance: bool, max_resample: int, edits: Sequence[Callable] = ()):
+               filter_zero_variance: bool, max_resample: int, filter_by: str = "",
+               edits: Sequence[Callable] = ()):
     self._tasks, self._rollouts, self._edits = tasks, rollouts, edits
     self._collect = dict(prompts=prompts, base_key=base_key,
-                         filter_zero_variance=filter_zero_variance, max_resample=max_resample)
+                         filter_zero_variance=filter_zero_variance, filter_by=filter_by,
+                         max_resample=max_resample)
     self._key = key
 
   def next(self, params: Any, step: int, reference: Any = None) -> Supplied:

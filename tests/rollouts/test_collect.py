@@ -27,7 +27,7 @@ class Stream:
 @pytest.fixture
 def run(world, tasks_of):
   """`run(rewards)`: the group of the i-th task gets the rewards `rewards(i)`; None is unscored."""
-  def run(rewards, *, prompts, episode=None, ids=None, **options):
+  def run(rewards, *, prompts, episode=None, ids=None, punished=0.0, **options):
     counts = {}
 
     def score(pairs):
@@ -36,7 +36,7 @@ def run(world, tasks_of):
         given = rewards(int(task.id[1:]))
         at = counts[task.id] = counts.get(task.id, -1) + 1
         value = given[at % len(given)]
-        scored.append(Scored(value or 0.0, value is not None,
+        scored.append(Scored((value or 0.0) - punished * at, value is not None,
                              {"given": Criterion(value or 0.0, "ok" if value is not None
                                                  else "unscorable")}))
       return scored
@@ -74,6 +74,18 @@ def test_groups_that_teach_nothing_are_replaced(run):
   for t in collected.trajectories:
     rewards.setdefault(t.group, set()).add(t.reward)
   assert all(len(r) == 2 for r in rewards.values()) and len(rewards) == 3
+
+
+def test_what_differs_may_be_one_criterion_of_the_reward(run):
+  """Every sample is punished differently, but only every third task has one that is right."""
+  options = dict(prompts=3, filter_zero_variance=True, max_resample=5, punished=0.1)
+  collected, _ = run(every_third, **options)
+  assert ids(collected) == ["t0", "t1", "t2"]
+  collected, asked = run(every_third, filter_by="given", **options)
+  assert ids(collected) == ["t0", "t3", "t6"] and asked == [3, 3, 3]
+  assert (collected.groups, collected.effective_groups) == (9, 3)
+  collected, _ = run(lambda i: (None, 1.0) if i else (0.0, 1.0), filter_by="given", **{**options, "prompts": 2})
+  assert ids(collected) == ["t0"], "what cannot be judged does not differ"
 
 
 def test_resampling_is_bounded_and_a_short_batch_is_accepted(run):

@@ -325,3 +325,13 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
   unread += [f"{name}.{field}" for name in sections for field in config[name]
              if (section_of(config[name]), field) not in reads]
   assert unread == [f"{name}.dead" for name in dead]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(filter_by="exact_mtch", filter_zero_variance=True),
+     "config.rollout.filter_by='exact_mtch' is none of the criteria.*did you mean 'exact_match'"),
+    (dict(filter_by="exact_match", filter_zero_variance=False), "filter_by='exact_match' filters nothing without")])
+def test_a_filter_by_nothing_is_refused(config, build, untraced, changes, message):
+  config.rollout.update(changes)
+  with pytest.raises(ValueError, match=message):
+    build(config)
