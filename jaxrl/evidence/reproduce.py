@@ -34,7 +34,8 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
       to `results`.
 
   Raises:
-    ValueError: no such method, no training-based claim, or a metric that its runs do not have.
+    ValueError: no such method, no training-based claim, a metric that its runs do not have, or fewer
+      seeds than the result that is there already.
   """
   evidence = methods.evidence_of(slug)
   if evidence is None:
@@ -42,6 +43,11 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
                      f"{methods.path_of(slug).name} has no get_evidence()")
   if len(set(seeds)) != len(seeds) or not seeds:
     raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds, as in 0,1,2")
+  before = methods.result_of(slug, results)
+  if before and not steps and len(before["seeds"]) > len(seeds):
+    raise ValueError(f"{results / slug}.json holds {len(before['seeds'])} seeds, and --seeds="
+                     f"{','.join(map(str, seeds))} would replace them by fewer: give as many, or another "
+                     "--results")
   began = time.time()
   start = (None if evidence.warm is None else
            runs.warm_start(evidence.warm, workdir / "warm", report))

@@ -78,7 +78,7 @@ async def recombined_corrections(ctx: EpisodeContext, task: Task, *, samples: in
   seconds = [second for _, second in pairs if second and second.formed and second.scored]
   spliced = [(first, second) for first in firsts for second in seconds
              if len(first.tokens) + len(marker) + len(second.tokens) <= max_tokens]
-  rng = np.random.default_rng([ctx.step, ctx.episode])
+  rng = ctx.rng()
   right = sum((second or first).right for first, second in pairs)
   chosen = select([(a.right, b.right) for a, b in spliced], samples, right, rng)
   new = await asyncio.gather(*[_splice(ctx, task, *spliced[i], marker) for i in chosen])

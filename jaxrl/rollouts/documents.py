@@ -3,8 +3,6 @@
 import dataclasses
 import re
 
-import numpy as np
-
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
@@ -57,7 +55,7 @@ async def predict_segments(ctx: EpisodeContext, task: Task, *, samples: int,
   places = [i for i in range(first - 1, len(parts) - 1) if len(parts[i].strip()) >= shortest]
   if not places:
     return []
-  rng = np.random.default_rng([ctx.step, ctx.episode])
+  rng = ctx.rng()
   fill, i = rng.random() < middle, int(rng.choice(places))
   context, following = "".join(parts[:i]), parts[i + 1]
   prompt = opening(ctx, task) + (ctx.render(FILL, context=context, following=following) if fill

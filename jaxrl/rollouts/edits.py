@@ -32,6 +32,7 @@ class Step:
     decode: token ids to text.
     sampled: all scored trajectories of the batch, also of groups that `filter_zero_variance` dropped
       and that no edit gives back; by default the same as `trajectories`.
+    seed: of the run, for random choices.
   """
 
   trajectories: list[Trajectory]
@@ -41,6 +42,7 @@ class Step:
   metrics: dict[str, float]
   decode: Any = None
   sampled: list[Trajectory] | None = None
+  seed: int = 0
 
   def __post_init__(self):
     self.sampled = self.trajectories if self.sampled is None else self.sampled

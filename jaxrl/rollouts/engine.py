@@ -94,6 +94,11 @@ class EpisodeContext:
     self._rollouts, self._session, self.episode = rollouts, session, episode
     self.step, self.memory = session.step, rollouts.memory
 
+  def rng(self, *salt: int) -> np.random.Generator:
+    """Randomness for choices of the episode's own: the same for the same `config.seed`, step, episode and
+    salt, and begun anew by each call."""
+    return np.random.default_rng([self._rollouts.seed, self.step, self.episode, *salt])
+
   async def sample(self, prompt: Sequence[int], n: int = 1, *, train: bool = False,
                    max_tokens: int | None = None, temperature: float | None = None,
                    stop_strings: Sequence[str] | None = None, model: Model = "policy"
@@ -270,7 +275,7 @@ class Rollouts:
                sampler: Sampler, tokenizer, scorer, *, sampling: SamplingParams,
                templates: Mapping[str, str] | None = None, max_failure_rate: float = 0.1,
                report: Callable[[str], None] = print, likelihood: Likelihood | None = None,
-               pairs: PairBuilder | None = None):
+               pairs: PairBuilder | None = None, seed: int = 0):
     """Args:
       episode: `async (ctx, task) -> list[Trajectory]`, with its keyword arguments bound.
       sampler, tokenizer, scorer: serve the episodes' requests.
@@ -281,6 +286,7 @@ class Rollouts:
       report: takes a line about every failing episode.
       likelihood: answers what episodes ask about given tokens, None if they may not.
       pairs: reads the answers that rows hold, None if episodes ask for none.
+      seed: of `ctx.rng`.
     """
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
@@ -288,7 +294,7 @@ class Rollouts:
     self.stopped = False
     self.memory: dict[str, Any] = {}
     self.likelihood = likelihood
-    self.pairs = pairs
+    self.pairs, self.seed = pairs, seed
     self._failed = collections.deque(maxlen=WINDOW)
 
   def stop(self) -> None:

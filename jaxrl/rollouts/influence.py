@@ -95,7 +95,7 @@ async def _channels(ctx, task, t, number, answer, draws, unit, separator, floor)
     found = np.float64(await ctx.embedding_gradients(tokens, np.isin(np.arange(len(tokens)), about)))
     return found[:len(z)] if to_z else found[start:start + len(x)]
 
-  rng = np.random.default_rng([ctx.step, ctx.episode, number])
+  rng = ctx.rng(number)
   other_z = [_shuffled(ctx, z, unit, rng) for _ in range(draws)]
   other_x = [_shuffled(ctx, x, unit, rng) for _ in range(draws)]
   asked = [jacobian(z, x, False, True), jacobian(z, x, True, False), jacobian(z, x, True, True),

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 
-import numpy as np
-
 from jaxrl import compose
 from jaxrl import rollouts
 from jaxrl.batch import PREFERENCE
@@ -44,7 +42,7 @@ async def best_and_flawed(ctx: EpisodeContext, task: Task, *, samples: int, kind
   if not kinds or isinstance(kinds, str) or bool(flaw) == bool(rewrite):
     raise ValueError(f"best_and_flawed: kinds={kinds!r} has to list errors, and one of flaw={flaw!r} and "
                      f"rewrite={rewrite!r} to say how they come in")
-  rng = np.random.default_rng([ctx.step, ctx.episode, 24781])
+  rng = ctx.rng(24781)
   number = int(rng.integers(len(kinds)))
   answers = await ctx.sample(task.prompt, n=samples, train=True)
   scores = await ctx.score(task, answers)

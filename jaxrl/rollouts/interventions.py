@@ -50,7 +50,7 @@ async def repaired_trace(ctx: EpisodeContext, task: Task, *, triggers: Sequence[
   if not triggers or isinstance(triggers, str):
     raise ValueError(f"repaired_trace: triggers={triggers!r} has to list at least one text")
   find = compose.build(detector, rollouts, where="repaired_trace: detector")
-  rng = np.random.default_rng([ctx.step, ctx.episode, 24393])
+  rng = ctx.rng(24393)
   trace, = await ctx.sample(task.prompt, train=True, max_tokens=max_tokens)
   await ctx.score(task, [trace])
   mended, first, searched, repairs = trace, 0, 0, 0

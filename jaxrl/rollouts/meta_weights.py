@@ -73,7 +73,7 @@ async def known_and_bought_pairs(ctx: EpisodeContext, task: Task, *, samples: in
   await asyncio.gather(*(_read(ctx, t, drawn=False) for t in known))
   network = ctx.memory.get(MEMORY) or initial_memory()
   chance = float(weight_of(network, log_sigmoid(margin_of(known))))
-  u = np.random.default_rng([ctx.step, ctx.episode, 23371]).random()
+  u = ctx.rng(23371).random()
   bought = []
   if always or u > chance:
     answers = await ctx.sample(task.prompt, n=samples, train=True)

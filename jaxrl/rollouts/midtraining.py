@@ -84,7 +84,7 @@ async def predict_tokens(ctx: EpisodeContext, task: Task, *, samples: int, bound
   entropies = await _entropies(ctx, tokens, places, probes)
   known = ctx.memory.get(KEY, ())
   tiers = np.searchsorted(thresholds(known if len(known) else entropies), entropies)
-  rng = np.random.default_rng([ctx.step, ctx.episode])
+  rng = ctx.rng()
   place, tier = _draw(places, tiers, probabilities, rng)
 
   prompt = tokens[:place].tolist() + ctx.render("think", budget=str(allowed))

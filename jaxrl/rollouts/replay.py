@@ -67,7 +67,7 @@ def choose_rollouts(step: Step, *, share: float = 0.5, count: int = 0, buffer: i
   if not 0 < share <= 1 or not 0 <= explore <= 1 or min(buffer, count) < 0 or window < 1:
     raise ValueError(f"choose_rollouts: share={share}, explore={explore}, buffer={buffer}, count="
                      f"{count}, window={window}; use 0 < share <= 1, 0 <= explore <= 1, window >= 1")
-  rng = np.random.default_rng([step.index, 2602])
+  rng = np.random.default_rng([step.seed, step.index, 2602])
   memory = step.memory.setdefault(MEMORY, {
       "network": _network(rng, width), "adam": 0, "past": [], "store": [], "pending": None,
       "seen": None, "batches": 0})

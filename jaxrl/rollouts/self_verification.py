@@ -100,7 +100,7 @@ def collect_answers(step: Step, *, interval: int = 5, right_from: float = 1.0) -
 
 
 def _balanced(step: Step, right_from: float) -> list[dict[str, Any]]:
-  rng = np.random.default_rng([step.index, 7594])
+  rng = np.random.default_rng([step.seed, step.index, 7594])
   halves, spare, groups = {True: [], False: []}, {True: [], False: []}, step.groups()
   for group in groups:
     valid = [t for t in group if t.scored and t.text.strip()]

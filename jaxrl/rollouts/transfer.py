@@ -57,7 +57,7 @@ async def transferable_answers(ctx: EpisodeContext, task: Task, *, samples: int,
   group = await ctx.sample(task.prompt, n=samples, train=True)
   await ctx.score(task, group)
   # Cuts depend on step, episode and place in the group alone, as samples do.
-  shares = np.random.default_rng([ctx.step, ctx.episode]).uniform(low, high, samples)
+  shares = ctx.rng().uniform(low, high, samples)
   heads = [_part_of_thought(ctx, t, share, boundary) if t.scored else None
            for t, share in zip(group, shares)]
   given_away = [head is not None and bool(task.answer) and task.answer in head.text

@@ -371,7 +371,7 @@ def _rollouts(parts, phase, sampler):
       sampling=pieces.sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
       likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
-      pairs=parts.pair_builder)
+      pairs=parts.pair_builder, seed=parts.config.seed)
 
 
 def _scorer(config, phases, mesh):

@@ -96,7 +96,7 @@ class GroupsOfRollouts:
     metrics["groups"] = collected.groups
     metrics["effective_group_fraction"] = collected.effective_groups / max(collected.groups, 1)
     batch = edit_lib.Step(collected.trajectories, collected.tasks, step, self._rollouts.memory,
-                          metrics, self._rollouts.tokenizer.decode, collected.sampled)
+                          metrics, self._rollouts.tokenizer.decode, collected.sampled, self._rollouts.seed)
     trajectories = edit_lib.apply(self._edits, batch)
     metrics["rollout_seconds"] = time.perf_counter() - start
     return Supplied(trajectories, metrics, collected.tasks)

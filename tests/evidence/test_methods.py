@@ -95,3 +95,5 @@ def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
   assert "[rs-grpo](results/rs-grpo.png)" in table and "*confirmed* if" in table
   again = reproduce.reproduce("rs-grpo", [0, 1], workdir=tmp_path / "runs", results=results)
   assert again["claims"] == made["claims"], "ended runs are read, not made again"
+  with pytest.raises(ValueError, match="rs-grpo.json holds 2 seeds, and --seeds=0 would replace them by fewer"):
+    reproduce.reproduce("rs-grpo", [0], workdir=tmp_path / "runs", results=results)

@@ -329,3 +329,19 @@ def test_the_end_of_a_run_does_not_put_its_trajectories_into_words(world, monkey
     raise AssertionError("a trajectory was put into words")
   monkeypatch.setattr(Trajectory, "__repr__", refuse)
   assert len(world.run(group(2), 3)) == 6
+
+
+def test_choices_of_an_episode_follow_seed_step_episode_and_salt_and_nothing_else(world):
+  def drawn(seed, step, salt=()):
+    found = []
+
+    async def episode(ctx, task):
+      first, again = ctx.rng(*salt).random(), ctx.rng(*salt).random()
+      assert first == again
+      found.append(first)
+      return await ctx.sample(task.prompt, train=True)
+    world.run(episode, tasks=3, step=step, seed=seed)
+    return tuple(found)
+  runs = [drawn(0, 0), drawn(1, 0), drawn(0, 1), drawn(0, 0, (5,))]
+  assert drawn(0, 0) == runs[0]
+  assert len({x for run in runs for x in run}) == 4 * 3
