@@ -35,7 +35,8 @@ def get_evidence():
   return dict(
       reported="after SFT and DPO on safety data SimpleQA 3.03, IFEval 63.96; without projection 0.53, "
                "51.94 (Qwen2.5-7B-Instruct)",
-      overrides={"preference.steps": 100, "evaluate.samples": 0},
+      # Refusals are learnt by then; after 100 updates, no arm gets more than a sum in a hundred right.
+      overrides={"preference.steps": 15, "evaluate.samples": 0},
       arms=dict(
           dpo=dict(overrides={"preference.optimizer.transforms": []}),
           two=dict(overrides={"preference.optimizer.transforms": [
