@@ -102,6 +102,25 @@ def ranges_of(pieces: Sequence[Callable]) -> dict[str, tuple[float, float]]:
   return found
 
 
+def orders(function: Callable[..., tuple[str, int]]) -> Callable[[Callable], Callable]:
+  """Declares by which column a term orders the answers to a question, if not by `preference`.
+
+  Args:
+    function: of those keywords of the term that it asks for: the column, and 1 where more of it is
+      better or -1 where less is.
+  """
+  def mark(term):
+    term.orders = function
+    return term
+  return mark
+
+
+def order_of(pieces: Sequence[Callable]) -> tuple[str, int] | None:
+  """What the first of some terms, bare or built, declared with `orders`; None if none did."""
+  declared = [piece for piece in pieces if hasattr(_bare(piece), "orders")]
+  return _with_keywords(_bare(declared[0]).orders, declared[0]) if declared else None
+
+
 def carries(initial: Callable[..., Any]) -> Callable[[Callable], Callable]:
   """Declares that a piece remembers something from batch to batch, as part of every checkpoint.
 

@@ -47,7 +47,7 @@ def get_evidence():
       arms=dict(
           sequential=dict(overrides={"second.optimizer.transforms": []}),
           gradient=dict(overrides={"second.optimizer.transforms": [dict(
-              name="project_onto_null_space", ratio=0.8, clip=1.0, on="gradient")]})),
+              name="project_onto_null_space", ratio=0.8, on="gradient")]})),
       claims=[
           dict(text="the first preference survives the second", metric="test/sampled_accuracy",
                expect="higher", baseline="sequential"),

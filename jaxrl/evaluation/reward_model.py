@@ -15,6 +15,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from jaxrl import compose
+from jaxrl import config as configs
 from jaxrl import data
 from jaxrl.batch import Task
 from jaxrl.compose import nearest
@@ -26,6 +28,7 @@ from jaxrl.rewards.trained import check_heads
 from jaxrl.training import compilation
 from jaxrl.training import inputs
 from jaxrl.training import jsonl
+from jaxrl.training import pieces
 from jaxrl.training import reward_models
 from jaxrl.training.shapes import PAIRED
 from jaxrl.training.terminal import Terminal
@@ -110,12 +113,15 @@ def _questions(config, place, path, split, reading) -> tuple[list[Question], dat
   pairs = None
   if listed is None and any(config[name].kind in PAIRED for name in config.phases):
     pairs = inputs.pair_builder(config, builder)
-  if path and is_benchmark(source := data.open_source(path), reading):
+  if path and not path.startswith("task:") and is_benchmark(source := data.open_source(path), reading):
     return read_benchmark(source, reading, builder.fields), builder
   config.data[split] = path or config.data[split]
   if not config.data[split]:
     raise ValueError(f"the run has no config.data.{split}: name another --split, or --data=FILE")
-  return read_own(inputs.open_split(config, split), reading, builder, pairs, listed), builder
+  terms = [term for name in config.phases if config[name].kind in PAIRED
+           for term in pieces.terms_of(configs.phase_config(config, name))]
+  return read_own(inputs.open_split(config, split), reading, builder, pairs, listed,
+                  compose.order_of(terms)), builder
 
 
 def _digest(questions):

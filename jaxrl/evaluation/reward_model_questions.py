@@ -117,7 +117,8 @@ def read_benchmark(source: data.Source, reading: Reading, fields: data.Fields) -
 
 
 def read_own(source: data.Source, reading: Reading, tasks: data.TaskBuilder,
-             pairs: data.PairBuilder | None, listed: Mapping[str, Any] | None) -> list[Question]:
+             pairs: data.PairBuilder | None, listed: Mapping[str, Any] | None,
+             order: tuple[str, int] | None = None) -> list[Question]:
   """Questions of rows in the shape of the run's own data.
 
   Args:
@@ -126,6 +127,7 @@ def read_own(source: data.Source, reading: Reading, tasks: data.TaskBuilder,
     tasks: of the run; refuses and counts rows as its `on_bad_row` says.
     pairs: of the run; None if it compares no answers.
     listed: as `without_pairing` gives it, if rows hold lists.
+    order: column and sign of the grades, as of `compose.order_of`; None is by preference.
 
   Raises:
     BadRow: a row that cannot be read.
@@ -139,7 +141,7 @@ def read_own(source: data.Source, reading: Reading, tasks: data.TaskBuilder,
     if listed is not None:
       question = tasks.guarded(lambda i=index: _of_list(source[i], source.where(i), reading, listed))
     else:
-      question = _of_pair(pairs.read(source, index), reading, source.where(index))
+      question = _of_pair(pairs.read(source, index), reading, source.where(index), order)
     found += [question] if question else []
     if reading.limit and len(found) == reading.limit:
       break
@@ -185,11 +187,12 @@ def _of_list(row, where, reading, listed):
                   subset=_subset(row, reading), where=where)
 
 
-def _of_pair(comparison, reading, where):
+def _of_pair(comparison, reading, where, order):
   if comparison is None:
     return None
+  column, sign = order or (PREFERENCE, 1)
   return Question(row=comparison.task.row, answers=comparison.bare,
-                  grades=tuple(columns[PREFERENCE] for columns in comparison.columns),
+                  grades=tuple(sign * columns[column] for columns in comparison.columns),
                   subset=_subset(comparison.task.row, reading), where=where)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.batch import at_last_tokens, column_of, sum_by_group, sum_by_sequence, to_tokens
-from jaxrl.compose import by_sequence, needs, of_pairs, ranges
+from jaxrl.compose import by_sequence, needs, of_pairs, orders, ranges
 from jaxrl.objectives import beta as betas
 from jaxrl.objectives.aggregate import TermOutput
 from jaxrl.objectives.pairs import answers_of, check_numbers, diagnostics, loss_of_pairs, loss_of_sequences
@@ -144,6 +144,7 @@ def beta_preference(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, 
       "prior_kl": mean_of_pairs(batch, kl)}
 
 
+@orders(lambda rank: (rank, -1))
 @by_sequence
 @needs("scores")
 def plackett_luce(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, rank: str = "rank"
@@ -187,6 +188,7 @@ def plackett_luce(outputs: ModelOutputs, batch: TokenBatch, *, head: int = 0, ra
 @by_sequence
 @needs("scores")
 @ranges(lambda label, levels: {label: (1, levels)})
+@orders(lambda label: (label, 1))
 def ordinal(outputs: ModelOutputs, batch: TokenBatch, *, levels: int, label: str = "label",
             head: int = 0, ordered: bool = False) -> TermOutput:
   """Ordered ratings by one logit per threshold (CORAL-like, WildReward, steps 5 and 6).

@@ -218,7 +218,7 @@ def _taught_critic(run):
     return False
   config = ml_collections.ConfigDict(json.loads(place.read_text()))
   phases = [configs.phase_config(config, name) for name in configs.phase_names(config)]
-  terms = [term for settings in phases if settings.kind != "evaluate" for term in pieces.objective(settings)[0]]
+  terms = [term for settings in phases if settings.kind != "evaluate" for term in pieces.terms_of(settings)]
   return any(signal in VALUES for term in terms for signal in compose.signals_of(term)) or (
       _taught_critic(config.start))
 

@@ -18,6 +18,8 @@ from jaxrl.rollouts import edits
 from jaxrl.sampling import SamplingParams
 from jaxrl.training.shapes import PAIRED
 
+OF_ALL_TERMS = ("aggregation", "loss_weight")  # what specs of terms hold beside arguments
+
 
 def objective(settings: ml_collections.ConfigDict) -> tuple[list[Callable], list[Aggregation]]:
   """The terms, and the aggregation of each: its own, or that of all, with its `loss_weight`.
@@ -26,11 +28,9 @@ def objective(settings: ml_collections.ConfigDict) -> tuple[list[Callable], list
     ValueError: a mistake in one, or a second use of a term that can be there only once.
   """
   terms, aggregations = [], []
-  for i, spec in enumerate(settings.objective):
-    where, spec = f"config.objective[{i}]", plain(spec)
-    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+  for where, spec in _specs(settings):
     aggregation = _aggregation(spec, settings.aggregation, where)
-    term = compose.build(spec, objectives, where=where)
+    term = _term(spec, where)
     name = compose.name_of(term)
     if name in map(compose.name_of, terms) and (compose.initial_of(term) or compose.is_prepared(term)):
       raise ValueError(f"{where} lists {name!r} once more, but it keeps something of the batch under its "
@@ -44,9 +44,24 @@ def objective(settings: ml_collections.ConfigDict) -> tuple[list[Callable], list
   return terms, aggregations
 
 
+def terms_of(settings: ml_collections.ConfigDict) -> list[Callable]:
+  """The terms alone, whatever else may be wrong with the objective."""
+  return [_term(spec, where) for where, spec in _specs(settings)]
+
+
+def _specs(settings):
+  """Where each term stands in a config, and what is there."""
+  for i, spec in enumerate(map(plain, settings.objective)):
+    yield f"config.objective[{i}]", {"name": spec} if isinstance(spec, str) else spec
+
+
+def _term(spec, where):
+  return compose.build({k: v for k, v in spec.items() if k not in OF_ALL_TERMS}, objectives, where=where)
+
+
 def _aggregation(spec, common, where):
-  """Takes what is about aggregation out of the spec of a term."""
-  own, weight = spec.pop("aggregation", None), spec.pop("loss_weight", 1.0)
+  """How the loss of a term is aggregated, and its weight."""
+  own, weight = spec.get("aggregation"), spec.get("loss_weight", 1.0)
   own = {"kind": own} if isinstance(own, str) else own or {k: common[k] for k in ("kind", "constant")}
   if set(own) - {"kind", "constant"} or "kind" not in own:
     raise ValueError(f"{where}.aggregation={own} must be a kind of aggregation, or dict(kind=..., "

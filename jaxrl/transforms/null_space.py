@@ -94,14 +94,17 @@ def project_onto_null_space(*, ratio: float = 0.8, since: str = "", clip: float 
       ratio: the largest one, to 1/64, at which giving the free singular values the mean of the others
       changes the metric by no more than `tolerance`. "" is the fixed `ratio`.
     parameters: pattern of the names of matrices that are trained; others stay as they are.
-    on: "update" or "gradient".
+    on: "update", or "gradient" with `clip=0`.
 
   State: a copy of the matrices in float32, two with `clip`.
 
   Raises:
     ValueError: numbers out of range, or a pattern that does not compile.
   """
-  del since, metric, on
+  del since, metric
+  if on == "gradient" and clip:
+    raise ValueError(f"project_onto_null_space: clip={clip} bounds what updates add up to, and on='gradient' "
+                     "comes before the optimiser makes them: use on='update', or clip=0")
   if not 0 <= ratio <= 1 or clip < 0 or tolerance < 0:
     raise ValueError(f"project_onto_null_space: ratio={ratio} must be 0 to 1, and clip={clip} and "
                      f"tolerance={tolerance} at least 0")

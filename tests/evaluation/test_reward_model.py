@@ -206,3 +206,29 @@ def test_mistakes_are_one_message(trained, tmp_path, capsys, monkeypatch, option
   with pytest.raises(SystemExit) as end:
     cli.main(["evaluate", f"--model={trained}", *options])
   assert end.value.code and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("term, best", [(dict(name="plackett_luce", rank="place"), 1), (dict(
+    name="ordinal", levels=3, label="place"), 3)])
+def test_lists_are_graded_by_the_column_that_the_loss_reads(trained, tmp_path, term, best):
+  rows = [{"prompt": row["prompt"], "tries": [
+      dict(text=row["chosen"], place=best), dict(text=row["rejected"], place=4 - best), dict(text="7", place=2)]}
+          for row in sums(6)]
+  place = changed(trained, tmp_path / "run", answers="tries", chosen="text", rejected="", columns=["place"])
+  plain = json.loads((place / "config.json").read_text())
+  plain["comparisons"]["objective"] = [term]
+  (place / "config.json").write_text(json.dumps(plain))
+  found = evaluate(place, tmp_path / "out", path=write(tmp_path / "lists.jsonl", rows), quiet=True)
+  assert found["questions"] == 6 and found["pairs"] == 18
+  model = reward_models.RewardModel.load(place)
+  scores = [np.concatenate(model.scores([(Task("x", [1], row=row), x["text"], True) for x in row["tries"]]))
+            for row in rows]
+  right = [a > b for s in scores for a, b in ((s[0], s[1]), (s[0], s[2]), (s[2], s[1]))]
+  assert found["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_task_may_be_what_is_evaluated_on(trained, tmp_path):
+  place = changed(trained, tmp_path / "run", question="question", prompt_template="{question}", task={"digits": 1},
+                  task_size=12)
+  found = evaluate(place, tmp_path / "out", path="task:preferred_addition", quiet=True)
+  assert found["pairs"] == found["questions"] > 0 and found["data"] == "task:preferred_addition"

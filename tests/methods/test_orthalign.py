@@ -176,7 +176,8 @@ def test_nothing_learnt_before_is_refused():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(ratio=1.5), "ratio=1.5"), (dict(clip=-1.0), "clip=-1.0"), (dict(parameters="("), "parameters=")])
+    (dict(ratio=1.5), "ratio=1.5"), (dict(clip=-1.0), "clip=-1.0"), (dict(parameters="("), "parameters="),
+    (dict(clip=1.0, on="gradient"), "on='gradient' comes before the optimiser")])
 def test_bad_arguments_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     begun(ADAM, **arguments)
