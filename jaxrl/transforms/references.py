@@ -13,6 +13,7 @@ from jaxrl.transforms.start import PhaseStart
 
 VARIANTS = ("orthogonal", "threshold", "plane")
 TINY = 1e-5  # share of a gradient's norm below which what is left of it is rounding
+ROUNDING = 1e-6  # of the largest squared singular value: no direction of its own in float32
 
 
 class ReferenceGradients(NamedTuple):
@@ -160,7 +161,11 @@ def _leading(vectors, rank, per_tensor):
            for column in columns]
   if not per_tensor:
     grams = [sum(grams)] * len(leaves)
-  mixes = [jnp.linalg.eigh(gram)[1][:, ::-1] for gram in grams]  # [vectors, directions], falling
+
+  def mix_of(gram):  # [vectors, directions], falling; 0 where float32 has rounding left only
+    values, vectors = jnp.linalg.eigh(gram)
+    return jnp.where(values > ROUNDING * values[-1], vectors, 0)[:, ::-1]
+  mixes = [mix_of(gram) for gram in grams]
   return [jax.tree.unflatten(structure, [sum(mix[i, j] * x for i, x in enumerate(column))
                                          for mix, column in zip(mixes, columns)])
           for j in range(rank)]

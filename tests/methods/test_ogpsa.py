@@ -98,6 +98,18 @@ def test_what_is_left_is_orthogonal_to_the_singular_directions(per_tensor, count
     assert np.abs(U.T @ found["orthogonal"][name]).max() < 1e-6 * np.linalg.norm(g)
 
 
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_a_rank_that_the_gradients_do_not_have_adds_no_direction(per_tensor):
+  """Multiples of one gradient: what else an SVD names is rounding, which means nothing."""
+  (one,) = trees(1, 1)
+  vectors = [jax.tree.map(lambda x, a=a: a * x, one) for a in (1.0, -0.3, 2.0)]
+  first, second = orthonormal(vectors, 2, per_tensor)
+  alone, = orthonormal([one], 0, per_tensor)
+  for found, expected in zip(jax.tree.leaves(first), jax.tree.leaves(alone)):
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-5)
+  assert not any(np.any(x) for x in jax.tree.leaves(second))
+
+
 def test_the_threshold_projects_conflicts_only():
   (u,), (g,) = trees(3, 1), trees(4, 1)
   own, towards = flat(u, True), flat(g, True)
