@@ -17,7 +17,7 @@ from configs import bradley_terry
 def get_config():
   config = bradley_terry.get_config()
   config.data.train = config.data.validation = config.data.test = "task:worked_sums"
-  config.data.task_size = 500
+  config.data.task_size = 8000  # fewer pairs are learnt by heart
   config.data.critique = "critique"
   config.comparisons.objective = [dict(name="bradley_terry"),
                                   dict(name="critique_likelihood", coefficient=0.1)]
@@ -27,7 +27,7 @@ def get_config():
 def get_evidence():
   return dict(
       reported="state of the art on EditReward-Bench and MMRB2; higher effective rank (no figures read)",
-      warm=None, overrides={"evaluate.problems": 0},
+      warm=None, overrides={"evaluate.problems": 0, "comparisons.steps": 600},
       measure="jaxrl.evaluation.representation:of_reward_model",
       arms=dict(
           preference=dict(overrides={"comparisons.objective": [dict(name="bradley_terry")],
