@@ -116,6 +116,7 @@ class TokenBatch:
   Static:
     micro_batch_rows: rows of each micro-batch that the batch is interleaved for (see
       `training.learner.to_micro_batches`); 0 is all rows, in order.
+    longest: tokens that no sequence has more of, beyond which attention need not look; 0 if unknown.
   """
 
   tokens: Int[Array, "rows length"]
@@ -135,6 +136,7 @@ class TokenBatch:
   signals: dict[str, Float[Array, "rows length"]] = flax.struct.field(default_factory=dict)
   columns: dict[str, Float[Array, "sequences"]] = flax.struct.field(default_factory=dict)
   micro_batch_rows: int = flax.struct.field(pytree_node=False, default=0)
+  longest: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def num_sequences(self) -> int:
@@ -242,7 +244,7 @@ def prompt_length(trajectory: Trajectory) -> int:
 
 def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_length: int = 0,
          rows_per_trunk: int = 1, rows_multiple: int = 1, min_rows: int = 1,
-         min_sequences: int = 1, together: bool = False) -> TokenBatch:
+         min_sequences: int = 1, together: bool = False, longest: int = 0) -> TokenBatch:
   """Packs trajectories into a batch of NumPy arrays whose shape comes from few buckets.
 
   Args:
@@ -257,6 +259,7 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     together: the sequences of a group share a row, so that a loss may compare them in any split
       into micro-batches; a larger group raises the row length to its power of two. The trunk of a
       group is what all of its sequences begin with, and unscored ones are stored too.
+    longest: of the batch, unless a sequence is longer.
 
   Raises:
     ValueError: when trajectories disagree on the keys of `columns` or `signals`, or rows_multiple would
@@ -273,8 +276,8 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     for item in items:
       heads[item] = head
   sizes = [sum(len(trajectories[item].tokens) - heads[item] for item in items) for items in whole]
-  longest = max(sizes, default=0)
-  length = row_length if 0 < row_length >= longest else bucket(longest)
+  largest = max(sizes, default=0)
+  length = row_length if 0 < row_length >= largest else bucket(largest)
   deepest = max((head for t, head in zip(trajectories, heads) if head < len(t.tokens)), default=0)
   trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
   if trunk_length:
@@ -313,7 +316,7 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     batch.sequence_mask[item] = t.scored
     for name, array in batch.columns.items():
       array[item] = t.columns[name]
-  return batch
+  return batch.replace(longest=longest if all(len(t.tokens) <= longest for t in trajectories) else 0)
 
 
 def _empty(rows, length, trunks, trunk_length, sequences, signals, columns):

@@ -306,3 +306,11 @@ def test_std_and_mean_have_their_analytic_gradients():
 def test_nothing_scored_gives_zeros(name):
   for batch in (one_group([1.0, 2.0, 3.0], [False] * 3), padded([])):
     assert not np.any(GROUP_HELPERS[name][0](batch, np.full(16, 5.0, np.float32)))
+
+
+def test_a_limit_of_lengths_holds_for_batches_that_keep_to_it():
+  short, long = (Trajectory(np.arange(n), np.arange(n) > 0) for n in (5, 6))
+  assert pack([short], row_length=16).longest == 0
+  assert pack([short, short], row_length=16, longest=5).longest == 5
+  assert pack([short, long], row_length=16, longest=5).longest == 0
+  assert pack([], row_length=16, longest=5).longest == 5

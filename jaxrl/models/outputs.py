@@ -164,7 +164,7 @@ def _hidden_states(decoder, params, batch):
   hidden, _ = decoder.apply(
       params, unit(batch.trunk_tokens, batch.tokens), unit(index, batch.positions),
       unit(in_trunk.astype(jnp.int32), batch.segment_ids), trunk_length=trunk_length,
-      rows=batch.rows_per_trunk if trunk_length else 1)
+      rows=batch.rows_per_trunk if trunk_length else 1, longest=batch.longest)
   trunk, hidden = hidden[:, :trunk_length], hidden[:, trunk_length:]
   hidden = hidden.reshape(*batch.tokens.shape, -1)
   before = jnp.roll(hidden, 1, axis=1)

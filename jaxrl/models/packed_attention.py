@@ -18,6 +18,7 @@ from jaxrl.models import scores
 
 BLOCK = 1024  # queries whose scores exist at one time
 IN_CACHE, BLOCKS = 64, 8  # on a CPU: queries whose scores stay in its cache, blocks at most
+ALIGNED = 16  # where the keys of a block begin
 KERNELS = ("xla", "fused")
 
 
@@ -30,12 +31,14 @@ class PackedRows:
     segment_ids: attention boundary within a row, 0 for padding; in a trunk 1, or 0 for padding.
     trunk_length: tokens of each trunk, padding included; 0 for none.
     rows: that follow a trunk.
+    longest: tokens that no segment has more of; 0 if unknown.
   """
 
   positions: Int[Array, "units length"]
   segment_ids: Int[Array, "units length"]
   trunk_length: int = flax.struct.field(pytree_node=False, default=0)
   rows: int = flax.struct.field(pytree_node=False, default=1)
+  longest: int = flax.struct.field(pytree_node=False, default=0)
 
   def split(self, x: Array) -> tuple[Array, Array]:
     """[units, length, ...] -> the trunk's part, and [units, rows, row length, ...]"""
@@ -69,7 +72,7 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
   run = functools.partial(_attend_fused if kernel == "fused" else _attend_rows, window=window,
                           soft_cap=soft_cap)
   if not packed.trunk_length:
-    return packed.join(trunk_q, run(q, k, v, positions, ids, 0))
+    return packed.join(trunk_q, run(q, k, v, positions, ids, 0, longest=packed.longest))
 
   def before(trunk, rows):  # every row with its own copy of the trunk's keys or values in front
     trunk = jnp.broadcast_to(trunk[:, None], (*rows.shape[:2], *trunk.shape[1:]))
@@ -82,7 +85,7 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
   return packed.join(of_trunk[:, 0], out)
 
 
-def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap):
+def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
   """Rows over their keys, of which the first `trunk` are the trunk's. [units, rows, length, ...]"""
   length, size = q.shape[2], _block_of(q.shape[2])
   block = functools.partial(_attend_block, trunk=trunk, window=window, soft_cap=soft_cap)
@@ -90,9 +93,13 @@ def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap):
     return block(q, k, v, positions, ids)
   if length > BLOCK:  # what the backward pass needs of the scores is computed again
     block = jax.checkpoint(block)
-  ends = [*range(size, length, size), length]  # a block needs no keys after it
+  ends = [*range(size, length, size), length]
+
+  def keys_of(x, start, end):  # a block needs none after it, and none of other segments before it
+    first = max(start + 1 - longest, 0) // ALIGNED * ALIGNED if longest and not trunk else 0
+    return x[:, :, first:trunk + end]
   return jnp.concatenate([
-      block(q[:, :, start:end], *(x[:, :, :trunk + end] for x in (k, v, positions, ids)))
+      block(q[:, :, start:end], *(keys_of(x, start, end) for x in (k, v, positions, ids)))
       for start, end in zip([0, *ends], ends)], axis=2)
 
 
@@ -137,8 +144,9 @@ def _visible(length, positions, ids, trunk, window):
   return visible
 
 
-def _attend_fused(q, k, v, positions, ids, trunk, window, soft_cap):
+def _attend_fused(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
   """`_attend_rows` by a kernel that keeps scores on the chip. [units, rows, length, ...]"""
+  del longest
   import tokamax  # it is optional, and takes a second to import
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # else Tokamax would parse a command line that is not its own

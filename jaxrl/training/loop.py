@@ -200,7 +200,8 @@ def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
       fields[field][key] = array
     else:
       fields[field] = array
-  fields["micro_batch_rows"] = int(fields["micro_batch_rows"])
+  for name in ("micro_batch_rows", "longest"):
+    fields[name] = int(fields[name])
   return TokenBatch(**fields)
 
 

@@ -38,6 +38,7 @@ class Shape:
     micro_batch_rows: rows of one forward and backward pass, over all devices.
     rows, sequences: that no batch is likely to exceed.
     together: whether the sequences of a group share a row.
+    longest: of `TokenBatch`.
   """
 
   layout: Layout
@@ -45,13 +46,14 @@ class Shape:
   rows: int = 1
   sequences: int = 1
   together: bool = False
+  longest: int = 0
 
   def pack(self, trajectories: Sequence[Trajectory]) -> TokenBatch:
     """A host batch of at least this shape."""
     layout = self.layout
     return pack(trajectories, row_length=layout.row_length, trunk_length=layout.trunk_length,
                 rows_per_trunk=layout.rows_per_trunk, rows_multiple=self.micro_batch_rows,
-                min_rows=self.rows, min_sequences=self.sequences, together=self.together)
+                min_rows=self.rows, min_sequences=self.sequences, together=self.together, longest=self.longest)
 
   def at_least(self, rows: int, row_length: int, sequences: int, trunk_length: int) -> "Shape":
     """The same, made up to the sizes of an earlier batch."""
@@ -102,7 +104,15 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
   micro = _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows)
   return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences,
-               together=together)
+               together=together, longest=_longest(settings))
+
+
+def _longest(settings):
+  """Tokens of the longest sequence that is not sampled, 0 where the config sets no limits."""
+  d = settings.data
+  if settings.kind == "rl" or not (d.max_prompt_tokens and d.max_completion_tokens):
+    return 0
+  return d.max_prompt_tokens + (2 if d.critique else 1) * d.max_completion_tokens
 
 
 def _layout_of_pairs(settings, decoder, whole, sizes, shared):

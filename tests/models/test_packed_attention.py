@@ -55,6 +55,38 @@ def test_fused_equals_xla_in_values_and_gradients(trunk, rows, length, window, c
     np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length, longest", [(300, 33), (300, 64), (257, 65), (200, 199), (400, 1)])
+def test_a_limit_of_segments_changes_the_work_and_nothing_else(length, longest):
+  """Rows that are full of segments up to the limit, some of just that length, in any place."""
+  rng = np.random.default_rng(length + longest)
+  ids, positions = (np.zeros((UNITS, length), np.int32) for _ in range(2))
+  for unit in range(UNITS):
+    start, segment = int(rng.integers(0, 7)), 0
+    while start < length:
+      segment += 1
+      size = longest if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
+      ids[unit, start:start + size] = segment if rng.random() < 0.9 else 0
+      positions[unit, start:start + size] = np.arange(len(ids[unit, start:start + size]))
+      start += size
+  q = rng.normal(size=(UNITS, length, KV, GROUP, WIDTH)).astype(np.float32)
+  k, v = (rng.normal(size=(UNITS, length, KV, WIDTH)).astype(np.float32) for _ in range(2))
+  seen = jnp.asarray(ids != 0)[:, :, None, None, None]
+
+  def loss(longest, *arrays):
+    packed = PackedRows(jnp.asarray(positions), jnp.asarray(ids), longest=longest)
+    out = packed_attention.attend(*arrays, packed)
+    return jnp.sum(jnp.where(seen, out, 0) ** 2), out
+  results = [jax.jit(jax.value_and_grad(lambda *a, n=n: loss(n, *a), argnums=(0, 1, 2), has_aux=True)).lower(
+      q, k, v).compile() for n in (0, longest)]
+  (_, everything), whole = results[0](q, k, v)
+  (_, limited), parts = results[1](q, k, v)
+  np.testing.assert_allclose(np.where(seen, limited, 0), np.where(seen, everything, 0), rtol=1e-5, atol=1e-6)
+  for a, b in zip(parts, whole):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+  flops = [result.cost_analysis()["flops"] for result in results]
+  assert flops[1] < 0.75 * flops[0] if longest < length / 4 else flops[1] <= flops[0]
+
+
 def test_devices_of_a_mesh_share_the_work_of_the_fused_kernel():
   pytest.importorskip("tokamax")
   arrays, packed = make(np.random.default_rng(3), 4, 2, 8)

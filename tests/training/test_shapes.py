@@ -7,6 +7,7 @@ import pytest
 
 from configs import base
 from jaxrl import config as configs
+from jaxrl import sharding
 from jaxrl.batch import Layout, Task, Trajectory
 from jaxrl.models import DecoderConfig
 from jaxrl.training.shapes import shape_of
@@ -106,3 +107,13 @@ def test_every_loop_over_micro_batches_gets_as_many(toys, monkeypatch, examples,
   count = -(-examples // shape.micro_batch_rows)
   rounds = -(-examples // (most * cores))  # no more than are needed
   assert (rounds - 1) * cores < count <= rounds * cores
+
+
+@pytest.mark.parametrize("kind, data, expected", [
+    ("sft", {}, 24), ("reward", {}, 24), ("reward", dict(critique="why"), 40), ("rl", {}, 0),
+    ("sft", dict(max_prompt_tokens=0), 0), ("sft", dict(max_completion_tokens=0), 0)])
+def test_limits_of_the_data_are_limits_of_sequences(kind, data, expected):
+  s = settings(kind)
+  s.data.update({**dict(max_prompt_tokens=8, max_completion_tokens=16), **data})
+  shape = shape_of(s, DECODER, sharding.make_mesh(), [8])
+  assert shape.longest == expected == shape.pack([]).longest
