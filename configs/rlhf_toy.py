@@ -38,11 +38,11 @@ def get_config(stage: str = "start"):
     config.reward.aggregate = dict(name="weighted_sum", weights=dict(proxy=1.0))
     # The coefficient is 0: the distance to the start is measured and not held.
     config.rl = dict(
-        kind="rl", steps=200, optimizer=dict(learning_rate=3e-4), aggregation=dict(kind="sequence_mean"),
+        kind="rl", steps=200, optimizer=dict(learning_rate=1e-4), aggregation=dict(kind="sequence_mean"),
         objective=[dict(name="clipped_surrogate", low=0.2, high=0.2), dict(name="kl", beta=0.0)])
   else:
     config.phases = ("comparisons",)
-    config.data.task_size = 2000
+    config.data.task_size = 20_000
     config.model.heads_on_top = (("score", 1), ("confidence", 1))
     loss = (dict(name="bradley_terry") if stage == "bradley_terry" else
             dict(name="beta_preference", weight=0.1))

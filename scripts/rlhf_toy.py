@@ -21,7 +21,7 @@ from jaxrl import config as configs
 from jaxrl.training import run
 
 MODELS = ("bradley_terry", "beta")
-WINDOW = 10  # updates that a point of a curve is the mean of
+WINDOW = 5  # updates that a point of a curve is the mean of
 
 
 def main():

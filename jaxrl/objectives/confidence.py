@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxrl.batch import ModelOutputs, TokenBatch, mean_by_sequence, to_tokens
 from jaxrl.compose import needs, takes_whole
-from jaxrl.log_ratio import log_ratio
+from jaxrl.log_ratio import cap, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 
 
@@ -59,4 +59,4 @@ def confident_policy_gradient(outputs: ModelOutputs, batch: TokenBatch, *, beta:
   difference = log_ratio(batch, outputs.logprobs, batch.behaviour_logprobs)
   return jnp.where(mask, loss, 0), {
       "confidence": c * mask, "calibration_error": jnp.where(mask, (c - target) ** 2, 0),
-      "behaviour_kl": jnp.expm1(difference) - difference}
+      "behaviour_kl": jnp.expm1(cap(difference)) - difference}
