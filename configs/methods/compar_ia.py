@@ -17,7 +17,7 @@ from configs import rlhf_toy
 def get_config():
   config = rlhf_toy.get_config("bradley_terry")
   config.data.train = config.data.validation = config.data.test = "task:votes"
-  config.data.task = dict(ties="soft")
+  config.data.task, config.data.task_size = dict(ties="soft"), 2000
   config.data.held_out_task = dict(ties="drop", sharpness=1000.0)
   config.data.preference = "preference"
   config.model.heads_on_top = (("score", 1),)

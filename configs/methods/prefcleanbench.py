@@ -20,7 +20,7 @@ CLEANER = dict(name="clean", score=dict(name="reward_gap"), action="flip", rate=
 
 def get_config():
   config = rlhf_toy.get_config("bradley_terry")
-  config.data.task = dict(noise=0.0, sharpness=200.0)
+  config.data.task, config.data.task_size = dict(noise=0.0, sharpness=200.0), 2000
   config.data.transforms = [dict(NOISE), dict(CLEANER)]
   config.model.heads_on_top = (("score", 1),)
   return config
