@@ -2,12 +2,10 @@
 
 import json
 import math
-import pathlib
 import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxrl import config as configs
@@ -15,6 +13,7 @@ from jaxrl.evidence import methods
 from jaxrl.training import curves
 from jaxrl.training import run
 from jaxrl.training.machine import CompileCounter
+from tests.checkpointed import arrays_of
 
 CLASSICAL = ["reinforce.py", "rloo.py", "ppo.py", "ppo.py:shared", "grpo.py", "dr_grpo.py", "dapo.py",
              "gspo.py", "cispo.py", "gmpo.py"]
@@ -75,14 +74,6 @@ def start_of(tmp_path_factory):
 
 def rows_of(place):
   return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-
-
-def arrays_of(place, number):
-  """All arrays of a checkpoint, by path."""
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    restored = checkpointer.restore(place / "checkpoints" / str(number) / "state")
-  return {jax.tree_util.keystr(path): np.asarray(x)
-          for path, x in jax.tree_util.tree_leaves_with_path(restored)}
 
 
 @pytest.mark.parametrize("spec", [

@@ -5,12 +5,12 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxrl import config as configs
 from jaxrl.training import builders
 from jaxrl.training import run
+from tests.checkpointed import arrays_of
 
 SMALL = {"data.task.digits": "1", "model.layers": "1", "model.d_model": "32", "model.d_ff": "64",
          "model.heads": "2", "model.kv_heads": "2", "evaluate.problems": "0", "evaluate.pairs": "10",
@@ -27,13 +27,6 @@ def small(**more):
   config.preference.optimizer.learning_rate = 3e-3
   configs.override(config, SMALL | more)
   return config
-
-
-def arrays_of(place, number):
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    restored = checkpointer.restore(place / "checkpoints" / str(number) / "state")
-  return {jax.tree_util.keystr(path): np.asarray(x)
-          for path, x in jax.tree_util.tree_leaves_with_path(restored)}
 
 
 def rows_of(place):

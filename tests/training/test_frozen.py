@@ -5,7 +5,6 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxrl import compose
@@ -19,6 +18,7 @@ from jaxrl.training import run
 from jaxrl.training.frozen import Refresh
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
+from tests.checkpointed import arrays_of
 
 UPDATES = 5
 MODELS = {"reference": Refresh(), "average": Refresh(every=1, decay=0.7), "previous": Refresh(every=2),
@@ -119,13 +119,6 @@ def small(**more):
               "preference.steps": "5", "preference.batch.examples": "4"}
   configs.override(config, settings | more)
   return config
-
-
-def arrays_of(place, number):
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    restored = checkpointer.restore(place / "checkpoints" / str(number) / "state")
-  return {jax.tree_util.keystr(path): np.asarray(x)
-          for path, x in jax.tree_util.tree_leaves_with_path(restored)}
 
 
 def test_a_run_goes_on_after_a_stop_to_the_same_bits(tmp_path):

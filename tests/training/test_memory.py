@@ -7,7 +7,6 @@ import sys
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxrl import config as configs
@@ -15,6 +14,7 @@ from jaxrl import sharding
 from jaxrl.training import hostfile
 from jaxrl.training import run as runs
 from jaxrl.training import stored
+from tests.checkpointed import arrays_of
 
 STEPS, UPDATES = 4, 2  # batches of two updates: checkpoints 1 and 3 are between these
 CLOCKS = ("compilations", "compile_seconds", "step_seconds", "tokens_per_second", "rollout_seconds",
@@ -81,13 +81,6 @@ def config_of(module, **changes):
   configs.override(config, {"rl.optimizer.learning_rate": "0.01",
                             **{k: repr(v) for k, v in changes.items()}})
   return config
-
-
-def arrays_of(workdir, number):
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    found = checkpointer.restore(workdir / "checkpoints" / str(number) / "state")
-  return {jax.tree_util.keystr(path): np.asarray(x)
-          for path, x in jax.tree_util.tree_leaves_with_path(found)}
 
 
 def memory_of(workdir, number):

@@ -3,9 +3,7 @@
 import json
 import shutil
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxrl import config as configs
@@ -13,6 +11,7 @@ from jaxrl.batch import Trajectory
 from jaxrl.rollouts import edits
 from jaxrl.training import run
 from jaxrl.training.shapes import shape_of
+from tests.checkpointed import arrays_of
 
 SMALL = {"data.task.digits": "1", "model.layers": "1", "model.d_model": "16", "model.d_ff": "32",
          "model.heads": "2", "model.kv_heads": "2", "evaluate.problems": "0", "evaluate.samples": "0",
@@ -36,13 +35,6 @@ def small(**more):
 def updates_of(place):
   rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
   return [row for row in rows if "grad_norm" in row]
-
-
-def arrays_of(place, number):
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    restored = checkpointer.restore(place / "checkpoints" / str(number) / "state")
-  return {jax.tree_util.keystr(path): np.asarray(x)
-          for path, x in jax.tree_util.tree_leaves_with_path(restored)}
 
 
 # ------------------------------------------------------------------------------------------- edits
