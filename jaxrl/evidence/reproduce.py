@@ -17,6 +17,7 @@ from jaxrl.evidence import runs
 from jaxrl.evidence import table
 from jaxrl.evidence import verdict
 
+BUDGET = ("sequences", "loss_tokens", "sampled_sequences", "sampled_tokens")
 VERSIONS = ("jaxrl", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -57,10 +58,11 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
     for arm in evidence.arms:
       config = runs.arm_config(evidence, arm, seed, start, steps=steps)
       place = runs.place_of(config, workdir / "runs")
+      again = "" if not (place / "summary.json").exists() else " (a run that had ended before)"
       metrics = runs.measure(config, place, evidence.measure)
       found.setdefault(arm, []).append(metrics)
       places.setdefault(arm, []).append(place)
-      report(f"{slug}: {arm}, seed {seed}: " + ", ".join(
+      report(f"{slug}: {arm}, seed {seed}{again}: " + ", ".join(
           f"{c.metric} {_metric(metrics, c, slug):.4g}" for c in evidence.claims
           if arm in (c.method, c.baseline)))
   claims = [verdict.judge(c, *([_metric(m, c, slug) for m in found[arm]]
@@ -70,7 +72,7 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
       slug=slug, verdict=claims[0]["verdict"], title=methods.title(slug), reported=evidence.reported,
       seeds=list(seeds), claims=claims,
       budget={arm: {name: sum(m[f"total/{name}"] for m in ms) / len(ms)
-                    for name in ("sequences", "loss_tokens")} for arm, ms in found.items()},
+                    for name in BUDGET} for arm, ms in found.items()},
       config={arm: configs.to_dict(runs.arm_config(
           evidence, arm, seeds[0], start and pathlib.Path("warm"))) for arm in evidence.arms},
       versions={name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},

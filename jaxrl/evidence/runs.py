@@ -124,7 +124,7 @@ def metrics_of(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
       values = [row[name] for row in some if isinstance(row.get(name), int | float)]
       if values:
         found[f"{prefix}/{name}"] = sum(values) / len(values)
-  for name in ("sequences", "tokens", "loss_tokens"):
+  for name in ("sequences", "tokens", "loss_tokens", "sampled_sequences", "sampled_tokens"):
     found[f"total/{name}"] = float(sum(row.get(name, 0) for row in updates))
   return found
 

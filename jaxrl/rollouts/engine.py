@@ -137,6 +137,7 @@ class EpisodeContext:
     branch.requests += 1
     request = Request(prompt=list(prompt), n=n, key=key, params=params)
     samples = await self._session.post(self.episode, request=request, model=model)
+    self._rollouts.drawn += np.array([len(samples), sum(len(sample.tokens) for sample in samples)])
     return [self._trajectory(request, sample, train) for sample in samples]
 
   async def logprobs(self, prompt: Sequence[int], completion: Sequence[int], *,
@@ -293,6 +294,7 @@ class Rollouts:
     self.max_failure_rate, self.report = max_failure_rate, report
     self.stopped = False
     self.memory: dict[str, Any] = {}
+    self.drawn = np.zeros(2, np.int64)  # samples so far, and their tokens, whatever became of them
     self.likelihood = likelihood
     self.pairs, self.seed = pairs, seed
     self._failed = collections.deque(maxlen=WINDOW)

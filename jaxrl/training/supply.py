@@ -89,10 +89,12 @@ class GroupsOfRollouts:
     self._key = key
 
   def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
-    start = time.perf_counter()
+    start, before = time.perf_counter(), self._rollouts.drawn.copy()
     collected = collect(self._rollouts, params, lambda n: [next(self._tasks) for _ in range(n)],
                         key=(*self._key, step), step=step, reference=reference, **self._collect)
     metrics = rollout_metrics(collected.sampled)
+    drawn = self._rollouts.drawn - before
+    metrics["sampled_sequences"], metrics["sampled_tokens"] = map(int, drawn)
     metrics["groups"] = collected.groups
     metrics["effective_group_fraction"] = collected.effective_groups / max(collected.groups, 1)
     batch = edit_lib.Step(collected.trajectories, collected.tasks, step, self._rollouts.memory,

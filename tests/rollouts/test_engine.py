@@ -345,3 +345,14 @@ def test_choices_of_an_episode_follow_seed_step_episode_and_salt_and_nothing_els
   runs = [drawn(0, 0), drawn(1, 0), drawn(0, 1), drawn(0, 0, (5,))]
   assert drawn(0, 0) == runs[0]
   assert len({x for run in runs for x in run}) == 4 * 3
+
+
+def test_all_samples_are_counted_whatever_becomes_of_them(world, tasks_of):
+  async def episode(ctx, task):
+    drafts = await ctx.sample(task.prompt, n=4)
+    return await ctx.sample(drafts[0].tokens.tolist(), n=2, train=True)
+  rollouts_ = world.rollouts(episode)
+  for calls in (1, 2):
+    rollouts_.run({"params": None}, tasks_of(3), base_key="base", key=(0, calls))
+    sequences, tokens = rollouts_.drawn
+    assert sequences == calls * 3 * (4 + 2) and tokens == 3 * sequences

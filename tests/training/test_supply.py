@@ -94,6 +94,8 @@ def test_groups_are_counted_before_filtering():
   differing = len({t.task_id for t in plain.trajectories if int(plain.tasks[t.task_id].answer) % 2})
   assert 0 < differing < 8
   assert plain.metrics["groups"] == 8 and len(plain.trajectories) == 16
+  assert plain.metrics["sampled_sequences"] == 16
+  assert plain.metrics["sampled_tokens"] == sum(int(t.loss_mask.sum()) for t in plain.trajectories)
   assert plain.metrics["effective_group_fraction"] == differing / 8
   filtered = rollouts(prompts=8, filter_zero_variance=True, max_resample=0).next(params, 0)
   assert filtered.metrics["groups"] == 8 and len(filtered.trajectories) == 2 * differing
