@@ -13,6 +13,5 @@ def get_config():
   config.objective = [dict(name="clipped_surrogate", low=0.2, high=0.28)]
   config.aggregation.kind = "token_mean"
   config.rollout.update(filter_zero_variance=True, filter_by="exact_match", max_resample=2)
-  config.reward.criteria = [dict(name="exact_match"),
-                            dict(name="overlong", max_tokens=config.rollout.max_tokens, buffer=2)]
+  config.reward.criteria = [dict(name="exact_match"), dict(name="overlong", buffer=2)]
   return config

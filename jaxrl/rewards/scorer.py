@@ -65,6 +65,8 @@ class Scorer:
     max_failure_rate: from 0, which stops at the first failure, to 1, which never stops.
     where: path of this spec in the config, for error messages.
     mesh: devices of batched criteria; None for all.
+    given: what criteria are called with that need an argument of that name, have no default for it, and
+      whose spec does not set it, such as the run's `max_tokens`.
 
   Raises:
     ValueError: a spec that cannot work, with its place and the nearest valid name.
@@ -73,7 +75,7 @@ class Scorer:
   def __init__(self, criteria: Sequence[Mapping[str, Any]],
                aggregate: str | Mapping[str, Any] = "weighted_sum", *, workers: int = 2,
                timeout: float = 5.0, max_failure_rate: float = 0.1, where: str = "config.reward",
-               mesh: Any = None):
+               mesh: Any = None, given: Mapping[str, Any] | None = None):
     if workers < 0 or not 0 < timeout < math.inf or not 0 <= max_failure_rate <= 1:
       raise ValueError(f"{where}: workers={workers} must be at least 0, timeout={timeout} finite "
                        f"and above 0, max_failure_rate={max_failure_rate} between 0 and 1")
@@ -85,7 +87,7 @@ class Scorer:
     self._mesh = mesh
     for number, spec in enumerate(criteria):
       at = f"{where}.criteria[{number}]"
-      label, spec, function = _build_criterion(spec, at)
+      label, spec, function = _build_criterion(spec, at, given or {})
       if label in self._labels or label == "aggregate":
         raise ValueError(f"{at}: the label {label!r} is taken; tell criteria apart with "
                          f"dict(label=..., name={spec['name']!r})")
@@ -110,16 +112,16 @@ class Scorer:
 
   @classmethod
   def from_config(cls, spec: Mapping[str, Any], where: str = "config.reward",
-                  mesh: Any = None) -> "Scorer":
+                  mesh: Any = None, given: Mapping[str, Any] | None = None) -> "Scorer":
     """Builds a scorer from `dict(criteria=[...], aggregate=..., workers=..., ...)`."""
     spec = dict(spec)
-    valid = [name for name in inspect.signature(cls).parameters if name not in ("where", "mesh")]
+    valid = [name for name in inspect.signature(cls).parameters if name not in ("where", "mesh", "given")]
     for key in spec:
       if key not in valid:
         raise ValueError(f"{where} has no field {key!r}{compose.nearest(key, valid)}")
     if "criteria" not in spec:
       raise ValueError(f"{where} needs criteria, such as criteria=[dict(name='exact_match')]")
-    return cls(**spec, where=where, mesh=mesh)
+    return cls(**spec, where=where, mesh=mesh, given=given)
 
   @property
   def labels(self) -> list[str]:
@@ -283,11 +285,13 @@ def _is_batched(function):
   return getattr(function.func, "batched", False)
 
 
-def _build_criterion(spec, where):
-  """The label, the spec without it as plain data, and the function."""
+def _build_criterion(spec, where, given):
+  """The label, the spec without it and with what is given as plain data, and the function."""
   spec = _plain(spec)
   spec = {"name": spec} if isinstance(spec, str) else dict(spec)
   label = spec.pop("label", None)
+  wanted = compose.wanted(spec, rewards, where=where)
+  spec = {**{name: given[name] for name in wanted if name in given}, **spec}
   function = _build(spec, where, ("task", "completion"))
   return label or compose.name_of(function), spec, function
 

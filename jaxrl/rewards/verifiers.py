@@ -73,7 +73,7 @@ def overlong(task: "Task", completion: "Trajectory", *, max_tokens: int, buffer:
   Args:
     task: unused.
     completion: supplies `tokens` and `prompt_length`; everything after the prompt counts.
-    max_tokens: length at which the punishment is full.
+    max_tokens: length at which the punishment is full; in a config, `rollout.max_tokens` unless given.
     buffer: tokens over which it grows; 0 makes it a step.
   """
   del task

@@ -375,7 +375,8 @@ def _rollouts(parts, phase, sampler):
 
 
 def _scorer(config, phases, mesh):
-  scorer = processes.SharedScorer.from_config(pieces.plain(config.reward), mesh=mesh)
+  scorer = processes.SharedScorer.from_config(pieces.plain(config.reward), mesh=mesh,
+                                               given={"max_tokens": config.rollout.max_tokens})
   for phase in phases:
     s = phase.settings
     for path, label in (("evaluate.correct", s.evaluate.correct), ("rollout.filter_by", s.rollout.filter_by)):

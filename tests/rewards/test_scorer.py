@@ -70,6 +70,19 @@ def test_config_containers_are_understood(user_module):
   assert list(found.evidence) == ["exact_match", "x"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_criterion_needs_and_its_spec_leaves_out_is_given(user_module, workers):
+  """`overlong` needs max_tokens; `echo` takes `scale`, but has a default, and keeps it."""
+  spec = dict(criteria=[dict(name="overlong", buffer=1), dict(name="overlong", label="own", buffer=1, max_tokens=9),
+                        dict(name=f"{user_module}:echo")], workers=workers)
+  with Scorer.from_config(spec, given=dict(max_tokens=1, scale=7.0)) as judge:
+    (found,) = judge.score([pair("18")])
+  assert found.evidence["overlong"].score == -1 and found.evidence["own"].score == 0
+  assert found.evidence["echo"].score == 18
+  with pytest.raises(ValueError, match=r"criteria\[0\]: overlong needs max_tokens"):
+    Scorer.from_config(dict(criteria=[dict(name="overlong", buffer=1)], workers=0))
+
+
 def test_one_function_may_judge_twice_under_two_labels():
   judge = scorer("exact_match", dict(name="exact_match", label="loose", ignore_case=True),
                  aggregate=dict(name="weighted_sum", weights=dict(exact_match=1.0, loose=0.5)))
