@@ -181,6 +181,19 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
+def with_defaults(plain: dict[str, Any]) -> dict[str, Any]:
+  """A plain config of an earlier version, with what `configs/base.py` has had since at its default."""
+  base = to_dict(import_file(SHIPPED / "base.py").get_config())
+
+  def filled(own, default):
+    if not (isinstance(own, dict) and isinstance(default, dict)) or "name" in own:
+      return own
+    return {**{k: v for k, v in default.items() if k not in own},
+            **{k: filled(v, default.get(k)) for k, v in own.items()}}
+  sections = {k: v for k, v in base.items() if isinstance(v, dict) and k in plain}
+  return {**plain, **{k: filled(plain[k], v) for k, v in sections.items()}}
+
+
 def import_file(path: pathlib.Path):
   """A config file as a module, with `configs` as one package of its directory and what ships."""
   directory = next((p for p in path.parents if p.name == "configs"), None)

@@ -1,5 +1,6 @@
 """Config files, overrides of any kind, and the settings of a phase."""
 
+import json
 import pathlib
 import sys
 import textwrap
@@ -350,3 +351,12 @@ def test_differences_name_every_leaf(config):
       "config.objective[0].low: 0.2 -> 0.1", "config.seed: 0 -> 1"]
   assert configs.differences({"a": 1}, {"b": 2}) == ["config.a: 1 -> None", "config.b: None -> 2"]
   assert configs.differences([1], [1, 2], "c") == ["c: [1] -> [1, 2]"]
+
+
+def test_a_config_of_an_earlier_version_has_the_defaults_of_what_came_later():
+  now = configs.to_dict(configs.load("configs/grpo.py"))
+  before = json.loads(json.dumps(now))
+  del before["rollout"]["filter_by"], before["evaluate"]["pairs"]
+  before["rollout"]["prompts"] = 7
+  changed = configs.differences(configs.with_defaults(before), now)
+  assert changed == [f"config.rollout.prompts: 7 -> {now['rollout']['prompts']}"]

@@ -94,18 +94,20 @@ class Fit:
     return START + SCALE * self.strengths
 
 
-def bradley_terry(matches: Matches, *, ridge: float = 0.0) -> Fit:
+def bradley_terry(matches: Matches, *, ridge: float = 0.0, covariate_ridge: float = 0.0) -> Fit:
   """Strengths of largest likelihood, by Newton's method in float64.
 
     d = ln(10) (theta_A - theta_B) + gamma . x
-    maximise  sum over matches of  points log s(d) + (2 - points) log s(-d)  -  ridge / 2 |ln(10) theta|^2
+    maximise  sum over matches of  points log s(d) + (2 - points) log s(-d)
+              - ridge / 2 |ln(10) theta|^2 - covariate_ridge / 2 sum over j of gamma_j^2 mean(x_j^2)
 
   A win counts twice, a draw once for each outcome. There is no constant, so it does not matter which
   model is called A.
 
   Args:
     matches: at least one.
-    ridge: pull to equal strengths; above 0 there is always a finite answer.
+    ridge: pull to equal strengths; above 0 they are always finite.
+    covariate_ridge: the same of the coefficients, whatever the units of covariates.
 
   Raises:
     ValueError: ridge below 0, or, with ridge=0, votes that no finite strengths fit best: somebody won
@@ -118,21 +120,22 @@ def bradley_terry(matches: Matches, *, ridge: float = 0.0) -> Fit:
                      "lost, every single one; use ridge=0.01, or leave such models out")
   count, extra = len(matches.models), len(matches.names)
   theta = np.zeros(count + extra)
-  value = _loss(matches, theta, ridge)
+  pull = np.concatenate([np.full(count, ridge), covariate_ridge * np.mean(matches.covariates ** 2, axis=0)])
+  value = _loss(matches, theta, pull)
   for _ in range(MOST_STEPS):
-    gradient, hessian = _derivatives(matches, theta, ridge)
+    gradient, hessian = _derivatives(matches, theta, pull)
     hessian[:count, :count] += hessian.max() / count  # along (1, ..., 1) nothing changes: stay there
     try:
       step = np.linalg.solve(hessian, gradient)
     except np.linalg.LinAlgError:
       step = np.linalg.lstsq(hessian, gradient, rcond=None)[0]
     size = 1.0
-    while (moved := _loss(matches, theta - size * step, ridge)) > value + 1e-12 * abs(value) and size > 1e-6:
+    while (moved := _loss(matches, theta - size * step, pull)) > value + 1e-12 * abs(value) and size > 1e-6:
       size /= 2
     theta, value = theta - size * step, moved
     if np.abs(size * step).max() < TOLERANCE * (1 + np.abs(theta).max()):
       break
-    if np.abs(theta[:count]).max() > FURTHEST and not ridge:
+    if np.abs(_logits(matches, theta)).max() > FURTHEST and not ridge:
       raise ValueError(f"no finite strengths fit these votes: together with the covariates "
                        f"{', '.join(matches.names)} they can be told apart completely; use ridge=0.01")
   strengths = theta[:count] / LN10
@@ -144,13 +147,13 @@ def _logits(matches, theta):
   return theta[matches.first] - theta[matches.second] + matches.covariates @ theta[count:]
 
 
-def _loss(matches, theta, ridge):
+def _loss(matches, theta, pull):
   d = _logits(matches, theta)
   fit = matches.points @ log_expit(d) + (2 - matches.points) @ log_expit(-d)
-  return ridge / 2 * np.sum(theta[:len(matches.models)] ** 2) - fit
+  return np.sum(pull * theta ** 2) / 2 - fit
 
 
-def _derivatives(matches, theta, ridge):
+def _derivatives(matches, theta, pull):
   """Gradient and Hessian of the loss, strengths first."""
   count, x = len(matches.models), matches.covariates
   a, b = matches.first, matches.second
@@ -159,14 +162,15 @@ def _derivatives(matches, theta, ridge):
 
   def by_model(values):  # sum of +values at A and -values at B
     return np.bincount(a, values, count) - np.bincount(b, values, count)
-  gradient = np.concatenate([by_model(error) + ridge * theta[:count], x.T @ error])
+  gradient = np.concatenate([by_model(error), x.T @ error]) + pull * theta
   between = np.bincount(a * count + b, curve, count * count).reshape(count, count)
   between = between + between.T
   hessian = np.zeros((len(theta), len(theta)))
-  hessian[:count, :count] = np.diag(between.sum(axis=1) + ridge) - between
+  hessian[:count, :count] = np.diag(between.sum(axis=1)) - between
   for j in range(x.shape[1]):
     hessian[:count, count + j] = hessian[count + j, :count] = by_model(curve * x[:, j])
   hessian[count:, count:] = x.T @ (curve[:, None] * x)
+  hessian += np.diag(pull)
   return gradient, hessian
 
 
@@ -236,23 +240,23 @@ def ranking(matches: Matches, *, ridge: float = 0.0, resamples: int = 100, seed:
 
   Args:
     matches: with covariates, if the ranking shall be at equal ones.
-    ridge: as in `bradley_terry`. Resamples without a finite answer are fitted with at least 0.001.
+    ridge: of strengths and coefficients. Resamples without a finite answer are fitted with 0.001.
     resamples: of the bootstrap.
     seed: of the bootstrap.
 
   Raises:
     ValueError: as `bradley_terry`.
   """
-  fit = bradley_terry(matches, ridge=ridge)
+  fit = bradley_terry(matches, ridge=ridge, covariate_ridge=ridge)
   alone = 0
 
   def again(drawn):
     nonlocal alone
     try:
-      return bradley_terry(drawn, ridge=ridge)
+      return bradley_terry(drawn, ridge=ridge, covariate_ridge=ridge)
     except ValueError:  # no finite strengths fit these votes
       alone += 1
-      return bradley_terry(drawn, ridge=LEAST_RIDGE)
+      return bradley_terry(drawn, ridge=LEAST_RIDGE, covariate_ridge=LEAST_RIDGE)
   fits = bootstrap(matches, again, resamples=resamples, seed=seed)
   scores = np.array([one.scores for one in fits])
   low, median, high = np.percentile(scores, (2.5, 50, 97.5), axis=0)

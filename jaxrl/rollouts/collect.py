@@ -80,7 +80,7 @@ def _by_group(trajectories):
 def _differs(group, by):
   if not by:
     return len({t.reward for t in group if t.scored}) > 1
-  found = [t.evidence[by] for t in group if by in t.evidence]
+  found = [t.evidence[by] for t in group if t.scored and by in t.evidence]
   return len({criterion.score for criterion in found if criterion.status == "ok"}) > 1
 
 

@@ -33,6 +33,7 @@ from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Sampler
 from jaxrl.training import frozen
 from jaxrl.training import inputs
+from jaxrl.training import jsonl
 from jaxrl.training import learner
 from jaxrl.training import optimizers
 from jaxrl.training import pieces
@@ -201,7 +202,8 @@ def _fresh_state(parts, phase, params, rng):
   learning = phase.learning
 
   critic_begins = (parts.decoder.critic and learning.needs_values
-                   and not any(p.learning.needs_values for p in parts.phases[:phase.index])
+                   and not any(p.learning.needs_values for p in parts.phases[:phase.index]
+                               if p.kind != "evaluate")
                    and not _taught_critic(parts.config.start))
 
   def start(params, rng):
@@ -212,15 +214,25 @@ def _fresh_state(parts, phase, params, rng):
 
 
 def _taught_critic(run):
-  """Whether a run, or one that it began with, has a critic that learned; not, if there is none."""
+  """Whether a run, or one that it began with, has a critic that learned; not, if there is none, or if the
+  run has not come to the phase that teaches it."""
   place = pathlib.Path(run) / "config.json"
   if not run or not place.exists():
     return False
   config = ml_collections.ConfigDict(json.loads(place.read_text()))
-  phases = [configs.phase_config(config, name) for name in configs.phase_names(config)]
+  if not config.model.critic:
+    return False
+  done = _phases_done(place.parent)
+  phases = [configs.phase_config(config, name) for name in configs.phase_names(config) if name in done]
   terms = [term for settings in phases if settings.kind != "evaluate" for term in pieces.terms_of(settings)]
   return any(signal in VALUES for term in terms for signal in compose.signals_of(term)) or (
       _taught_critic(config.start))
+
+
+def _phases_done(run):
+  """The phases that a run has made updates in."""
+  rows = jsonl.read(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+  return {row["phase"] for row in rows if "grad_norm" in row}
 
 
 def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
@@ -375,8 +387,10 @@ def _rollouts(parts, phase, sampler):
 
 
 def _scorer(config, phases, mesh):
-  scorer = processes.SharedScorer.from_config(pieces.plain(config.reward), mesh=mesh,
-                                               given={"max_tokens": config.rollout.max_tokens})
+  limits = {p.settings.rollout.max_tokens for p in phases if p.kind == "rl"} or {config.rollout.max_tokens}
+  scorer = processes.SharedScorer.from_config(
+      pieces.plain(config.reward), mesh=mesh,
+      given={"max_tokens": limits.pop()} if len(limits) == 1 else {})  # each phase judges by the same
   for phase in phases:
     s = phase.settings
     for path, label in (("evaluate.correct", s.evaluate.correct), ("rollout.filter_by", s.rollout.filter_by)):
@@ -443,7 +457,7 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
     made = [to_trajectories([example]) for example in examples]
-    refusals.check_pairs(phase, made)
+    refusals.check_pairs(phase.learning.terms, made)
     sizes = [sum(len(t.tokens) for t in pair) for pair in made]
     shared = _prompts_of(made)
   elif pieces.asks_pairs(phase.settings):

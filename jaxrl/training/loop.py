@@ -201,7 +201,7 @@ def from_buffer(arrays: dict[str, np.ndarray]) -> TokenBatch:
     else:
       fields[field] = array
   for name in ("micro_batch_rows", "longest"):
-    fields[name] = int(fields[name])
+    fields[name] = int(fields.get(name, 0))  # batches of earlier versions lack some
   return TokenBatch(**fields)
 
 

@@ -39,6 +39,11 @@ def objective(settings: ml_collections.ConfigDict) -> tuple[list[Callable], list
         settings.kind in ("rl", *PAIRED)):
       raise ValueError(f"{where}: {name} compares sequences, and aggregation 'token_mean' would let long "
                        "ones count more: use config.aggregation.kind='sequence_mean', the mean over pairs")
+    if compose.is_by_sequence(term) and settings.data.critique and aggregation.kind != "sequence_mean" and (
+        settings.kind in PAIRED):
+      raise ValueError(f"{where}: critiques behind answers (config.data.critique) are no part of what {name} "
+                       f"compares, but aggregation {aggregation.kind!r} would count their tokens: use "
+                       "config.aggregation.kind='sequence_mean'")
     terms.append(term)
     aggregations.append(aggregation)
   return terms, aggregations

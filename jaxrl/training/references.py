@@ -20,6 +20,7 @@ from jaxrl.batch import pack
 from jaxrl.models import DecoderConfig
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import inputs
+from jaxrl.training import refusals
 from jaxrl.training.shapes import PAIRED
 from jaxrl.training.shapes import shape_of
 
@@ -89,19 +90,21 @@ def build(own: ml_collections.ConfigDict, parts: int, terms: list[Callable],
     if compose.initial_of(term):
       raise ValueError(f"{where}: {compose.name_of(term)} remembers something from batch to batch, and "
                        "a reference is no series of batches")
-  examples = _examples(own, tokenizer, where)
+  examples = _examples(own, tokenizer, where, compose.ranges_of(terms))
+  refusals.check_pairs(terms, [to_trajectories([example]) for example in examples[:inputs.FIRST_ROWS]],
+                       where=f"{where}: ")
   size = -(-len(examples) // parts)
   return Reference(terms, aggregations, [
       _batch(own, to_trajectories(examples[start:start + size]), decoder, mesh)
       for start in range(0, len(examples), size)])
 
 
-def _examples(own, tokenizer, where):
+def _examples(own, tokenizer, where, ranges):
   source, wanted = inputs.open_split(own, "train"), own.batch.examples
   if source is None:
     raise ValueError(f"{where}.data.train is empty; name a file, tfds:NAME:SPLIT or task:NAME")
   tasks = inputs.builder(own, tokenizer)
-  read = inputs.pair_builder(own, tasks).read if own.kind in PAIRED else tasks.read_solved
+  read = inputs.pair_builder(own, tasks, ranges).read if own.kind in PAIRED else tasks.read_solved
   found = []
   for index in range(len(source)):
     example = read(source, index)

@@ -1,7 +1,7 @@
 """What is refused in settings that are each of the right kind, before anything is computed."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -48,7 +48,7 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
   pieces.episode(s)
   pieces.asking(s)
   _check_samples(s, pieces.edits_of(s))
-  if s.rollout.filter_by and not s.rollout.filter_zero_variance:
+  if phase.kind == "rl" and s.rollout.filter_by and not s.rollout.filter_zero_variance:
     raise ValueError(f"config.rollout.filter_by={s.rollout.filter_by!r} filters nothing without config."
                      "rollout.filter_zero_variance=True")
   if phase.kind == "rl" and s.rollout.temperature <= 0:
@@ -133,12 +133,19 @@ def check_ahead(phases: Sequence[Any], decoder: DecoderConfig, mesh: jax.shardin
     transfer.copier(states.parameter_shardings(decoder, mesh), sampling_mesh)
 
 
-def check_pairs(phase: Any, made: Sequence[Sequence[Trajectory]]) -> None:
-  """Refuses losses of pairs for data without any, which would be 0 without a word."""
+def check_pairs(terms: Sequence[Callable], made: Sequence[Sequence[Trajectory]], where: str = "") -> None:
+  """Refuses losses of pairs for sequences of which no two belong together: they would be 0 without a word.
+
+  Args:
+    terms: of the objective.
+    made: what the first rows became.
+    where: before the place of the term in messages.
+  """
   counts = sorted({n for group in made for n in collections.Counter(t.group for t in group).values()})
-  for i, term in enumerate(phase.learning.terms):
+  for i, term in enumerate(terms):
     if made and 2 not in counts and compose.is_of_pairs(term):
-      raise ValueError(f"config.objective[{i}]: {compose.name_of(term)} compares pairs, but the first rows of "
-                       f"config.data.train hold {' or '.join(map(str, counts))} answers each, which have no "
-                       "loss: make pairs of lists with config.data.transforms=[dict(name='pair_answers')], or "
-                       "use a loss of lists or of single answers, such as plackett_luce, ordinal or kto")
+      raise ValueError(f"{where}config.objective[{i}]: {compose.name_of(term)} compares pairs, but the first "
+                       f"rows of config.data.train hold {' or '.join(map(str, counts))} answers each, which "
+                       "have no loss: make pairs of lists with config.data.transforms=[dict(name="
+                       "'pair_answers')], or use a loss of lists or of single answers, such as plackett_luce, "
+                       "ordinal or kto")

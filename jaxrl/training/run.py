@@ -189,7 +189,7 @@ def _check_workdir(workdir, plain):
   path = workdir / "config.json"
   if not path.exists():
     return
-  old = json.loads(path.read_text())
+  old = configs.with_defaults(json.loads(path.read_text()))
   changed = configs.differences(*({k: v for k, v in c.items() if k not in FREE_TO_CHANGE}
                                   for c in (old, plain)))
   if changed:

@@ -88,6 +88,16 @@ def test_what_differs_may_be_one_criterion_of_the_reward(run):
   assert ids(collected) == ["t0"], "what cannot be judged does not differ"
 
 
+def test_samples_that_left_the_statistics_differ_from_nobody(run):
+  async def half(ctx, task):
+    found = await rollouts.group(ctx, task, samples=2)
+    await ctx.score(task, found)
+    found[1].scored = int(task.id[1:]) == 0
+    return found
+  collected, _ = run(lambda i: (0.0, 1.0), prompts=2, episode=half, filter_zero_variance=True, filter_by="given")
+  assert ids(collected) == ["t0"]
+
+
 def test_resampling_is_bounded_and_a_short_batch_is_accepted(run):
   collected, asked = run(lambda i: (0.0, 1.0) if i == 0 else (0.0, 0.0), prompts=4,
                          filter_zero_variance=True, max_resample=2)

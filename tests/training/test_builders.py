@@ -327,6 +327,31 @@ def test_every_field_of_the_base_config_is_read(config, tmp_path, monkeypatch, u
   assert unread == [f"{name}.dead" for name in dead]
 
 
+def test_a_filter_is_looked_at_where_samples_are_drawn(config, build, untraced):
+  config.rollout.update(filter_by="exact_match", filter_zero_variance=False)
+  config.rl.rollout = dict(filter_zero_variance=True)
+  assert [phase.kind for phase in build(config).phases] == ["sft", "rl"]
+
+
+@pytest.mark.parametrize("own, given", [(12, 12), (None, 8)])
+def test_criteria_are_given_the_limit_of_the_phase_that_samples(config, build, untraced, own, given):
+  config.reward.criteria = [dict(name="overlong", buffer=2)]
+  config.rollout.max_tokens = 8
+  if own:
+    config.rl.rollout = dict(max_tokens=own)
+  scorer = build(config).scorer
+  assert scorer._inline["overlong"].keywords["max_tokens"] == given
+
+
+def test_critiques_are_refused_where_lengths_would_count(config, build):
+  config.phases, config.data.train, config.data.task = ("comparisons",), "task:worked_sums", {}
+  config.data.critique = "critique"
+  config.comparisons = dict(kind="preference", steps=2, aggregation=dict(kind="sequence_sum"),
+                            objective=[dict(name="imitate_preferred")])
+  with pytest.raises(ValueError, match="critiques behind answers .* are no part of what imitate_preferred"):
+    build(config)
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(filter_by="exact_mtch", filter_zero_variance=True),
      "config.rollout.filter_by='exact_mtch' is none of the criteria.*did you mean 'exact_match'"),

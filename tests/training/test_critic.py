@@ -192,15 +192,19 @@ def test_a_critic_begins_as_the_policy_where_values_are_first_read(parts):
   assert bits(state.params) == bits(learned), "a critic that has learned goes on"
 
 
-@pytest.mark.parametrize("phases, taught", [(["sft", "rl"], True), (["sft"], False)])
-def test_a_critic_goes_on_where_the_run_that_is_started_from_taught_one(parts, tmp_path, phases, taught):
+@pytest.mark.parametrize("done, critic, taught", [
+    (["sft", "rl"], True, True), (["sft"], True, False), (["sft", "rl"], False, False)])
+def test_a_critic_goes_on_where_the_run_that_is_started_from_taught_one(parts, tmp_path, done, critic, taught):
   key = jax.random.key_data(jax.random.key(0))
   earlier = parts.config.copy_and_resolve_references()
-  earlier.phases, later = tuple(phases), tmp_path / "later"
+  earlier.phases, later = ("sft", "rl"), tmp_path / "later"
+  earlier.model.critic = critic
   for place, start in ((tmp_path / "earlier", ""), (later, tmp_path / "earlier")):
     place.mkdir()
     (place / "config.json").write_text(json.dumps({**configs.to_dict(earlier), "start": str(start)}))
-    earlier.phases = ("sft",)
+    (place / "metrics.jsonl").write_text("".join(
+        json.dumps({"phase": name, "grad_norm": 1.0}) + "\n" for name in done if name in earlier.phases))
+    earlier.phases, earlier.model.critic = ("sft",), True
   params = states.initial_parameters(parts.decoder, key, parts.mesh)
   config = parts.config.copy_and_resolve_references()
   config.start = str(later)

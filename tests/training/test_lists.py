@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from jaxrl import compose
 from jaxrl import config as configs
+from jaxrl import objectives
+from jaxrl.batch import Trajectory
 from jaxrl.training import builders
+from jaxrl.training import refusals
 
 
 def lists(place, *sizes):
@@ -49,3 +53,11 @@ def test_numbers_that_a_loss_cannot_do_with_are_bad_rows(tmp_path, term, bad):
   with pytest.raises(ValueError, match=rf"rows.jsonl:4: field 'rank' holds {bad}, but config.objective has a loss "
                                        "for numbers from"):
     builders.build_parts(config, tmp_path / "run", print)
+
+
+def test_losses_of_references_are_looked_at_too():
+  terms = [compose.build("cross_entropy", objectives), compose.build("dpo", objectives)]
+  made = [[Trajectory([1, 2], [False, True], group=g) for _ in range(3)] for g in range(2)]
+  with pytest.raises(ValueError, match=r"references\[0\]: config.objective\[1\]: dpo compares pairs.* 3 answers"):
+    refusals.check_pairs(terms, made, where="references[0]: ")
+  refusals.check_pairs(terms, [made[0][:2], made[1]])
