@@ -22,7 +22,8 @@ def get_config():
 def get_evidence():
   return dict(
       reported="better rank correlation with people through bounded rewards (no figures read)",
-      warm=None, overrides={"evaluate.problems": 0, "evaluate.samples": 0, "evaluate.pairs": 500},
+      warm=None,
+      overrides={"data.task_size": 2000, "evaluate.problems": 0, "evaluate.samples": 0, "evaluate.pairs": 500},
       arms=dict(
           bradley_terry=dict(config="configs/rlhf_toy.py:bradley_terry"),
           lower_cap=dict(config="configs/rlhf_toy.py:bradley_terry", overrides={
