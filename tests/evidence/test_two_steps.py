@@ -66,7 +66,6 @@ def start_of(tmp_path_factory):
       warm.sft.steps, warm.sft.until = 60, None
       warm.optimizer.learning_rate = 3e-3
       warm.checkpoint.every = 0
-      warm.evaluate.update(problems=0, pairs=0)
       run.run(warm, made[key], quiet=True)
     return str(made[key])
   return start_of

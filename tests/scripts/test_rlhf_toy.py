@@ -21,7 +21,8 @@ def test_every_stage_has_a_config_and_no_other_name_has():
     configs.load("configs/rlhf_toy.py:betas")
 
 
-def test_points_of_the_curve_are_means_of_updates_and_kl_is_that_of_words(tmp_path):
+def test_points_of_the_curve_are_means_of_updates_and_kl_is_that_of_words(tmp_path, monkeypatch):
+  monkeypatch.setattr(script, "WINDOW", 10)
   rows = [{"step": i, "grad_norm": 1.0, "kl": 0.1 * i, "response_tokens": 9.0,
            "criteria/gold": 0.01 * i, "criteria/proxy": -1.0 + 0.1 * i} for i in range(25)]
   rows.insert(3, {"step": 3, "validation/greedy_accuracy": 0.5})
