@@ -1,8 +1,9 @@
 """DAPO: clip higher, every token counts the same, no group without a signal (arXiv:2503.14476).
 
-Changes four things in GRPO: the upper bound (`high=0.28`), aggregation "token_mean", groups that are all
-right or all wrong are replaced (`filter_zero_variance`, bounded by `max_resample`), and the reward sinks over the
-last tokens before the limit (`rewards.overlong`). Reported: AIME24 50 (Qwen2.5-32B), naive GRPO 30.
+Changes four things in GRPO: the upper bound (`high=0.28`), aggregation "token_mean", groups that are
+all right or all wrong are replaced (`filter_zero_variance`, bounded by `max_resample`), and the reward
+sinks over the last tokens before the limit (`rewards.overlong`). Reported: AIME24 50 (Qwen2.5-32B),
+naive GRPO 30.
 """
 
 from configs import grpo

@@ -262,16 +262,6 @@ def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "co
                                         for key, value in spec.items()})
 
 
-def wanted(spec: Mapping[str, Any], module: ModuleType, *, where: str = "config") -> list[str]:
-  """The keyword arguments without a default that the spec of a piece does not set; raises as `build` for
-  a name that is none."""
-  if not isinstance(name := spec.get("name"), str):
-    return []
-  parameters = inspect.signature(_find(name, module, where)).parameters.values()
-  return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
-          and p.default is p.empty and p.name not in spec]
-
-
 def at(piece: Callable, step: Any) -> Callable:
   """A built piece with its scheduled numbers as they are at an update."""
   if not isinstance(piece, functools.partial):

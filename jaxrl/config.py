@@ -181,6 +181,11 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
+def of_run(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config of a run, whatever version made it."""
+  return ml_collections.ConfigDict(with_defaults(json.loads((workdir / "config.json").read_text())))
+
+
 def with_defaults(plain: dict[str, Any]) -> dict[str, Any]:
   """A plain config of an earlier version, with what `configs/base.py` has had since at its default."""
   base = to_dict(import_file(SHIPPED / "base.py").get_config())

@@ -64,7 +64,7 @@ def scores(runs: list[pathlib.Path], kind: str) -> tuple[data.Source, np.ndarray
   """
   source, score = None, None
   for run in runs:
-    config = ml_collections.ConfigDict(json.loads((run / "config.json").read_text()))
+    config = configs.of_run(run)
     own, part = before(config)
     if source is None:
       source, first, score = own, config, np.full(len(own), np.nan)

@@ -1,12 +1,11 @@
 """What cleaning of preference data found (PrefCleanBench, arXiv:2509.23564)."""
 
 from collections.abc import Sequence
-import json
 import pathlib
 
-import ml_collections
 import numpy as np
 
+from jaxrl import config as configs
 from jaxrl.data import Source
 from jaxrl.data.transforms import cleaning
 
@@ -49,7 +48,7 @@ def measure(source: Source) -> dict[str, float]:
 def of_run(workdir: pathlib.Path) -> dict[str, float]:
   """`measure` of the training data of a run; of one that cleaned nothing, the share of right labels."""
   from jaxrl.training import inputs
-  config = ml_collections.ConfigDict(json.loads((pathlib.Path(workdir) / "config.json").read_text()))
+  config = configs.of_run(pathlib.Path(workdir))
   source = inputs.open_split(config, "train")
   if isinstance(source, cleaning.Cleaned):
     return measure(source)

@@ -1,14 +1,13 @@
 """What the implicit reward of a trained policy, log policy / reference, says of held-out pairs."""
 
-import json
 import pathlib
 
 import jax
 from jaxtyping import Float
-import ml_collections
 import numpy as np
 from scipy import stats
 
+from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
 from jaxrl.sampling import Likelihood
@@ -38,7 +37,7 @@ def of_gaps(workdir: pathlib.Path) -> dict[str, float]:
 
 def margins_of(workdir: pathlib.Path) -> tuple[Float[np.ndarray, "pairs"], Float[np.ndarray, "pairs"]]:
   """Gaps of test pairs, and log policy / reference of the chosen answer less that of the rejected one."""
-  config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+  config = configs.of_run(workdir)
   config.data.update(transforms=[], weaker="")
   tokenizer = data.load_tokenizer(workdir / "tokenizer")
   builder = inputs.pair_builder(config, inputs.builder(config, tokenizer))

@@ -12,7 +12,6 @@ import json
 import pathlib
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from jaxrl import compose
@@ -65,7 +64,7 @@ def evaluate(run: str | pathlib.Path, out: pathlib.Path, *, path: str = "", spli
   check_heads(run=str(run), head=head, levels=levels, ordered=ordered)
   place = pathlib.Path(run).absolute()
   terminal = Terminal(quiet=quiet)
-  config = ml_collections.ConfigDict(json.loads((place / "config.json").read_text()))
+  config = configs.of_run(place)
   compilation.use_cache(config.compilation_cache, terminal.note)
   questions, builder = _questions(config, place, path, split, reading)
   terminal.note(f"{len(questions)} questions with {sum(len(q.answers) for q in questions)} answers, from "

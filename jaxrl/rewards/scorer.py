@@ -65,8 +65,7 @@ class Scorer:
     max_failure_rate: from 0, which stops at the first failure, to 1, which never stops.
     where: path of this spec in the config, for error messages.
     mesh: devices of batched criteria; None for all.
-    given: what criteria are called with that need an argument of that name, have no default for it, and
-      whose spec does not set it, such as the run's `max_tokens`.
+    given: more keyword arguments, for criteria that take them and whose spec does not set them.
 
   Raises:
     ValueError: a spec that cannot work, with its place and the nearest valid name.
@@ -264,9 +263,9 @@ class Scorer:
                      self._where, label, example)
 
 
-def _build(spec, where, positional):
+def _build(spec, where, positional, given=None):
   """`compose.build`, and a look at what the function takes, so that kinds are not mixed up."""
-  function = compose.build(spec, rewards, where=where)
+  function = compose.build(spec, rewards, where=where, given=given)
   parameters = inspect.signature(function.func).parameters.values()
   takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
   positional = ("pairs", "mesh") if _is_batched(function) else positional
@@ -286,13 +285,12 @@ def _is_batched(function):
 
 
 def _build_criterion(spec, where, given):
-  """The label, the spec without it and with what is given as plain data, and the function."""
+  """The label, the spec without it as plain data, for workers with what is given, and the function."""
   spec = _plain(spec)
   spec = {"name": spec} if isinstance(spec, str) else dict(spec)
   label = spec.pop("label", None)
-  wanted = compose.wanted(spec, rewards, where=where)
-  spec = {**{name: given[name] for name in wanted if name in given}, **spec}
-  function = _build(spec, where, ("task", "completion"))
+  function = _build(spec, where, ("task", "completion"), given)
+  spec |= {name: value for name, value in given.items() if name in function.keywords and name not in spec}
   return label or compose.name_of(function), spec, function
 
 

@@ -175,8 +175,8 @@ def _parameters_of(parts, phase, run):
     if not start:
       raise configs.ConfigError(f"phase {phase.name} is the first of a run without config.start, so no "
                                 "training came before it: name a run in config.start")
-    before = json.loads((pathlib.Path(start) / "config.json").read_text())
-    seed, start = before["seed"], before["start"]
+    before = configs.of_run(pathlib.Path(start))
+    seed, start = before.seed, before.start
   params = states.initial_parameters(parts.decoder, jax.random.key_data(jax.random.key(seed)), parts.mesh)
   return read_parameters(pathlib.Path(start) / "checkpoints", params) if start else params
 
@@ -216,23 +216,16 @@ def _fresh_state(parts, phase, params, rng):
 def _taught_critic(run):
   """Whether a run, or one that it began with, has a critic that learned; not, if there is none, or if the
   run has not come to the phase that teaches it."""
-  place = pathlib.Path(run) / "config.json"
+  place = pathlib.Path(run)
   if not run or not place.exists():
     return False
-  config = ml_collections.ConfigDict(json.loads(place.read_text()))
+  config = configs.of_run(place)
   if not config.model.critic:
     return False
-  done = _phases_done(place.parent)
-  phases = [configs.phase_config(config, name) for name in configs.phase_names(config) if name in done]
-  terms = [term for settings in phases if settings.kind != "evaluate" for term in pieces.terms_of(settings)]
+  done = {row["phase"] for row in jsonl.read(place / "metrics.jsonl") if "grad_norm" in row}
+  terms = [term for name in done for term in pieces.terms_of(configs.phase_config(config, name))]
   return any(signal in VALUES for term in terms for signal in compose.signals_of(term)) or (
       _taught_critic(config.start))
-
-
-def _phases_done(run):
-  """The phases that a run has made updates in."""
-  rows = jsonl.read(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-  return {row["phase"] for row in rows if "grad_norm" in row}
 
 
 def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
@@ -387,10 +380,10 @@ def _rollouts(parts, phase, sampler):
 
 
 def _scorer(config, phases, mesh):
-  limits = {p.settings.rollout.max_tokens for p in phases if p.kind == "rl"} or {config.rollout.max_tokens}
-  scorer = processes.SharedScorer.from_config(
-      pieces.plain(config.reward), mesh=mesh,
-      given={"max_tokens": limits.pop()} if len(limits) == 1 else {})  # each phase judges by the same
+  # All phases are judged by one scorer: it is given a limit that they have in common.
+  limits = {phase.settings.rollout.max_tokens for phase in phases if phase.kind == "rl"}
+  given = dict(max_tokens=max(limits, default=config.rollout.max_tokens)) if len(limits) < 2 else {}
+  scorer = processes.SharedScorer.from_config(pieces.plain(config.reward), mesh=mesh, given=given)
   for phase in phases:
     s = phase.settings
     for path, label in (("evaluate.correct", s.evaluate.correct), ("rollout.filter_by", s.rollout.filter_by)):

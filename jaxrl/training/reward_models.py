@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from jaxrl import compose
+from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
 from jaxrl.batch import Task
@@ -184,7 +185,7 @@ def _model_of(place):
 @functools.lru_cache(maxsize=LOADED)
 def _load(place, mesh, newest):
   del newest  # one that has been trained on is another model
-  config = ml_collections.ConfigDict(json.loads((place / "config.json").read_text()))
+  config = configs.of_run(place)
   tokenizer = data.load_tokenizer(place / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)

@@ -171,11 +171,8 @@ def _rows_of_whole(layout, longest, sequences):
 
 def _rows_of_examples(settings):
   """Rows of a batch, 0 where the config sets no limits to know them from."""
-  d, length = settings.data, settings.batch.row_length
-  if not (d.max_prompt_tokens and d.max_completion_tokens):
-    return 0
-  longest = min(d.max_prompt_tokens + d.max_completion_tokens, length)
-  return _rows_of_whole(Layout(length), longest, settings.batch.examples)
+  length, longest = settings.batch.row_length, _longest(settings)
+  return _rows_of_whole(Layout(length), min(longest, length), settings.batch.examples) if longest else 0
 
 
 def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):

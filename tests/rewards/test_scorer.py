@@ -71,14 +71,13 @@ def test_config_containers_are_understood(user_module):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_criterion_needs_and_its_spec_leaves_out_is_given(user_module, workers):
-  """`overlong` needs max_tokens; `echo` takes `scale`, but has a default, and keeps it."""
+def test_what_a_criterion_takes_and_its_spec_leaves_out_is_given(user_module, workers):
   spec = dict(criteria=[dict(name="overlong", buffer=1), dict(name="overlong", label="own", buffer=1, max_tokens=9),
-                        dict(name=f"{user_module}:echo")], workers=workers)
+                        dict(name=f"{user_module}:echo"), "finished"], workers=workers)
   with Scorer.from_config(spec, given=dict(max_tokens=1, scale=7.0)) as judge:
     (found,) = judge.score([pair("18")])
   assert found.evidence["overlong"].score == -1 and found.evidence["own"].score == 0
-  assert found.evidence["echo"].score == 18
+  assert found.evidence["echo"].score == 7 * 18
   with pytest.raises(ValueError, match=r"criteria\[0\]: overlong needs max_tokens"):
     Scorer.from_config(dict(criteria=[dict(name="overlong", buffer=1)], workers=0))
 

@@ -10,6 +10,7 @@ import pytest
 from jaxrl import compose
 from jaxrl import config as configs
 from jaxrl import data
+from jaxrl.batch import Task, Trajectory
 from jaxrl.evaluation import policy
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import builders, refusals, run
@@ -333,14 +334,15 @@ def test_a_filter_is_looked_at_where_samples_are_drawn(config, build, untraced):
   assert [phase.kind for phase in build(config).phases] == ["sft", "rl"]
 
 
-@pytest.mark.parametrize("own, given", [(12, 12), (None, 8)])
-def test_criteria_are_given_the_limit_of_the_phase_that_samples(config, build, untraced, own, given):
+@pytest.mark.parametrize("own, reward", [(12, 0.0), (None, -1.0)])
+def test_criteria_are_given_the_limit_of_the_phase_that_samples(config, build, untraced, own, reward):
   config.reward.criteria = [dict(name="overlong", buffer=2)]
   config.rollout.max_tokens = 8
   if own:
     config.rl.rollout = dict(max_tokens=own)
-  scorer = build(config).scorer
-  assert scorer._inline["overlong"].keywords["max_tokens"] == given
+  answer = Trajectory([1] * 10, [False] + [True] * 9)
+  (found,) = build(config).scorer.score([(Task("it", [1]), answer)])
+  assert found.evidence["overlong"].score == reward
 
 
 def test_critiques_are_refused_where_lengths_would_count(config, build):
