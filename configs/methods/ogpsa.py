@@ -36,7 +36,7 @@ def get_evidence():
       reported="after SFT and DPO on safety data SimpleQA 3.03, IFEval 63.96; without projection 0.53, "
                "51.94 (Qwen2.5-7B-Instruct)",
       # Refusals are learnt by then; after 100 updates, no arm gets more than a sum in a hundred right.
-      overrides={"preference.steps": 15, "evaluate.samples": 0},
+      overrides={"preference.steps": 15, "preference.optimizer.warmup_steps": 3, "evaluate.samples": 0},
       arms=dict(
           dpo=dict(overrides={"preference.optimizer.transforms": []}),
           two=dict(overrides={"preference.optimizer.transforms": [

@@ -16,21 +16,38 @@ try:
 except ImportError:  # not on Windows
   resource = None
 
-M_ARENA_MAX = -8  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
 PACKAGES = ("jaxrl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The last parts of the names of jax.monitoring's events.
 COMPILE_EVENT, READ_EVENT = "backend_compile_duration", "cache_hits"
 
 
-def limit_arenas(count: int = 4) -> bool:
-  """Has glibc's malloc serve all threads from a few arenas; returns whether it could.
+def limit_arenas(count: int = 1) -> bool:
+  """Has glibc's malloc serve all threads from so many arenas; returns whether it could.
 
   By default there are eight for each core, and what XLA's compiling threads leave in theirs stays
-  there: a sixth of the peak memory of a small model's run. `MALLOC_ARENA_MAX` comes first.
+  there: a sixth of the peak memory of a small model's run. Those of threads hold nothing large, and
+  send it to the system, see `keep_memory`. `MALLOC_ARENA_MAX` comes first.
   """
-  if "MALLOC_ARENA_MAX" in os.environ or platform.libc_ver()[0] != "glibc":
+  return _mallopt("MALLOC_ARENA_MAX", M_ARENA_MAX, count)
+
+
+def keep_memory() -> bool:
+  """Has glibc's malloc keep what is freed, where models are on CPUs; returns whether it could.
+
+  By default the memory of an update's activations goes back to the system after it, and the next
+  update waits for as many pages of zeros: up to a seventh of a small model's time. `MALLOC_MMAP_MAX_`
+  and `MALLOC_TRIM_THRESHOLD_` come first.
+  """
+  return (jax.default_backend() == "cpu" and _mallopt("MALLOC_MMAP_MAX_", M_MMAP_MAX, 0)
+          and _mallopt("MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD, -1))
+
+
+def _mallopt(variable, option, value):
+  """Sets an option of glibc's malloc, unless the environment has."""
+  if variable in os.environ or platform.libc_ver()[0] != "glibc":
     return False
-  return bool(ctypes.CDLL(None).mallopt(M_ARENA_MAX, count))
+  return bool(ctypes.CDLL(None).mallopt(option, value))
 
 
 class CompileCounter:

@@ -37,6 +37,10 @@ def test_the_arms_of_every_method_have_configs_that_can_be_made(slug):
   assert plain["method"]["start"] == str(start or "")
   assert all(config["seed"] == 3 and config["start"] in (str(start or ""), "") for config in plain.values())
   assert all(config["phases"] for config in plain.values())
+  for config in made.values():
+    for name in config.phases:
+      own = configs.phase_config(config, name)
+      assert own.optimizer.warmup_steps < own.get("steps", 1 << 30), f"{name} ends while it warms up"
   for arm in set(plain) - {"method"}:
     assert configs.differences(plain[arm], plain["method"]), f"{arm} is the method itself"
   if start is not None:

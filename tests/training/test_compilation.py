@@ -183,3 +183,30 @@ with tempfile.NamedTemporaryFile() as file:
     told, arenas = done.stdout.split()
     assert told == limited
     assert 1 <= int(arenas) <= 3
+
+
+def test_what_an_update_frees_is_kept_for_the_next():
+  """In processes of their own: page faults of arrays that are made and freed again and again."""
+  code = """
+import ctypes, resource
+from jaxrl.training import machine
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(20):
+    block = ctypes.c_void_p(libc.malloc(1 << 26))
+    libc.memset(block, 1, 1 << 26)
+    libc.free(block)
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+print(machine.keep_memory(), before, faults())
+"""
+  if platform.libc_ver()[0] != "glibc":
+    pytest.skip("another C library than glibc")
+  for variable, could in (({}, "True"), ({"MALLOC_MMAP_MAX_": "100"}, "False")):
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variable}, text=True,
+                          capture_output=True, check=True)
+    told, before, after = done.stdout.split()
+    assert told == could
+    assert (int(after) < 0.2 * int(before)) == (could == "True"), (before, after)
