@@ -264,10 +264,11 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def streams(mesh: Mesh | None) -> int:
-  """Programs, or loops of one, to run side by side.
+  """Programs to run side by side.
 
   One per core, up to `MOST_STREAMS`, on a single CPU device, where the operations of a small model
-  keep one core busy each; one elsewhere, and on several devices, whose processes must agree on the order of things.
+  keep one core busy each; one elsewhere, and on several devices, whose processes must agree on the
+  order of things.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   if device.platform != "cpu" or (mesh is not None and mesh.size > 1):

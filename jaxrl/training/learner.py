@@ -28,6 +28,7 @@ from jaxrl.models import model_outputs
 from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
 from jaxrl.training import frozen
+from jaxrl.training import streams
 from jaxrl.training.state import TrainState
 
 MEANS = "mean_weights"  # the signal with the weights of diagnostics
@@ -47,8 +48,7 @@ class Learning:
     temperature: of the distribution whose log-probabilities are meant.
     vocabulary_chunk: logits exist for this much of the vocabulary at a time.
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
-    streams: loops over micro-batches that one program runs side by side. On a CPU, where the
-      operations of a small model keep one core busy each, one per core.
+    streams: threads that share the micro-batches, on one device: see `streams.SideBySide`.
     models: frozen ones that pieces may read, by name, and how they follow the policy.
     asks_reference: rollouts ask the reference, whatever the pieces read.
     transforms: those of gradients and updates that are part of the optimiser.
@@ -166,12 +166,29 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
   """
   mesh = jax.tree.leaves(state_shardings)[0].mesh
   by_rows = jax.NamedSharding(mesh, sharding.partition_spec(("rows",)))
-  return Learner(
-      jax.jit(functools.partial(_signals, learning),
-              out_shardings=(by_rows, state_shardings.carried, None)),
-      jax.jit(functools.partial(_update, learning, state_shardings.params), donate_argnums=0,
-              out_shardings=(state_shardings, None)),
-      jax.jit(functools.partial(_measure, learning)))
+  of_signals = (by_rows, state_shardings.carried, None)
+  functions = (
+      (functools.partial(_outputs, learning), functools.partial(_signals, learning),
+       dict(out_shardings=of_signals)),
+      (functools.partial(_sums, learning, state_shardings.params),
+       functools.partial(_update, learning, state_shardings.params),
+       dict(donate_argnums=0, out_shardings=(state_shardings, None))),
+      (functools.partial(_measured, learning), _measure, {}))
+  if learning.streams == 1:
+    return Learner(*(jax.jit(_in_one(part, whole), **how) for part, whole, how in functions))
+
+  def count(batch):
+    return min(learning.streams, _micro_batches(batch))
+  return Learner(*(streams.SideBySide(jax.jit(part), jax.jit(whole, **how), count, mesh)
+                   for part, whole, how in functions))
+
+
+def _in_one(part, whole):
+  """One program for all of the work."""
+  @functools.wraps(whole.func if isinstance(whole, functools.partial) else whole)
+  def run(state, batch):
+    return whole(state, batch, [part(state, batch)])
+  return run
 
 
 def to_micro_batches(batch: TokenBatch, rows: int) -> TokenBatch:
@@ -196,14 +213,15 @@ def map_rows(function: Callable, batch: TokenBatch) -> TokenBatch:
   return batch.replace(**{name: jax.tree.map(function, getattr(batch, name)) for name in BY_ROWS})
 
 
-def _signals(learning: Learning, state: TrainState, batch: TokenBatch
+def _signals(learning: Learning, state: TrainState, batch: TokenBatch, outputs: Sequence[dict]
              ) -> tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]:
-  """What the loss reads and no update changes, {name: [rows, length]}; memory, metrics."""
-  found = {}
-  for source, params in {**state.frozen, frozen.OLD: state.params}.items():
-    if names := learning.frozen_signals[source]:
-      outputs = _forward(learning, params, batch, names, state.reference)
-      found |= {f"{source}_{name}": x for name, x in outputs.items()}
+  """What the loss reads and no update changes, {name: [rows, length]}; memory, metrics.
+
+  Args:
+    outputs: of all parts of the batch, see `_outputs`.
+  """
+  # Each part has filled its own micro-batches and left zeros elsewhere.
+  found = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *outputs)
   read = {signal for term in learning.terms for signal in compose.signals_of(term)}
   signals, carried, metrics = {k: x for k, x in found.items() if k in read}, state.carried, {}
   if learning.with_behaviour:
@@ -228,8 +246,18 @@ def _signals(learning: Learning, state: TrainState, batch: TokenBatch
   return signals, carried, metrics
 
 
-def _forward(learning, params, batch, names, reference):
-  """Named outputs of a forward pass over all micro-batches. -> {name: [all rows, length, ...]}"""
+def _outputs(learning, state, batch, part=0, parts=1):
+  """Signals of frozen models and of the policy before updates, 0 on rows of other parts."""
+  found = {}
+  for source, params in {**state.frozen, frozen.OLD: state.params}.items():
+    if names := learning.frozen_signals[source]:
+      outputs = _forward(learning, params, batch, names, state.reference, part, parts)
+      found |= {f"{source}_{name}": x for name, x in outputs.items()}
+  return found
+
+
+def _forward(learning, params, batch, names, reference, part, parts):
+  """Named outputs of a forward pass over a part's micro-batches. -> {name: [all rows, length, ...]}"""
   def one(i):
     outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=names,
                             logprobs="logprobs" in names, temperature=learning.temperature,
@@ -247,17 +275,14 @@ def _forward(learning, params, batch, names, reference):
     return jax.tree.map(lambda x: all_rows(x, 3), one(0))
   zeros = jax.tree.map(lambda s: jnp.zeros((s.shape[0], count, *s.shape[1:]), s.dtype),
                        jax.eval_shape(one, 0))
-  outs = _streams(learning, batch, body, zeros)
-  # Each stream has filled its own micro-batches and left zeros elsewhere.
-  return jax.tree.map(lambda *o: all_rows(sum(o[1:], o[0]), 4), *outs)
+  return jax.tree.map(lambda x: all_rows(x, 4), _over_part(batch, part, parts, body, zeros))
 
 
-def _gradient(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
-              ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, Any]:
-  """Loss, metrics, gap and gradient of a prepared batch, summed over its micro-batches."""
+def _sums(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch, part: int = 0,
+          parts: int = 1) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, Any]:
+  """Loss, metrics, gap and gradient of a prepared batch, summed over a part's micro-batches."""
   batch, reference = _weighted(learning, batch), _reference(learning, state)
-  # Jitted, so that it is traced and lowered once for all the places that it is called in.
-  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
+  gradient_of = jax.value_and_grad(functools.partial(_loss, learning), has_aux=True)
 
   def one(i):
     (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i), state.step,
@@ -268,16 +293,15 @@ def _gradient(learning: Learning, shardings: Any, state: TrainState, batch: Toke
     return loss, metrics, gap, gradient
 
   if _micro_batches(batch) == 1:  # no second copy of the gradient
-    sums = [one(0)]
-  else:
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    sums = _streams(learning, batch, lambda i, total: _add(total, one(i)), zeros)
-  return functools.reduce(_add, sums)
+    return one(0)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+  return _over_part(batch, part, parts, lambda i, total: _add(total, one(i)), zeros)
 
 
-def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch
-            ) -> tuple[TrainState, dict[str, jax.Array]]:
-  loss, metrics, gap, gradient = _gradient(learning, shardings, state, batch)
+def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch,
+            sums: Sequence[tuple]) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after one update, and metrics; `sums` are those of all parts, see `_sums`."""
+  loss, metrics, gap, gradient = functools.reduce(_add, sums)
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
   before = state.params
   state, grad_norm = _apply(learning, shardings, state, loss, gradient)
@@ -306,7 +330,9 @@ def _reference(learning, state):
   return state.reference if model_signals.DIVERGENCE in learning.term_signals else None
 
 
-def _measure(learning: Learning, state: TrainState, batch: TokenBatch) -> dict[str, jax.Array]:
+def _measured(learning: Learning, state: TrainState, batch: TokenBatch, part: int = 0, parts: int = 1
+              ) -> dict[str, jax.Array]:
+  """Loss and metrics of a prepared batch, summed over a part's micro-batches."""
   batch, reference = _weighted(learning, batch), _reference(learning, state)
 
   def one(i):
@@ -315,7 +341,13 @@ def _measure(learning: Learning, state: TrainState, batch: TokenBatch) -> dict[s
 
   add = functools.partial(jax.tree.map, jnp.add)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-  return functools.reduce(add, _streams(learning, batch, lambda i, total: add(total, one(i)), zeros))
+  return _over_part(batch, part, parts, lambda i, total: add(total, one(i)), zeros)
+
+
+def _measure(state, batch, measured):
+  """The metrics of all parts, see `_measured`."""
+  del state, batch
+  return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *measured)
 
 
 def _add(total, more):
@@ -329,11 +361,10 @@ def _devices(shardings):
   return jax.tree.leaves(shardings)[0].mesh.size
 
 
-def _streams(learning, batch, body, start):
-  """What `fori_loop(..., body, start)` gives over equal shares of the micro-batches in use."""
-  used, streams = _used(batch), min(learning.streams, _micro_batches(batch))
-  return [jax.lax.fori_loop(used * s // streams, used * (s + 1) // streams, body, start)
-          for s in range(streams)]
+def _over_part(batch, part, parts, body, start):
+  """What `fori_loop(..., body, start)` gives over one of equal shares of the micro-batches in use."""
+  used = _used(batch)
+  return jax.lax.fori_loop(used * part // parts, used * (part + 1) // parts, body, start)
 
 
 def _means_of(term):
@@ -372,8 +403,9 @@ def _gradient_of(learning, shardings, state):
     mesh = jax.tree.leaves(shardings)[0].mesh
     if mesh.size > 1 and batch.tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
       batch = jax.lax.with_sharding_constraint(batch, sharding.batch_sharding(mesh)(batch))
-    batch = batch.with_signals(**_signals(own, state.replace(carried={}), batch)[0])
-    return _gradient(own, shardings, state, batch)[3]
+    plain = state.replace(carried={})
+    batch = batch.with_signals(**_signals(own, plain, batch, [_outputs(own, plain, batch)])[0])
+    return _sums(own, shardings, state, batch)[3]
   return gradient_of
 
 

@@ -15,6 +15,7 @@ import jax
 
 from jaxrl import sharding
 from jaxrl.batch import TokenBatch
+from jaxrl.training import streams
 from jaxrl.training.learner import Learner
 from jaxrl.training.state import TrainState
 
@@ -75,10 +76,10 @@ class Rehearsal:
       Whatever a piece raises when it does not fit the others.
     """
     with jax.set_mesh(mesh):
-      signals = learner.signals.trace(state, _abstract(batch, mesh))
-      with_signals = batch.with_signals(**signals.out_info[0])
-      update = learner.update.trace(state, _abstract(with_signals, mesh))
-    self._mesh, self._traced, self._aside = mesh, (signals, update), Aside()
+      signals = streams.trace(learner.signals, state, _abstract(batch, mesh))
+      with_signals = batch.with_signals(**signals[-1].out_info[0])
+      update = streams.trace(learner.update, state, _abstract(with_signals, mesh))
+    self._mesh, self._traced, self._aside = mesh, [*signals, *update], Aside()
     self.learner = Learner(self._aside.first(learner.signals, batch),
                            self._aside.first(learner.update, with_signals), learner.measure)
 

@@ -10,6 +10,7 @@ from jaxrl import sharding
 from jaxrl.batch import Trajectory, pack, unpack
 from jaxrl.models import DecoderConfig, init_parameters, model_outputs, unbox
 from jaxrl.training.learner import make_learner, to_micro_batches
+from jaxrl.training.machine import CompileCounter
 
 SIGNALS = ("entropy", "hidden", "values", "scores")
 PLAIN = DecoderConfig(vocab_size=12, layers=2, d_model=16, heads=4, kv_heads=2, d_ff=32,
@@ -105,9 +106,16 @@ def test_streams_and_micro_batches_add_up_to_the_same_gradient(toys, streams):
     learner = make_learner(parts, toys.shardings(parts, toys.one_device()))
     host = pack(groups(toys), row_length=10, trunk_length=9, rows_per_trunk=2, rows_multiple=rows)
     batch = sharding.put_batch(to_micro_batches(host, rows), toys.one_device())
-    state = toys.start(parts)
-    state, metrics = learner.update(state, learner.prepare(state, batch)[1])
-    found[count, rows] = jax.device_get((toys.gradient(state), metrics))
+    counter = CompileCounter()
+    for _ in range(2):  # one part after the other, then in threads
+      state = toys.start(parts)
+      state, metrics = learner.update(state, learner.prepare(state, batch)[1])
+      found.setdefault((count, rows), []).append(jax.device_get((toys.gradient(state), metrics)))
+    counter.close()
+    assert counter.programs["jit(_update)"] == 1
+    assert counter.programs["jit(_sums)"] == counter.programs["jit(_outputs)"] == (count > 1)
+    first, found[count, rows] = found[count, rows]
+    jax.tree.map(np.testing.assert_array_equal, first, found[count, rows])
   expected = found.pop((1, 16))
   for other in found.values():
     toys.close(other, expected)
