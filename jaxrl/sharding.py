@@ -39,7 +39,7 @@ DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"),
            ("kv_heads", "kv_heads"), ("d_ff", "mlp"))  # field of a model config, its logical axis
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as dead
-MOST_STREAMS = 8  # each has a program and a gradient of its own
+MOST_STREAMS = 8  # each has a gradient of its own
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
@@ -264,7 +264,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def streams(mesh: Mesh | None) -> int:
-  """Programs to run side by side.
+  """Threads that run programs side by side.
 
   One per core, up to `MOST_STREAMS`, on a single CPU device, where the operations of a small model
   keep one core busy each; one elsewhere, and on several devices, whose processes must agree on the

@@ -1,4 +1,4 @@
-"""The two jitted functions of a phase: prepare a batch (once), update on it (once or more).
+"""The two compiled functions of a phase: prepare a batch (once), update on it (once or more).
 
 Weights and credit are computed over the whole batch, so a loop over micro-batches adds up to the
 same gradient whatever their number. The loop's length is that of the rows in use: padding up to a
@@ -137,7 +137,7 @@ class Learning:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """Jitted functions of one phase.
+  """Compiled functions of one phase: jitted, or on a CPU with several cores `streams.SideBySide`.
 
   Attributes:
     signals: `(state, batch) -> ({name: array}, carried, metrics)`: what the loss reads and no
@@ -159,7 +159,7 @@ class Learner:
 
 
 def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
-  """Jits `prepare` and `update`; `state_shardings` keeps the state where it is.
+  """Makes `prepare`, `update` and `measure`; `state_shardings` keeps the state where it is.
 
   A prepared batch keeps the shardings of `sharding.put_batch`, so that one read back from a
   checkpoint is updated on by the same program, to the same bits.
@@ -184,10 +184,10 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
 
 
 def _in_one(part, whole):
-  """One program for all of the work."""
-  @functools.wraps(whole.func if isinstance(whole, functools.partial) else whole)
+  """One program for all of the work, named as its last part."""
   def run(state, batch):
     return whole(state, batch, [part(state, batch)])
+  run.__name__ = getattr(whole, "func", whole).__name__
   return run
 
 
@@ -247,7 +247,8 @@ def _signals(learning: Learning, state: TrainState, batch: TokenBatch, outputs: 
 
 
 def _outputs(learning, state, batch, part=0, parts=1):
-  """Signals of frozen models and of the policy before updates, 0 on rows of other parts."""
+  """Signals of frozen models and of the policy before updates; where there are several parts, 0 on
+  the rows of others."""
   found = {}
   for source, params in {**state.frozen, frozen.OLD: state.params}.items():
     if names := learning.frozen_signals[source]:
@@ -282,7 +283,8 @@ def _sums(learning: Learning, shardings: Any, state: TrainState, batch: TokenBat
           parts: int = 1) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, Any]:
   """Loss, metrics, gap and gradient of a prepared batch, summed over a part's micro-batches."""
   batch, reference = _weighted(learning, batch), _reference(learning, state)
-  gradient_of = jax.value_and_grad(functools.partial(_loss, learning), has_aux=True)
+  # Jitted, so that the loop and the shapes of its sums share one trace.
+  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
 
   def one(i):
     (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i), state.step,
@@ -396,7 +398,7 @@ def _loss(learning, params, rows, step, reference):
 
 def _gradient_of(learning, shardings, state):
   """What transformations call for the gradient of a loss of their own: `(loss, batch) -> gradient`
-  at the current parameters. The loss has `terms` and `aggregations`."""
+  at the current parameters, in one stream. The loss has `terms` and `aggregations`."""
   def gradient_of(loss, batch):
     own = dataclasses.replace(learning, terms=loss.terms, aggregations=loss.aggregations,
                               advantage=(), with_behaviour=False, temperature=1.0)

@@ -12,6 +12,7 @@ from jaxrl import sharding
 from jaxrl.batch import TokenBatch
 from jaxrl.batch import Trajectory
 from jaxrl.evaluation import policy
+from jaxrl.training import machine
 from jaxrl.training import processes
 from jaxrl.training import stored
 from jaxrl.training.checkpoints import Checkpoints
@@ -67,7 +68,7 @@ class PhaseRun:
   Attributes:
     name, steps: of the phase.
     supply: gives batches.
-    learner: jitted functions.
+    learner: compiled functions.
     updates_per_batch: optimiser updates on each batch.
     shape: of every batch, unless more is needed.
     mesh: where batches go.
@@ -134,6 +135,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
     with jax.set_mesh(phase.mesh):
       state, metrics = phase.learner.update(state, batch)
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    machine.keep_memory()
     step, progress.updates = step + 1, progress.updates + 1
     progress.updates_left -= 1
     _check(phase, metrics, step, fresh, checkpoints)

@@ -2,6 +2,7 @@
 
 import collections
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -22,30 +23,32 @@ PACKAGES = ("jaxrl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nump
 COMPILE_EVENT, READ_EVENT = "backend_compile_duration", "cache_hits"
 
 
-def limit_arenas(count: int = 1) -> bool:
-  """Has glibc's malloc serve all threads from so many arenas; returns whether it could.
+def limit_arenas(count: int = 4) -> bool:
+  """Has glibc's malloc serve all threads from a few arenas; returns whether it could.
 
   By default there are eight for each core, and what XLA's compiling threads leave in theirs stays
-  there: a sixth of the peak memory of a small model's run. Those of threads hold nothing large, and
-  send it to the system, see `keep_memory`. `MALLOC_ARENA_MAX` comes first.
+  there: a sixth of the peak memory of a small model's run. `MALLOC_ARENA_MAX` comes first.
   """
-  return _mallopt("MALLOC_ARENA_MAX", M_ARENA_MAX, count)
+  return _mallopt(("MALLOC_ARENA_MAX",), M_ARENA_MAX, count)
 
 
+@functools.cache
 def keep_memory() -> bool:
   """Has glibc's malloc keep what is freed, where models are on CPUs; returns whether it could.
 
   By default the memory of an update's activations goes back to the system after it, and the next
-  update waits for as many pages of zeros: up to a seventh of a small model's time. `MALLOC_MMAP_MAX_`
-  and `MALLOC_TRIM_THRESHOLD_` come first.
+  update waits for as many pages of zeros. Afterwards the process stays as large as it has been, so
+  this is for when programs are compiled. Blocks of more than 64 MB that other threads than the first
+  ask for are still given back. A `MALLOC_..._` variable that speaks of it comes first.
   """
-  return (jax.default_backend() == "cpu" and _mallopt("MALLOC_MMAP_MAX_", M_MMAP_MAX, 0)
-          and _mallopt("MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD, -1))
+  names = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+  return (jax.default_backend() == "cpu" and _mallopt(names, M_MMAP_MAX, 0)
+          and _mallopt(names, M_TRIM_THRESHOLD, -1))
 
 
-def _mallopt(variable, option, value):
-  """Sets an option of glibc's malloc, unless the environment has."""
-  if variable in os.environ or platform.libc_ver()[0] != "glibc":
+def _mallopt(variables, option, value):
+  """Sets an option of glibc's malloc, unless the environment has set one of the variables."""
+  if any(name in os.environ for name in variables) or platform.libc_ver()[0] != "glibc":
     return False
   return bool(ctypes.CDLL(None).mallopt(option, value))
 

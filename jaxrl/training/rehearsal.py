@@ -67,7 +67,7 @@ class Rehearsal:
     """Traces the programs.
 
     Args:
-      learner: jitted functions.
+      learner: compiled functions.
       state: abstract, as `state.abstract_state`.
       batch: a host batch of the shape that is expected, interleaved.
       mesh: that trains.

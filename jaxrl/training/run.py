@@ -53,7 +53,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
   machine.limit_arenas()
   with configs.as_config_errors():
     sharding.start_distributed()
-  machine.keep_memory()
   workdir, stop = pathlib.Path(workdir), stop or Stop()
   plain = configs.to_dict(config)
   processes.meet("the start of a run, with its config", json.dumps(plain, sort_keys=True).encode())

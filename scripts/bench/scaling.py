@@ -104,7 +104,8 @@ def child(job: Job) -> dict:
 
   began = time.perf_counter()
   parts, phase, state, batch = abstract_parts(job)
-  functions = learner.make_learner(phase.learning, jax.tree.map(lambda x: x.sharding, state))
+  functions = learner.make_learner(dataclasses.replace(phase.learning, streams=1),
+                                   jax.tree.map(lambda x: x.sharding, state))
   found = collections.Counter()
   traffic = collections.defaultdict(lambda: [0.0, 0.0])
   with jax.set_mesh(parts.mesh):

@@ -188,19 +188,26 @@ with tempfile.NamedTemporaryFile() as file:
 def test_what_an_update_frees_is_kept_for_the_next():
   """In processes of their own: page faults of arrays that are made and freed again and again."""
   code = """
-import ctypes, resource
+import ctypes, resource, threading
 from jaxrl.training import machine
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   for _ in range(20):
-    block = ctypes.c_void_p(libc.malloc(1 << 26))
-    libc.memset(block, 1, 1 << 26)
+    block = ctypes.c_void_p(libc.malloc(1 << 25))
+    libc.memset(block, 1, 1 << 25)
     libc.free(block)
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-before = faults()
-print(machine.keep_memory(), before, faults())
+def in_thread():
+  found = []
+  thread = threading.Thread(target=lambda: found.append(faults()))
+  thread.start()
+  thread.join()
+  return found[0]
+machine.limit_arenas()
+before = in_thread()
+print(machine.keep_memory(), before, in_thread())
 """
   if platform.libc_ver()[0] != "glibc":
     pytest.skip("another C library than glibc")

@@ -25,10 +25,10 @@ def updated(toys, learning, learner, mesh):
     return jax.device_get(learner.update(state, batch)[0].params)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices):
+@pytest.mark.parametrize("devices, streams", [(1, 1), (4, 1), (1, 2)])
+def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices, streams):
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-  learning = toys.learning("grpo")
+  learning = toys.learning("grpo", streams=streams)
   shardings = toys.shardings(learning, mesh)
   plain = updated(toys, learning, make_learner(learning, shardings), mesh)
   expected = to_micro_batches(
@@ -41,8 +41,9 @@ def test_the_first_batch_of_the_rehearsed_shape_compiles_nothing(toys, devices):
   rehearsal.compile()  # has begun already
   found = updated(toys, learning, rehearsal.learner, mesh)
   counter.close()
-  assert {name: counter.programs[name] for name in ("jit(_signals)", "jit(_update)")} == {
-      "jit(_signals)": 1, "jit(_update)": 1}
+  parts = int(streams > 1)  # programs of their own
+  assert [counter.programs[f"jit({name})"] for name in ("_signals", "_update", "_outputs", "_sums")
+          ] == [1, 1, parts, parts]
   toys.same_bits(found, plain)
 
 

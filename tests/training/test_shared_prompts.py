@@ -109,10 +109,14 @@ def test_streams_and_micro_batches_add_up_to_the_same_gradient(toys, streams):
     counter = CompileCounter()
     for _ in range(2):  # one part after the other, then in threads
       state = toys.start(parts)
-      state, metrics = learner.update(state, learner.prepare(state, batch)[1])
+      prepared = learner.prepare(state, batch)[1]
+      measured = learner.measure(state, prepared)
+      state, metrics = learner.update(state, prepared)
+      for name, value in measured.items():
+        np.testing.assert_allclose(value, metrics[name], rtol=1e-5, atol=1e-7)
       found.setdefault((count, rows), []).append(jax.device_get((toys.gradient(state), metrics)))
     counter.close()
-    assert counter.programs["jit(_update)"] == 1
+    assert counter.programs["jit(_update)"] == counter.programs["jit(_signals)"] == 1
     assert counter.programs["jit(_sums)"] == counter.programs["jit(_outputs)"] == (count > 1)
     first, found[count, rows] = found[count, rows]
     jax.tree.map(np.testing.assert_array_equal, first, found[count, rows])
