@@ -37,13 +37,16 @@ def keep_memory() -> bool:
   """Has glibc's malloc keep what is freed, where models are on CPUs; returns whether it could.
 
   By default the memory of an update's activations goes back to the system after it, and the next
-  update waits for as many pages of zeros. Afterwards the process stays as large as it has been, so
-  this is for when programs are compiled. Blocks of more than 64 MB that other threads than the first
-  ask for are still given back. A `MALLOC_..._` variable that speaks of it comes first.
+  update waits for as many pages of zeros. What is free already is given back now, and nothing any more
+  afterwards: this is for when programs are compiled. Blocks of more than 64 MB that other threads than
+  the first ask for do not count. A `MALLOC_..._` variable that speaks of it comes first.
   """
   names = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-  return (jax.default_backend() == "cpu" and _mallopt(names, M_MMAP_MAX, 0)
+  kept = (jax.default_backend() == "cpu" and _mallopt(names, M_MMAP_MAX, 0)
           and _mallopt(names, M_TRIM_THRESHOLD, -1))
+  if kept:
+    ctypes.CDLL(None).malloc_trim(0)
+  return kept
 
 
 def _mallopt(variables, option, value):

@@ -1,7 +1,8 @@
 """Work that a CPU does in several threads at once, which call one program.
 
 XLA spreads every operation of a program over all cores, and those of a small model are too small for
-that: two threads that do half of the work each are done sooner (`scripts/bench/levers.py`).
+that: two threads that do half of the work each are done sooner (`dpo` of `scripts/bench/compare.py` on
+an Intel Xeon: 0.52 -> 0.36 s, against loops of one program).
 """
 
 from collections.abc import Callable
