@@ -5,6 +5,7 @@ anywhere on the import path, so that a new piece needs no edit of this package.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import difflib
 import functools
 import importlib
@@ -220,15 +221,21 @@ def nearest(name: str, valid) -> str:
   return f"; valid are {', '.join(valid[:LISTED]) or 'none'}{more}"
 
 
-def pieces(module: ModuleType) -> dict[str, Callable]:
-  """The public functions of a package, by name."""
+def _nearest_and_all(name, valid):
+  close = difflib.get_close_matches(name, valid, n=1)
+  guess = f"; did you mean {close[0]!r}?" if close else ";"
+  return f"{guess} valid are {', '.join(sorted(valid)) or 'none'}"
+
+
+def pieces(module: ModuleType, kind: Callable[[Callable], bool] = callable) -> dict[str, Callable]:
+  """The public functions of a package, by name, that are of a kind."""
   return {k: v for k, v in vars(module).items()
           if callable(v) and not k.startswith("_")
-          and getattr(v, "__module__", "").startswith(module.__name__)}
+          and getattr(v, "__module__", "").startswith(module.__name__) and kind(v)}
 
 
 def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "config",
-          given: Mapping[str, Any] | None = None) -> Callable:
+          given: Mapping[str, Any] | None = None, kind: Callable[[Callable], bool] = callable) -> Callable:
   """Looks a piece up and binds the keyword arguments of its spec.
 
   Args:
@@ -236,18 +243,19 @@ def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "co
     module: package that plain names are looked up in.
     where: path of the spec in the config, for error messages.
     given: more keyword arguments, for a function that takes them and a spec that does not set them.
+    kind: which functions of the package plain names may mean.
 
   Returns:
     `functools.partial(function, **kwargs)`; positional arguments stay open.
 
   Raises:
-    ValueError: unknown name, unknown or missing keyword argument, with the nearest valid name.
+    ValueError: unknown name, with all valid ones, or unknown or missing keyword argument.
   """
   spec = {"name": spec} if isinstance(spec, str) else dict(spec)
   name = spec.pop("name", None)
   if not isinstance(name, str):
     raise ValueError(f"{where} needs a name: dict(name=..., ...), got {spec}")
-  function = _find(name, module, where)
+  function = _find(name, module, where, kind)
   parameters = inspect.signature(function).parameters.values()
   keywords = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
   spec = {**{p.name: given[p.name] for p in keywords if p.name in (given or ())}, **spec}
@@ -269,6 +277,19 @@ def at(piece: Callable, step: Any) -> Callable:
   return functools.partial(piece.func, *piece.args, **{
       key: value(step) if isinstance(value, schedule.Schedule) else value
       for key, value in piece.keywords.items()})
+
+
+@contextlib.contextmanager
+def named(where: str):
+  """Says in errors of what is run inside where in the config it stands.
+
+  Raises:
+    ValueError: raised inside, with `where` in front.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
 
 
 def supplies(*signals: str, columns: Sequence[str] = ()) -> Callable[[Callable], Callable]:
@@ -301,21 +322,23 @@ def _with_keywords(function, piece):
   return function(**{name: keywords[name] for name in inspect.signature(function).parameters})
 
 
-def _find(name, module, where):
+def _find(name, module, where, kind):
   if ":" in name:
     path, attribute = name.split(":", 1)
     try:
-      function = getattr(importlib.import_module(path), attribute)
+      home = importlib.import_module(path)
+      function = getattr(home, attribute)
     except ModuleNotFoundError as error:
       raise ValueError(f"{where}: cannot import {path!r} of {name!r} ({error}); the directory that "
                        "jaxrl is started in is on the import path") from error
     except AttributeError as error:
-      raise ValueError(f"{where}: module {path!r} has no {attribute!r}") from error
+      raise ValueError(f"{where}: module {path!r} has no {attribute!r}"
+                       f"{_nearest_and_all(attribute, pieces(home))}") from error
     if not callable(function):
       raise ValueError(f"{where}: {name!r} is not a function but a {type(function).__name__}")
     return function
-  valid = pieces(module)
+  valid = pieces(module, kind)
   if name not in valid:
-    raise ValueError(f"{where}: {module.__name__} has no {name!r}{nearest(name, valid)}; a "
+    raise ValueError(f"{where}: {module.__name__} has no {name!r}{_nearest_and_all(name, valid)}; a "
                      "function of your own is named 'module:function'")
   return valid[name]

@@ -284,7 +284,7 @@ def _convert(old, text, path):
   if isinstance(old, str):
     return text
   try:
-    value = ast.literal_eval(text)
+    value = ast.literal_eval(_Dicts().visit(ast.parse(text.strip(), mode="eval")))
   except (ValueError, SyntaxError):
     value = {"true": True, "false": False}.get(text.lower(), text)
   if old is None:
@@ -308,6 +308,17 @@ def _convert(old, text, path):
   takes = ("a list such as \"['a', 'b']\"" if isinstance(old, list | tuple) else "True or False"
            if isinstance(old, bool) else "a number" if isinstance(old, float) else "a whole number")
   raise ValueError(f"--{path}={text}: {path} is {old!r}, so it takes {takes}")
+
+
+class _Dicts(ast.NodeTransformer):
+  """`dict(name=...)`, as configs write it, in the form that `ast.literal_eval` reads."""
+
+  def visit_Call(self, node):
+    self.generic_visit(node)
+    if isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+      return ast.Dict([k.arg and ast.Constant(k.arg) for k in node.keywords],
+                      [k.value for k in node.keywords])
+    return node
 
 
 def _check_not_shadowed(config, path):

@@ -56,6 +56,7 @@ def test_a_function_of_ones_own_is_named_by_its_module(package):
 
 @pytest.mark.parametrize("spec, message", [
     (dict(name="scal", factor=1.0), r"objective\[0\].*toy_pieces.*'scal'; did you mean 'scale'\?"),
+    (dict(name="scal"), r"did you mean 'scale'\? valid are curious, scale; a function of your own"),
     (dict(name="zzz"), r"'zzz'; valid are curious, scale; .*'module:function'"),
     (dict(name="_hidden"), r"has no '_hidden'"),
     (dict(name="partial"), r"has no 'partial'"),
@@ -66,7 +67,7 @@ def test_a_function_of_ones_own_is_named_by_its_module(package):
     (dict(factor=1.0), r"objective\[0\] needs a name"),
     (dict(name=3), r"objective\[0\] needs a name"),
     ("no_such_module:f", r"objective\[0\]: cannot import 'no_such_module'.*import path"),
-    ("toy_pieces:g", r"objective\[0\]: module 'toy_pieces' has no 'g'"),
+    ("toy_pieces:g", r"objective\[0\]: module 'toy_pieces' has no 'g'; valid are .*scale"),
     ("toy_pieces:constant", r"objective\[0\]: 'toy_pieces:constant' is not a function"),
 ])
 def test_mistakes_are_named_with_their_remedy(package, spec, message):

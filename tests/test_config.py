@@ -110,7 +110,9 @@ def test_an_override_of_one_phase_leaves_the_others(config):
     ("data.chat", "1", r"config.data.chat is False, so it takes True or False"),
     ("data.chat", "yes", "True or False"),
     ("phases", "rl", r"--config.phases=rl: .* takes a list such as \"\['a', 'b'\]\""),
-    ("objective", "[dict(name='x')]", "takes a list"),
+    ("objective", "[dict(name='x'", "takes a list"),
+    ("objective", "[dict('x')]", "takes a list"),
+    ("objective", "[list(name='x')]", "takes a list"),
     ("optimizer", "{'name': 'sgd'}", "this is a section"),
     ("optimizer", "adam", r"this is a section; set its fields, such as --config.optimizer.\w+="),
     ("objective[0]", "x", r"this is a section; .*--config.objective\[0\].name="),
@@ -360,3 +362,9 @@ def test_a_config_of_an_earlier_version_has_the_defaults_of_what_came_later():
   before["rollout"]["prompts"] = 7
   changed = configs.differences(configs.with_defaults(before), now)
   assert changed == [f"config.rollout.prompts: 7 -> {now['rollout']['prompts']}"]
+
+
+def test_pieces_are_given_as_configs_write_them(config):
+  configs.override(config, {"reward.criteria": "[dict(name='exact_match'), {'name': 'overlong', 'buffer': 2}]"})
+  assert configs.to_dict(config.reward.criteria) == [
+      dict(name="exact_match"), dict(name="overlong", buffer=2)]

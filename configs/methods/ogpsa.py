@@ -44,7 +44,7 @@ def get_evidence():
       claims=[
           dict(text="sums are right more often after training on refusals",
                metric="test/greedy_accuracy", expect="higher", baseline="dpo"),
-          dict(text="refusals are preferred as much", metric="late/preference_accuracy",
+          dict(text="refusals are preferred as much", joint=True, metric="late/preference_accuracy",
                expect="not lower", margin=0.02, baseline="dpo"),
           dict(text="two references keep more than one", metric="test/greedy_accuracy", method="two",
                expect="higher", baseline="method")])

@@ -51,5 +51,5 @@ def get_evidence():
       claims=[
           dict(text="confidences are calibrated", metric="late/ece", expect="lower",
                baseline="rlvr"),
-          dict(text="answers are as good", metric="test/sampled_accuracy", expect="not lower",
+          dict(text="answers are as good", joint=True, metric="test/sampled_accuracy", expect="not lower",
                margin=0.02, baseline="rlvr")])

@@ -47,7 +47,7 @@ def get_evidence():
       claims=[
           dict(text="after three cycles answers are shorter than under the largest cap throughout",
                metric="test/greedy_tokens", expect="lower", baseline="longest"),
-          dict(text="and as often right", metric="test/sampled_accuracy", expect="not lower",
+          dict(text="and as often right", joint=True, metric="test/sampled_accuracy", expect="not lower",
                margin=0.02, baseline="longest"),
           dict(text="they are right more often than under the smallest cap throughout",
                metric="test/sampled_accuracy", expect="higher", baseline="shortest")])

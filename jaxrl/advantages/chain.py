@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import AbstractArray, Array, Float
 
 from jaxrl.batch import TokenBatch, to_tokens
-from jaxrl.compose import initial_of, is_whole, name_of, signals_of
+from jaxrl.compose import initial_of, is_whole, name_of, named, signals_of
 
 
 class Credit(NamedTuple):
@@ -81,7 +81,8 @@ def credit(pieces: Sequence[Callable], terms: Sequence[Callable] = (),
       _check_input(piece, name, values, source)
       _check_signals(piece, name, batch, hint)
       own = (carried[name_of(piece)],) if initial_of(piece) else ()
-      found = piece(batch, values, *own)
+      with named(name):
+        found = piece(batch, values, *own)
       found = found if isinstance(found, Credit) else Credit(found)
       if own:
         carried[name_of(piece)] = _same_shapes(found.carried, own[0], name)

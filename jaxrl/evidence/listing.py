@@ -7,15 +7,16 @@ from jaxrl.evidence import methods
 
 
 def all_of_them(results: pathlib.Path) -> str:
-  """A table of all methods: name, what runs came to, parts, title."""
-  rows = [("method", "verdict", "pieces", "what it is")]
+  """A table of all methods: name, what runs came to, config, parts, title."""
+  rows = [("method", "verdict", "config", "pieces", "what it is")]
   for slug in methods.slugs():
     found = methods.result_of(slug, results)
     verdict = found["verdict"] if found else (
         "not measured" if methods.evidence_of(slug) else "by tests only")
-    rows.append((slug, verdict, ", ".join(methods.parts_of(slug)) or "-", methods.title(slug)))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]])
+    rows.append((slug, verdict, f"configs/methods/{methods.path_of(slug).name}",
+                 ", ".join(methods.parts_of(slug)) or "-", methods.title(slug)))
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]])
            for row in rows]
   return "\n".join([lines[0], "-" * min(100, len(lines[0])), *lines[1:]])
 

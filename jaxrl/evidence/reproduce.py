@@ -69,7 +69,7 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
                                for arm in (c.method, c.baseline))) for c in evidence.claims]
   minutes = sum(m["seconds"] for arm in found.values() for m in arm) / 60
   content = dict(
-      slug=slug, verdict=claims[0]["verdict"], title=methods.title(slug), reported=evidence.reported,
+      slug=slug, verdict=verdict.of_method(claims), title=methods.title(slug), reported=evidence.reported,
       seeds=list(seeds), claims=claims,
       budget={arm: {name: sum(m[f"total/{name}"] for m in ms) / len(ms)
                     for name in BUDGET} for arm, ms in found.items()},

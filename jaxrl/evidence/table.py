@@ -13,8 +13,8 @@ warm start for all arms, at the budget in `results/METHOD.json`. {rule}
 A small model need not show what a large one does: *no difference* and *contradicted* are about these
 runs, not about the paper's. Figures are mean ± half of the 95% interval over seeds.
 
-| method | the paper reports | claim | baseline | method | verdict | seeds | minutes |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| method | the paper reports | its verdict | claim | baseline | method | verdict | seeds | minutes |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -25,12 +25,14 @@ def write(results: pathlib.Path) -> pathlib.Path:
     content = json.loads(path.read_text())
     for number, claim in enumerate(content["claims"]):
       first = number == 0
+      text = f"*and* {claim['text'].removeprefix('and ')}" if claim["joint"] else claim["text"]
       rows.append("| " + " | ".join([
           f"[{content['slug']}](results/{content['slug']}.png)" if first else "",
           content["reported"] if first else "",
-          f"{claim['text']} (`{claim['metric']}`, {claim['expect']} than {claim['baseline_name']}"
+          f"**{content['verdict']}**" if first else "",
+          f"{text} (`{claim['metric']}`, {claim['expect']} than {claim['baseline_name']}"
           + (f", margin {claim['margin']:g}" if claim["margin"] else "") + ")",
-          figure(claim["baseline"]), figure(claim["method"]), f"**{claim['verdict']}**",
+          figure(claim["baseline"]), figure(claim["method"]), claim["verdict"],
           str(len(content["seeds"])) if first else "",
           f"{content['minutes']:.1f}" if first else ""]) + " |")
   path = results.parent / "RESULTS.md"

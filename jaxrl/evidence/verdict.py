@@ -11,7 +11,9 @@ RULE = ("A claim compares a method with a baseline on the same seeds. With d the
         "(method - baseline) and I its 95% interval (Student's t over seeds): *confirmed* if all of I "
         "lies on the claimed side of 0 (for \"not lower\" and \"not higher\": of the margin beyond "
         "0), *contradicted* if all of it lies on the other side, else *no difference*. A method's "
-        "verdict is that of its first claim.")
+        "verdict is that of its first claim, or the worst of that and of those that the paper claims with "
+        "it in one breath, marked \"and\".")
+WORST_FIRST = ("contradicted", "no difference", "confirmed")
 EXPECTATIONS = ("higher", "lower", "not lower", "not higher")
 # Two-sided 95% quantiles of Student's t, by degrees of freedom from 1 on; beyond, the normal one.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -30,6 +32,7 @@ class Claim:
     baseline: name of the arm that it is compared with.
     method: name of the arm that is compared.
     margin: for "not lower" and "not higher": a difference that does not matter, at least 0.
+    joint: whether the first claim means little without this one, as "shorter" without "as often right".
   """
 
   text: str
@@ -38,6 +41,7 @@ class Claim:
   baseline: str
   method: str = "method"
   margin: float = 0.0
+  joint: bool = False
 
   def __post_init__(self):
     if self.expect not in EXPECTATIONS:
@@ -91,9 +95,14 @@ def judge(claim: Claim, method: Sequence[float], baseline: Sequence[float]) -> d
     return {"mean": mean, "interval": None if math.isinf(half) else half,
             "runs": [float(v) for v in values]}
   return {"text": claim.text, "metric": claim.metric, "expect": claim.expect,
-          "margin": claim.margin, "baseline_name": claim.baseline, "baseline": arm(baseline),
-          "method": arm(method), "difference": mean,
+          "margin": claim.margin, "joint": claim.joint, "baseline_name": claim.baseline,
+          "baseline": arm(baseline), "method": arm(method), "difference": mean,
           "difference_interval": None if math.isinf(half) else half, "verdict": verdict}
+
+
+def of_method(claims: Sequence[Mapping[str, Any]]) -> str:
+  """The verdict of a method, from its judged claims: the worst of the first and of those joined to it."""
+  return min((c["verdict"] for i, c in enumerate(claims) if not i or c["joint"]), key=WORST_FIRST.index)
 
 
 def claims_of(entries: Sequence[Mapping[str, Any]], arms: Sequence[str], where: str) -> list[Claim]:

@@ -3,7 +3,7 @@
 Here, and nowhere else, the state before a token meets the token that it predicts.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 import dataclasses
 
 from flax.core import meta
@@ -93,7 +93,7 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
   Raises:
     ValueError: unknown signal, or a head that the config lacks.
   """
-  _check_signals(config, signals)
+  check_signals(config, signals)
   decoder = Decoder(config)
   hidden, before = _hidden_states(decoder, params, batch)
   predicted = _is_predicted(batch)
@@ -190,11 +190,16 @@ def _is_predicted(batch: TokenBatch) -> Bool[Array, "rows length"]:
   return ~starts & (batch.segment_ids != 0)
 
 
-def _check_signals(config, signals):
+def check_signals(config: DecoderConfig, signals: Iterable[str]) -> None:
+  """Refuses signals that a model cannot give.
+
+  Raises:
+    ValueError: unknown signal, or a head that the config lacks.
+  """
+  signals, heads = list(signals), [name for name, _ in config.heads_on_top]
   for name in signals:
     if not is_signal(name):
       raise ValueError(f"a model has no signal {name!r}{nearest(name, MODEL_SIGNALS)}")
-  heads = [name for name, _ in config.heads_on_top]
   wanted = sorted(set(VALUES) & set(signals))
   if wanted and VALUE_HEAD not in heads and not config.critic:
     raise ValueError(f"signal {wanted[-1]!r} needs a value head, but config.model.heads_on_top={heads}: "

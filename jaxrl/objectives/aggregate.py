@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrl.batch import TokenBatch, sum_by_sequence, to_tokens
-from jaxrl.compose import labels_of, nearest, signals_of
+from jaxrl.compose import labels_of, named, nearest, signals_of
 from jaxrl.schedule import Schedule
 
 # What a term returns: a loss per token, and diagnostics per token by name.
@@ -115,7 +115,8 @@ def sum_of_terms(terms: Sequence[Callable[..., TermOutput]]
       for signal in signals_of(term):
         if signal not in batch.signals and outputs.get(signal) is None:
           raise missing(f"config.objective[{index}] ({name})", signal, batch)
-      values, diagnostics = term(outputs, batch)
+      with named(f"config.objective[{index}] ({name})"):
+        values, diagnostics = term(outputs, batch)
       metrics[f"loss/{name}"] = jnp.sum(own * values)
       loss += metrics[f"loss/{name}"]
       for key, per_token in diagnostics.items():

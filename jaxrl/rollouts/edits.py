@@ -7,6 +7,7 @@ in `step.memory`, which checkpoints keep.
 
 from collections.abc import Mapping
 import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class Step:
     for t in self.trajectories:
       found.setdefault(t.group, []).append(t)
     return list(found.values())
+
+
+def is_edit(function: Any) -> bool:
+  """Whether a function takes a `Step` first, by that name."""
+  return inspect.isfunction(function) and next(iter(inspect.signature(function).parameters), "") == "step"
 
 
 def keep(step: Step, *, at_least: float = -float("inf"), below: float = float("inf")

@@ -74,7 +74,8 @@ def collect_answers(step: Step, *, interval: int = 5, right_from: float = 1.0) -
   Of P questions, at most 2 * floor(P / 2) answers: from each that is answered both ways one right and
   one wrong answer, and one more of each to fill up with; from each that is always answered rightly
   one to fill up with. Either half is filled without, then with replacement. Empty answers and those
-  that are not scored are left out. After judgements, everything is forgotten.
+  that are not scored are left out. What is remembered is shuffled, so that judgements are about answers of
+  all batches since the last ones. After judgements, everything is forgotten.
 
   Args:
     step: the batch.
@@ -92,6 +93,7 @@ def collect_answers(step: Step, *, interval: int = 5, right_from: float = 1.0) -
     memory["items"] = []
   else:
     memory["items"] += _balanced(step, right_from)
+    np.random.default_rng([step.seed, step.index, 7595]).shuffle(memory["items"])
   if is_verifying(memory["batches"], interval):
     memory["items"] = []  # also where no answer could be judged
   memory["batches"] += 1

@@ -101,7 +101,7 @@ def asks_pairs(settings: ml_collections.ConfigDict) -> bool:
 
 
 def _build_episode(spec, where):
-  episode = compose.build(plain(spec), rollout_lib, where=where)
+  episode = compose.build(plain(spec), rollout_lib, where=where, kind=inspect.iscoroutinefunction)
   if not inspect.iscoroutinefunction(episode.func):
     raise ValueError(f"{where}: {spec.name!r} is no episode; an episode is an `async def "
                      "my_episode(ctx, task, *, ...)`")
@@ -110,7 +110,7 @@ def _build_episode(spec, where):
 
 def edits_of(settings: ml_collections.ConfigDict) -> list[Callable]:
   """What changes the groups of an episode."""
-  return [compose.build(plain(edit), edits, where=f"config.rollout.edits[{i}]")
+  return [compose.build(plain(edit), rollout_lib, where=f"config.rollout.edits[{i}]", kind=edits.is_edit)
           for i, edit in enumerate(settings.rollout.edits)]
 
 

@@ -13,6 +13,7 @@ from jaxrl import sharding
 from jaxrl.batch import PREFERENCE, Trajectory
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
+from jaxrl.models import outputs
 from jaxrl.training import pieces
 from jaxrl.training import state as states
 from jaxrl.training import transfer
@@ -44,6 +45,8 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
     fitting = sorted({parts * max(rows // parts, 1), parts * (rows // parts + 1)})
     raise ValueError(f"config.batch.micro_batch_rows={rows} does not divide over data x fsdp = "
                      f"{parts} devices: use {' or '.join(map(str, fitting))}")
+  if phase.kind != "evaluate":
+    _check_signals(phase.learning)
   pieces.sampling(s.rollout, ())
   pieces.episode(s)
   pieces.asking(s)
@@ -64,6 +67,14 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
     what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
     raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
                      "set config.data.validation, and config.evaluate.problems to at least 1")
+
+
+def _check_signals(learning):
+  """Refuses terms and pieces of credit that read what the model has no head for."""
+  for section, pieces_of in (("objective", learning.terms), ("advantage", learning.advantage)):
+    for i, piece in enumerate(pieces_of):
+      with compose.named(f"config.{section}[{i}] ({compose.name_of(piece)})"):
+        outputs.check_signals(learning.decoder, sorted(name for _, name in learning.sources([piece])))
 
 
 def _check_samples(settings, built):

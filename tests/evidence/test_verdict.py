@@ -52,3 +52,14 @@ def test_claims_that_name_nothing_are_refused():
 def test_a_run_without_the_metric_is_no_evidence_of_no_difference():
   with pytest.raises(ValueError, match="test/x is .*nan.* in the runs of 'b', .*look at their samples"):
     verdict.judge(verdict.Claim("t", "test/x", "higher", "b"), [1.0, 2.0], [0.5, float("nan")])
+
+
+@pytest.mark.parametrize("verdicts, joint, expected", [
+    (["confirmed", "contradicted"], [False, False], "confirmed"),
+    (["confirmed", "contradicted"], [False, True], "contradicted"),
+    (["confirmed", "contradicted", "no difference"], [False, False, True], "no difference"),
+    (["no difference", "confirmed"], [False, True], "no difference"),
+    (["contradicted", "no difference"], [False, True], "contradicted")])
+def test_a_method_is_as_good_as_the_worst_of_what_is_claimed_in_one_breath(verdicts, joint, expected):
+  claims = [dict(verdict=v, joint=j) for v, j in zip(verdicts, joint)]
+  assert verdict.of_method(claims) == expected

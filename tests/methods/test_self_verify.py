@@ -57,6 +57,17 @@ def test_halves_are_filled_with_others_then_again_and_hopeless_questions_are_ski
   assert {i["question"] for i in items if not i["right"]} == {"a?"}, "with replacement"
 
 
+def test_judgements_are_about_all_batches_since_the_last_ones():
+  """A batch of judgements asks as many answers as it has questions, the first of the buffer."""
+  memory, batches = {}, ("ab", "cd", "ef", "gh")
+  for index, pair in enumerate(batches):
+    collect(memory, index, batch({q: 2 for q in pair}))
+  asked = [item["question"][0] for item in memory[MEMORY]["items"]]
+  come_from = [next(i for i, pair in enumerate(batches) if q in pair) for q in asked]
+  assert sorted(come_from) == [0, 0, 1, 1, 2, 2, 3, 3]
+  assert len(set(come_from[:4])) > 2, "not the oldest batches first"
+
+
 @pytest.mark.parametrize("rights", [dict(a=4, b=4), dict(a=0, b=0)])
 def test_one_label_alone_is_not_remembered(rights):
   memory = {}

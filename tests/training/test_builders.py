@@ -362,3 +362,23 @@ def test_a_filter_by_nothing_is_refused(config, build, untraced, changes, messag
   config.rollout.update(changes)
   with pytest.raises(ValueError, match=message):
     build(config)
+
+
+@pytest.mark.parametrize("section, spec, message", [
+    ("objective", dict(name="value_loss"), r"config.objective\[1\] \(value_loss\): signal 'values' needs a value head"),
+    ("advantage", dict(name="gae"), r"config.advantage\[0\] \(gae\): signal '.*values' needs a value head"),
+    ("objective", dict(name="bradley_terry"), r"config.objective\[1\] \(bradley_terry\): signal 'scores' needs a")])
+def test_who_reads_a_head_that_the_model_lacks_is_named(config, build, untraced, section, spec, message):
+  config[section] = [*config[section], spec] if section == "objective" else [spec]
+  config.aggregation.kind = "sequence_mean"
+  with pytest.raises(ValueError, match=message):
+    build(config)
+
+
+def test_edits_are_named_plainly_and_listed(config, build, untraced):
+  config.rollout.edits = [dict(name="semantic_frequenzy")]
+  with pytest.raises(ValueError) as error:
+    build(config)
+  listed = str(error.value)
+  assert all(name in listed for name in ("semantic_frequency", "keep", "choose_rollouts", "heat_once"))
+  assert "Step" not in listed and "apply" not in listed and "capped_group" not in listed
