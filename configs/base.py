@@ -41,12 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
       on_bad_row="fail",  # fail | skip | truncate (what is too long)
   )
   config.tokenizer = dict(
-      kind="character",  # character | bpe (trained on data.train) | pretrained (from path)
+      kind="character",  # character | bpe (trained on data.train) | pretrained (from path, or that of
+      # model.source, which is also what an untouched `character` becomes)
       alphabet="",  # of character; "" is printable ASCII
       vocab_size=2048,  # of bpe
       path="")
 
   config.model = dict(  # see models.DecoderConfig
+      source="",  # directory or hub id of a published model: sets shape and dialect, first parameters
       vocab_size=0,  # 0 is the tokenizer's; more leaves unused ids at its end
       layers=4, d_model=128, heads=4, kv_heads=2, head_dim=0, d_ff=384,
       layer_types=("full",), sliding_window=0,

@@ -21,6 +21,9 @@ ROPE_TYPES = {  # type -> its parameters, which `rope.frequencies` reads under t
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+SAME = ("vocab_size", "layers", "d_model", "heads", "kv_heads", "d_ff", "norm_epsilon", "norm_offset",
+        "post_norms", "qkv_bias", "output_bias", "mlp_bias", "qk_norm", "activation", "tie_embeddings",
+        "scale_embeddings", "attention_soft_cap", "logit_soft_cap")  # fields that say it in one way only
 FULL, SLIDING = ("full",), ("sliding",)
 # What a config may say only in one way, in any family.
 FIXED = {"use_bidirectional_attention": (None, False), "quantization_config": (None,),
@@ -229,10 +232,12 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
 
 
 def _settings(hf, family, classifies):
+  """Every field of shape and dialect; those of no family are as `DecoderConfig` has them."""
   for key, values in FIXED.items():
     if hf.get(key) not in values:
       raise ValueError(f"{key}={hf[key]!r} is not supported: {key} must be {values[-1]} or absent")
-  found = dict(family.flags)
+  defaults = {f.name: f.default for f in dataclasses.fields(DecoderConfig) if f.name in SAME}
+  found = {**defaults, **family.flags}
   for ours, (theirs, default) in family.fields.items():
     found[ours] = hf.get(theirs, default)
     if found[ours] is REQUIRED:
@@ -240,8 +245,7 @@ def _settings(hf, family, classifies):
   found["kv_heads"] = found["kv_heads"] or found["heads"]
   found["head_dim"] = found["head_dim"] or found["d_model"] // found["heads"]
   found["activation"] = _activation(family, found["activation"])
-  if "query_scale" in found:
-    found["query_scale"] = found["query_scale"] ** -0.5
+  found["query_scale"] = found["query_scale"] ** -0.5 if "query_scale" in found else 0.0
   for name in ("attention_soft_cap", "logit_soft_cap"):
     found[name] = float(found.get(name) or 0.0)
   found["layer_types"], found["sliding_window"] = family.windows(hf, found["layers"])
@@ -280,7 +284,7 @@ def _rope(hf, family):
     raise ValueError(f"rope_scaling={old} and rope_parameters={full} contradict each other")
   if hf.get("rope_theta", theta) != theta or old.pop("rope_theta", theta) != theta:
     raise ValueError(f"rope_theta={hf.get('rope_theta')} and rope_parameters={given} contradict each other")
-  found = dict(rope_theta=float(theta), rope_scaling=_scaling(full or old))
+  found = dict(rope_theta=float(theta), rope_scaling=_scaling(full or old), rope_local_theta=0.0)
   if family.local_theta:
     local = dict(given.get("sliding_attention") or {})
     base = local.pop("rope_theta", None) or hf.get("rope_local_base_freq") or family.local_theta
@@ -421,10 +425,7 @@ def _normal(decoder):
     scaling, theta, local = (None,) * len(scaling), local, 0.0
   else:
     theta = d.rope_theta
-  same = ("vocab_size", "layers", "d_model", "heads", "kv_heads", "d_ff", "norm_epsilon", "norm_offset",
-          "post_norms", "qkv_bias", "output_bias", "mlp_bias", "qk_norm", "activation", "tie_embeddings",
-          "scale_embeddings", "attention_soft_cap", "logit_soft_cap")
-  return {**{name: getattr(d, name) for name in same}, "head_dim": d.width, "rope_theta": theta,
+  return {**{name: getattr(d, name) for name in SAME}, "head_dim": d.width, "rope_theta": theta,
           "rope_local_theta": local, "rope_scaling": scaling,
           "query_scale": d.query_scale or d.width ** -0.5, "layer_types": sliding,
           "sliding_window": d.sliding_window if any(sliding) else 0}
