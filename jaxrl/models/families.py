@@ -338,8 +338,10 @@ def hf_config(decoder: DecoderConfig, *, imported: Mapping[str, Any] | None = No
   labels = dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}) if score else {}
   if imported is not None:
     family = _BY_ARCHITECTURE[architecture_of(imported)]
-    kept = {**{k: v for k, v in imported.items() if k not in ("id2label", "label2id", "num_labels")},
-            "architectures": [family.classifier if score else family.causal], **labels}
+    kept, name = dict(imported), family.classifier if score else family.causal
+    if imported["architectures"] != [name]:
+      kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id", "num_labels")}
+      kept |= {"architectures": [name], **labels}
     if not _differences(kept, decoder):
       return kept
   differences = {}

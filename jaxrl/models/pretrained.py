@@ -193,7 +193,8 @@ def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathli
     _check_tied(headers, tied, "model.embed_tokens.weight")
     unused.remove(tied)
   missing = [name for name in table if name not in headers]
-  problems = []
+  problems = [f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
+  problems += [f"{_some(unused)} would not be used"] if unused else []
   for name, pieces in table.items():
     if name not in headers:
       continue
@@ -203,12 +204,10 @@ def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathli
                       f"{list(families.shape_of(pieces))}")
     elif kind not in FLOATS:
       problems.append(f"{name} has numbers of type {kind}; {', '.join(FLOATS)} can be read")
-  problems += [f"{_some(missing)} missing"] if missing else []
-  problems += [f"{_some(unused)} would not be used"] if unused else []
   if problems:
     more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
     raise ValueError(f"{directory} does not hold a {architecture} as its config.json says:\n  "
-                     + "\n  ".join([*problems[:7], *problems[7:][-1:], *more]))
+                     + "\n  ".join([*problems[:8], *more]))
   files: dict[pathlib.Path, list[str]] = {}
   for name in table:
     files.setdefault(headers[name][0], []).append(name)
@@ -216,8 +215,7 @@ def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathli
 
 
 def _some(names):
-  return ", ".join(names[:8]) + (f" and {len(names) - 8} more are" if len(names) > 8 else
-                                 " are" if len(names) > 1 else " is")
+  return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _headers(directory) -> dict[str, tuple[pathlib.Path, tuple[int, ...], str]]:
@@ -234,8 +232,8 @@ def _headers(directory) -> dict[str, tuple[pathlib.Path, tuple[int, ...], str]]:
       raise ValueError(f"{path} is damaged or incomplete: {error}") from error
     absent = [name for name in listed or () if name not in names]
     if absent:
-      raise ValueError(f"{directory / INDEX} says that {_some(absent)} in {path.name}, which has no such "
-                       "tensor: files of two models, or an incomplete download")
+      raise ValueError(f"{directory / INDEX} says that {path.name} has {_some(absent)}, but it has not: "
+                       "files of two models, or an incomplete download")
   return found
 
 
