@@ -32,7 +32,8 @@ def config_of_run(**model):
   config.data.validation = ""
   config.optimizer.update(warmup_steps=0, learning_rate=1e-2)
   config.evaluate.update(problems=4, samples=0)
-  config.sft.update(steps=3, until=None, batch=dict(examples=8))
+  config.sft.until = None
+  config.sft.update(steps=3, batch=dict(examples=8))
   config.model.update(model)
   return config
 
@@ -110,6 +111,7 @@ def test_a_run_with_a_source_continues_and_is_exported_without_it(trained, tmp_p
   source = tmp_path / "source"
   shutil.copytree(trained[1], source)
   config = config_of_run(source=str(source), heads_on_top=(("value", 1),), critic=True)
+  config.data.test = ""
   first = run.run(config, tmp_path / "run", quiet=True)
   shutil.rmtree(source)
   assert run.run(config, tmp_path / "run", quiet=True) == first  # the same command
@@ -146,7 +148,7 @@ def test_settings_that_contradict_the_source_are_refused(trained, tmp_path):
 def test_files_that_do_not_fit_are_refused_before_anything_is_computed(trained, tmp_path):
   shutil.copytree(trained[1], tmp_path / "source")
   hf = json.loads((tmp_path / "source" / "config.json").read_text())
-  hf["num_hidden_layers"] = 3
+  hf["num_hidden_layers"], hf["layer_types"] = 3, ["full_attention"] * 3
   (tmp_path / "source" / "config.json").write_text(json.dumps(hf))
   said = refusal(config_of_run(source=str(tmp_path / "source")), tmp_path / "run")
   assert "model.layers.2.self_attn.q_proj.weight" in said and "are missing" in said
