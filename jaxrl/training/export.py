@@ -84,7 +84,8 @@ def model_card(hf: Mapping[str, Any], config: Any, summary: Mapping[str, Any]) -
   base = f"base_model: {config.model.source}\n" if "/" in config.model.source and not pathlib.Path(
       config.model.source).expanduser().exists() else ""
   rows = [f"| {phase['name']} ({phase['kind']}) | {name} | {_figure(phase['before'].get(name))} | "
-          f"{_figure(value)} |" for phase in summary.get("phases", ()) for name, value in phase["after"].items()]
+          f"{_figure(value)} |"
+          for phase in summary.get("phases", ()) for name, value in phase["after"].items()]
   table = ("| phase | metric | before | after |\n|---|---|---|---|\n" + "\n".join(rows)
            if rows else "The run had not finished a phase.")
   settings = json.dumps(configs.to_dict(config), indent=1)

@@ -29,6 +29,7 @@ CONFIGS = {
     "mistral_no_window": lambda: transformers.MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE, rope_parameters=dict(
         rope_type="default", rope_theta=300.0)),
+    "qwen2_for_300_tokens": lambda: transformers.Qwen2Config(**dict(TIED, vocab_size=300)),
     "qwen2_late_windows": lambda: transformers.Qwen2Config(
         **TIED, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=12, attention_bias=True),

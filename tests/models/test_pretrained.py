@@ -144,7 +144,8 @@ def test_bfloat16_is_stored_and_read_bit_for_bit(tmp_path):
                              published.logits_of(narrow), atol=2e-4, rtol=0)
   # Computed in bfloat16, logits of size 0.5 differ from those by rounding: 8 bits, a few times over.
   half = decoder_of(tmp_path / "out", dtype="bfloat16", param_dtype="bfloat16")
-  np.testing.assert_allclose(published.our_logits(half, params), published.logits_of(narrow), atol=0.05, rtol=0)
+  np.testing.assert_allclose(published.our_logits(half, params), published.logits_of(narrow),
+                             atol=0.05, rtol=0)
 
 
 def altered(directory, change):
@@ -160,8 +161,10 @@ NORM, QUERY = "model.layers.1.input_layernorm.weight", "model.layers.0.self_attn
 
 @pytest.mark.parametrize("change, says", [
     (lambda t: t.pop(NORM), f"{NORM} is missing"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": np.ones(8)}), "q_norm.weight would not be used"),
-    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.ones(8)}), "layers.2.mlp.up_proj.weight would not"),
+    (lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": np.ones(8)}),
+     "q_norm.weight would not be used"),
+    (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.ones(8)}),
+     "layers.2.mlp.up_proj.weight would not be used"),
     (lambda t: t.update({QUERY: np.ones((40, 32), np.float32)}),
      rf"{QUERY} has shape \[40, 32\], but config.json means \[48, 32\]"),
     (lambda t: t.update({QUERY: np.ones((48, 32), np.int8)}), f"{QUERY} has numbers of type I8"),
@@ -177,7 +180,8 @@ def test_stored_copies_of_the_embedding_are_no_harm_and_buffers_are_not_read(tmp
   published.saved("llama3_scaled_tied", tmp_path)
   params = load(tmp_path)[1]
   embedding = safetensors.numpy.load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-  altered(tmp_path, lambda t: t.update({"lm_head.weight": embedding, "model.rotary_emb.inv_freq": np.ones(4)}))
+  altered(tmp_path, lambda t: t.update({"lm_head.weight": embedding,
+                                        "model.rotary_emb.inv_freq": np.ones(4)}))
   assert equal(load(tmp_path)[1], params)
   altered(tmp_path, lambda t: t.update({"lm_head.weight": embedding + 1}))
   with pytest.raises(ValueError, match="tie_word_embeddings, but lm_head.weight is stored and differs"):
