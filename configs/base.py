@@ -85,6 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
       prompts=16, episode=dict(name="group", samples=8),  # tasks per batch, what is done on each
       temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,  # 0, 1 and 0 are off
       max_tokens=64, stop_strings=(),  # where a sample ends, beside EOS; in evaluations too
+      stop_ids=(),  # likewise, tokens; with model.source, () is what its generation_config.json says
       templates=dict(),  # texts with {placeholders} for ctx.render
       updates=1,  # optimiser updates on each batch of rollouts
       edits=(),  # what is done to a batch of scored trajectories before it is packed

@@ -15,7 +15,7 @@ from jaxrl import config as configs
 from jaxrl import data, sharding
 from jaxrl.config import ConfigError
 from jaxrl.models import Decoder, token_logits
-from jaxrl.training import builders, inputs, run, sources
+from jaxrl.training import builders, inputs, pieces, run, sources
 from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.export import export
@@ -160,12 +160,14 @@ def test_a_foreign_model_brings_its_tokenizer(tmp_path):
   config = transformers.Qwen3Config(**dict(published.SHAPE, vocab_size=320), head_dim=8)
   published.model(config).save_pretrained(tmp_path / "source")
   tokenizer.save(tmp_path / "source")
+  (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
   mine = config_of_run(source=str(tmp_path / "source"))
   mine.tokenizer.alphabet = ""
   mine = sources.filled(mine, tmp_path / "run")
   parts = builders.build_parts(mine, tmp_path / "run", print, fresh=True)
   assert parts.tokenizer.encode("12+3=") == tokenizer.encode("12+3=") and parts.decoder.vocab_size == 320
   assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+  assert pieces.sampling(mine.rollout, (parts.tokenizer.eos_id,)).stop_ids == (2, 7)
   parts.scorer.close()
 
 

@@ -23,7 +23,8 @@ KEPT = "source"  # of a workdir
 
 
 def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config with the shape, dialect and tokenizer of `config.model.source`, if there is one.
+  """The config with what `config.model.source`, if there is one, says of itself: shape, dialect, tokenizer
+  and where samples end.
 
   Raises:
     ValueError: there is no such model, it is not supported, or the config asks for another shape.
@@ -31,7 +32,8 @@ def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_colle
   source = config.model.source
   if not source:
     return config
-  found = families.settings(pretrained.read_json(_place(config, workdir), pretrained.CONFIG))
+  place = _place(config, workdir)
+  found = families.settings(pretrained.read_json(place, pretrained.CONFIG))
   defaults = configs.import_file(configs.SHIPPED / "base.py").get_config().model
   config = copy.deepcopy(config)
   heads = found.pop("heads_on_top", ())
@@ -48,9 +50,18 @@ def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_colle
   if wrong:
     raise ValueError(f"config.model.source={source!r} contradicts other settings:\n  " + "\n  ".join(wrong)
                      + "\nleave them out of the config, or set them to what the model has")
+  config.rollout.stop_ids = config.rollout.stop_ids or _stop_ids(place)
   if config.tokenizer.kind == "character" and not config.tokenizer.alphabet:
     config.tokenizer.kind = "pretrained"
   return config
+
+
+def _stop_ids(place):
+  """Tokens that end what the model says: chat models have several, and one of them is EOS."""
+  if not (place / pretrained.GENERATION).exists():
+    return ()
+  ids = pretrained.read_json(place, pretrained.GENERATION).get("eos_token_id")
+  return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 
 def _place(config, workdir):
