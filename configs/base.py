@@ -41,12 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
       on_bad_row="fail",  # fail | skip | truncate (what is too long)
   )
   config.tokenizer = dict(
-      kind="character",  # character | bpe (trained on data.train) | pretrained (from path)
+      kind="character",  # character | bpe (trained on data.train) | pretrained (from path, or that of
+      # model.source, which is also what an untouched `character` becomes)
       alphabet="",  # of character; "" is printable ASCII
       vocab_size=2048,  # of bpe
       path="")
 
   config.model = dict(  # see models.DecoderConfig
+      source="",  # directory or hub id of a published model: sets shape and dialect, first parameters
       vocab_size=0,  # 0 is the tokenizer's; more leaves unused ids at its end
       layers=4, d_model=128, heads=4, kv_heads=2, head_dim=0, d_ff=384,
       layer_types=("full",), sliding_window=0,
@@ -83,6 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
       prompts=16, episode=dict(name="group", samples=8),  # tasks per batch, what is done on each
       temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,  # 0, 1 and 0 are off
       max_tokens=64, stop_strings=(),  # where a sample ends, beside EOS; in evaluations too
+      stop_ids=(),  # likewise, tokens; with model.source, () is what its generation_config.json says
       templates=dict(),  # texts with {placeholders} for ctx.render
       updates=1,  # optimiser updates on each batch of rollouts
       edits=(),  # what is done to a batch of scored trajectories before it is packed

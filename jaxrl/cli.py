@@ -6,6 +6,7 @@
   jaxrl methods igrpo              # what its config changes in its parent's
   jaxrl reproduce --method=igrpo --seeds=0,1,2
   jaxrl evaluate --model=runs/reward_hh --data=bench.jsonl    # is the better answer scored higher?
+  jaxrl export --workdir=runs/mine --output=mine    # a directory that transformers loads
   jaxrl arena --votes=votes.jsonl --out=arena    # ranks models by votes between their answers
 """
 
@@ -40,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     return _evaluate(options)
   if options.command == "arena":
     return _arena(options)
+  if options.command == "export":
+    return _export(options)
   config = _config(options, overrides) if options.command == "run" else None
   with _handling_sigterm():
     (_run if options.command == "run" else _reproduce)(config, options)
@@ -63,6 +66,19 @@ def _arena(options):
         options.votes, pathlib.Path(options.out), length=options.length, ridge=options.ridge,
         resamples=options.resamples, seed=options.seed))
   except (ValueError, OSError) as error:
+    _fail(str(error))
+
+
+def _export(options):
+  """Writes the model of a run as others read it."""
+  try:
+    with _loading():
+      from jaxrl.training import export
+    for line in export.export(options.workdir, options.output, dtype=options.dtype):
+      print(line)
+  except KeyboardInterrupt:
+    _fail("interrupted; nothing was written", code=128 + signal.SIGINT)
+  except (ValueError, *_mistakes()) as error:
     _fail(str(error))
 
 
@@ -254,6 +270,14 @@ def _parser():
                      help="pull to equal strengths, for models that never lose (0)")
   arena.add_argument("--resamples", type=int, default=100, help="for the intervals (100)")
   arena.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
+  export = commands.add_parser(
+      "export", help="write the model of a run as a directory that transformers loads",
+      epilog="The directory holds config.json, safetensors, the tokenizer and a model card; "
+             "--config.model.source=DIR trains it further.")
+  export.add_argument("--workdir", required=True, metavar="RUN", help="of the run that trained it")
+  export.add_argument("--output", required=True, metavar="DIR", help="a new directory")
+  export.add_argument("--dtype", default="", metavar="TYPE",
+                      help="of the numbers: float32, bfloat16 or float16 (the run's own)")
   for command in (methods, reproduce):
     command.add_argument("--results", default="results", metavar="DIR",
                          help="where outcomes are (results)")

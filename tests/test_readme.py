@@ -4,8 +4,12 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
+
+from jaxrl import data
+from tests.models import published
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
@@ -68,3 +72,24 @@ def test_own_method_is_config_piece_and_test_in_one_file(tmp_path):
   tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "favour.py"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=300)
   assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
+
+
+def test_own_checkpoint_is_trained_exported_and_trained_again(tmp_path):
+  (tmp_path / "capitals.py").write_text(block("def right_and_short"))
+  rows = [{"ask": f"capital of country {i}?", "reply": f"Town{i}"} for i in range(60)]
+  (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data.train_bpe([row["ask"] + row["reply"] for row in rows], 300).save(tmp_path / "tiny")
+  published.saved("qwen2_for_300_tokens", tmp_path / "tiny")
+  section = README.split("## Your own checkpoint")[1].split("```bash\n")[1].split("```")[0]
+  assert "Qwen/Qwen2.5-0.5B" in section  # which is not here
+  lines = section.replace("Qwen/Qwen2.5-0.5B", "tiny").replace("\\\n", " ").splitlines()
+  small = ["--config.evaluate.problems=0", "--config.batch.examples=4", "--config.sft.steps=2",
+           "--config.phases=['sft']"]
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  for line in lines:
+    words = shlex.split(line)
+    command = [sys.executable, "-m", *words, *(small if words[1] == "run" else [])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, (line, done.stderr)
+  hf = json.loads((tmp_path / "tuned" / "config.json").read_text())
+  assert hf["architectures"] == ["Qwen2ForCausalLM"] and hf["dtype"] == "bfloat16"

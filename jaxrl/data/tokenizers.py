@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes what `load_tokenizer` reads."""
 
+  def export(self, directory: str | pathlib.Path) -> None:
+    """Writes what `load_tokenizer` reads and `transformers.AutoTokenizer` as well."""
+
 
 class CharacterTokenizer:
   """One token per character: ids 0, 1, 2 are padding, BOS and EOS; then the alphabet in order."""
@@ -90,6 +93,21 @@ class CharacterTokenizer:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CHARACTER_FILE).write_text(json.dumps({"alphabet": self.alphabet}),
                                             encoding="utf-8")
+
+  def export(self, directory: str | pathlib.Path) -> None:
+    """Writes the alphabet, and a `tokenizer.json` with the same ids, which puts BOS in front
+    and, as here, refuses characters that are not in the alphabet."""
+    import tokenizers
+    import transformers
+    ids = {PAD: self.pad_id, BOS: self.bos_id, EOS: self.eos_id, **self._ids}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<|none|>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"(?m)."), "isolated")
+    words.decoder = tokenizers.decoders.Fuse()
+    words.post_processor = _bos_in_front()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=PAD, bos_token=BOS, eos_token=EOS,
+        clean_up_tokenization_spaces=False).save_pretrained(str(directory))
+    self.save(directory)
 
 
 class PretrainedTokenizer:
@@ -151,6 +169,10 @@ class PretrainedTokenizer:
     """Writes `tokenizer.json` and its configuration."""
     self.fast.save_pretrained(str(directory))
 
+  def export(self, directory: str | pathlib.Path) -> None:
+    """The same as `save`."""
+    self.save(directory)
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PretrainedTokenizer:
   """Trains a byte-level BPE tokenizer: any Unicode text comes back from `decode` unchanged.
@@ -175,8 +197,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PretrainedTokenizer:
   bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
       vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], show_progress=False,
       initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+  bpe.post_processor = _bos_in_front()  # where others use it; here prompts are begun by hand
   return PretrainedTokenizer(transformers.PreTrainedTokenizerFast(
       tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS))
+
+
+def _bos_in_front():
+  """What makes a tokenizer of `transformers` begin texts as prompts begin here; BOS has id 1."""
+  import tokenizers
+  return tokenizers.processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
 
 
 def load_tokenizer(path: str | pathlib.Path) -> CharacterTokenizer | PretrainedTokenizer:

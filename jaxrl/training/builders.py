@@ -27,6 +27,7 @@ from jaxrl.batch import TUPLE
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
 from jaxrl.models import critic_from_policy
+from jaxrl.models import pretrained
 from jaxrl.models.outputs import VALUES
 from jaxrl.rewards import Scorer
 from jaxrl.sampling import Likelihood
@@ -40,6 +41,7 @@ from jaxrl.training import pieces
 from jaxrl.training import processes
 from jaxrl.training import references
 from jaxrl.training import refusals
+from jaxrl.training import sources
 from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
@@ -138,7 +140,9 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
             for phase in phases if phase.kind != "evaluate"}
   refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
-  if fresh:
+  if fresh and config.model.source and not config.start:
+    pretrained.check(pretrained.resolve(config.model.source), decoder)
+  elif fresh:
     rng = jax.random.key_data(jax.random.key(config.seed))
     initializing.compile(lambda: states.initializer(decoder, mesh).lower(rng).compile())
   rehearsals = {phase.name: _rehearse(phase, mesh, shapes[phase.name])
@@ -170,14 +174,17 @@ def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> stat
 
 def _parameters_of(parts, phase, run):
   """The last parameters of a run; of '', those that the latest training before the phase began with."""
-  seed, start = parts.config.seed, run or parts.config.start
+  seed, start, source = parts.config.seed, run or parts.config.start, parts.config.model.source
   if not run and not phase.index:
     if not start:
       raise configs.ConfigError(f"phase {phase.name} is the first of a run without config.start, so no "
                                 "training came before it: name a run in config.start")
     before = configs.of_run(pathlib.Path(start))
-    seed, start = before.seed, before.start
-  params = states.initial_parameters(parts.decoder, jax.random.key_data(jax.random.key(seed)), parts.mesh)
+    seed, start, source = before.seed, before.start, before.model.source
+  rng = jax.random.key_data(jax.random.key(seed))
+  if source and not start:
+    return sources.parameters(source, parts.decoder, rng, parts.mesh)
+  params = states.initial_parameters(parts.decoder, rng, parts.mesh)
   return read_parameters(pathlib.Path(start) / "checkpoints", params) if start else params
 
 

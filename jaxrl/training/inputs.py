@@ -15,6 +15,7 @@ from jaxrl import data
 from jaxrl import tasks
 from jaxrl.data import transforms
 from jaxrl.models import DecoderConfig
+from jaxrl.models import pretrained
 from jaxrl.training.shapes import PAIRED
 
 TOKENIZERS = ("character", "bpe", "pretrained")
@@ -107,7 +108,9 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
   if config.start:
     return _adopt_tokenizer(pathlib.Path(config.start), directory)
   try:
-    if spec.kind == "character":
+    if config.model.source and not spec.path:
+      tokenizer = _published_tokenizer(spec, config.model.source)
+    elif spec.kind == "character":
       tokenizer = data.CharacterTokenizer(*[spec.alphabet] if spec.alphabet else [])
     elif spec.kind == "bpe":
       tokenizer = data.train_bpe(_texts(train, config), spec.vocab_size)
@@ -122,6 +125,16 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
   if jax.process_index() == 0:
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer.save(directory)
+  return tokenizer
+
+
+def _published_tokenizer(spec, source):
+  """The tokenizer of `config.model.source`, if that is what is asked for."""
+  tokenizer = data.load_tokenizer(pretrained.resolve(source))
+  same = spec.kind == "character" and getattr(tokenizer, "alphabet", None) == spec.alphabet
+  if spec.kind != "pretrained" and not same:
+    raise ValueError(f"kind={spec.kind!r} would give other ids than config.model.source={source!r} was "
+                     "trained with: --config.tokenizer.kind=pretrained takes its own tokenizer")
   return tokenizer
 
 
@@ -145,6 +158,7 @@ def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> Decod
     ValueError: settings that do not fit together.
   """
   fields, tokens = dict(model), tokenizer.vocab_size
+  fields.pop("source", None)  # it has filled the others in
   fields["vocab_size"] = fields["vocab_size"] or tokens
   if fields["vocab_size"] < tokens:
     raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "

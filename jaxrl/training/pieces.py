@@ -115,11 +115,12 @@ def edits_of(settings: ml_collections.ConfigDict) -> list[Callable]:
 
 
 def sampling(r: ml_collections.ConfigDict, stop_ids: Sequence[int]) -> SamplingParams:
-  """How `config.rollout` samples."""
+  """How `config.rollout` samples, with more ids where a sample ends."""
   try:
     return SamplingParams(
         max_tokens=r.max_tokens, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p,
-        min_p=r.min_p, stop_ids=tuple(stop_ids), stop_strings=tuple(r.stop_strings))
+        min_p=r.min_p, stop_ids=tuple(dict.fromkeys((*stop_ids, *r.stop_ids))),
+        stop_strings=tuple(r.stop_strings))
   except ValueError as error:
     raise ValueError(str(error).replace("sampling.", "config.rollout.", 1)) from error
 

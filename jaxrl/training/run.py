@@ -19,6 +19,7 @@ from jaxrl.training import compilation
 from jaxrl.training import loop
 from jaxrl.training import machine
 from jaxrl.training import processes
+from jaxrl.training import sources
 from jaxrl.training import state as states
 from jaxrl.training.builders import Parts
 from jaxrl.training.checkpoints import Checkpoints
@@ -54,6 +55,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
   with configs.as_config_errors():
     sharding.start_distributed()
   workdir, stop = pathlib.Path(workdir), stop or Stop()
+  with configs.as_config_errors():
+    config = sources.filled(config, workdir)
   plain = configs.to_dict(config)
   processes.meet("the start of a run, with its config", json.dumps(plain, sort_keys=True).encode())
   with configs.as_config_errors():
@@ -64,6 +67,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
       fresh = not any((workdir / "checkpoints").glob("[0-9]*"))
       parts = builders.build_parts(config, workdir, reporter.note, fresh=fresh)
     try:
+      sources.keep(config, workdir)
       reporter.config(plain)
       checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                                 report=reporter.note)
@@ -94,7 +98,10 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
   parts.compile(progress.phase)
   params = None
-  if state is None:
+  if state is None and parts.config.model.source and not parts.config.start:
+    params = sources.parameters(parts.config.model.source, parts.decoder, rng, parts.mesh)
+    reporter.note(f"starting with the parameters of {parts.config.model.source}")
+  elif state is None:
     params = parts.initializing.first(states.initial_parameters)(parts.decoder, rng, parts.mesh)
     if parts.config.start:
       start = pathlib.Path(parts.config.start)

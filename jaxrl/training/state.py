@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import functools
 from typing import Any
 
+from flax import traverse_util
 import flax.linen as nn
 import flax.struct
 import jax
@@ -81,6 +82,26 @@ def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
 def parameter_shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The sharding of every parameter."""
   return sharding.shardings_of(jax.eval_shape(_initialize(config), KEY_DATA), mesh)
+
+
+def abstract_parameters(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Shape, type and sharding of every parameter."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                      nn.unbox(jax.eval_shape(_initialize(config), KEY_DATA)),
+                      parameter_shardings(config, mesh))
+
+
+def complete(params: Any, config: DecoderConfig, rng: Array, mesh: jax.sharding.Mesh) -> Any:
+  """Parameters with those that they lack as `initial_parameters` makes them; no others are made."""
+  shardings = traverse_util.flatten_dict(parameter_shardings(config, mesh))
+  given = traverse_util.flatten_dict(params)
+  lacking = {path: sharding for path, sharding in shardings.items() if path not in given}
+
+  def init(rng):
+    flat = traverse_util.flatten_dict(nn.unbox(_initialize(config)(rng)))
+    return {path: flat[path] for path in lacking}
+  made = jax.jit(init, out_shardings=lacking)(rng) if lacking else {}
+  return traverse_util.unflatten_dict({path: given.get(path, made.get(path)) for path in shardings})
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,385 @@
+"""Directories of published models, in and out: `config.json`, safetensors and what lies beside them.
+
+Tensors go one at a time from a file to the devices, and back; PyTorch is never needed. What each is
+called is the business of `families`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from typing import Any, Protocol
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxrl import sharding
+from jaxrl.models import families
+from jaxrl.models.decoder import DecoderConfig
+from jaxrl.models.families import Piece
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WANTED = ("*.json", "*.safetensors", "*.jinja")  # files of a repository, those of its top directory
+UNWANTED = ("*/*", "consolidated*")  # the same weights in other formats
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # computed here from the config
+MAX_SHARD_BYTES = 5 * 10 ** 9
+
+
+class Writer(Protocol):
+  """What `save` asks of a tokenizer."""
+
+  pad_id: int
+  bos_id: int | None
+  eos_id: int
+
+  def export(self, directory: pathlib.Path) -> None:
+    """Writes files that `transformers.AutoTokenizer` reads."""
+
+
+def resolve(source: str) -> pathlib.Path:
+  """The directory of a model: one on this machine, else that of a hub id in the cache of
+  `huggingface_hub`, which downloads what is not there yet.
+
+  Raises:
+    ValueError: there is no such directory and no such repository, or it cannot be reached; says
+      which files to fetch and where to put them.
+  """
+  place = pathlib.Path(source).expanduser()
+  if place.is_dir():
+    return place
+  if place.exists() or not HUB_ID.fullmatch(source):
+    raise ValueError(f"config.model.source={source!r} is no directory (relative paths start at "
+                     f"{pathlib.Path.cwd()}) and no id of the form OWNER/NAME")
+  import huggingface_hub
+  from huggingface_hub import constants
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        source, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+  except Exception as error:  # of the network, the hub or its cache: whatever it is, this is the remedy
+    why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    raise ValueError(
+        f"config.model.source={source!r} is no directory here, and as an id of {constants.ENDPOINT} it "
+        f"could not be had ({why}). Where there is a network, run\n  hf download {source} "
+        f"--include '*.json' '*.safetensors' '*.jinja' --local-dir {source.split('/')[-1]}\n"
+        f"which fetches {CONFIG}, {GENERATION}, tokenizer.json, tokenizer_config.json, the chat template "
+        f"and {SINGLE} (or the shards and {INDEX}); bring that directory here and set "
+        f"config.model.source to it, or leave --local-dir out and bring {constants.HF_HUB_CACHE}") from error
+
+
+def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
+  """A JSON file of a model.
+
+  Raises:
+    ValueError: it is not there, or cannot be read.
+  """
+  path = directory / name
+  if not path.exists():
+    raise ValueError(f"{directory} is not the directory of a model: it has no {name}, but "
+                     f"{sorted(p.name for p in directory.iterdir())[:10]}")
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds no JSON object")
+  return found
+
+
+# ---------------------------------------------------------------------------------------------- in
+
+
+def check(directory: pathlib.Path, decoder: DecoderConfig) -> None:
+  """Refuses files that do not hold the tensors of a decoder, from their headers alone.
+
+  Raises:
+    ValueError: names tensors that are missing, unused, or of another shape or type.
+  """
+  _plan(directory, decoder)
+
+
+def load_parameters(directory: pathlib.Path, decoder: DecoderConfig, abstract: PyTree) -> PyTree:
+  """The parameters of a model, each in the buffers of the devices that want it.
+
+  A tensor is read, turned, converted and sent before the next one is read.
+
+  Args:
+    directory: of a model, see `resolve`.
+    decoder: made with the fields that `families.settings` found in its config.
+    abstract: the tree `{"params": ...}` of arrays or `jax.ShapeDtypeStruct`, which say what type and
+      sharding is wanted; parameters that no published model has may be left out.
+
+  Returns:
+    `{"params": ...}` with what the model has; value head and critic are no part of it.
+
+  Raises:
+    ValueError: as `check`; or a matrix of logits that is said to be tied and differs from the
+      embedding.
+  """
+  table, files = _plan(directory, decoder)
+  wanted = {path: leaf for path, leaf in traverse_util.flatten_dict(abstract["params"]).items()}
+  found: dict[tuple[str, ...], Any] = {}
+  for file, names in files.items():
+    with safetensors.safe_open(file, framework="numpy") as tensors:
+      for name in names:
+        for piece in table[name]:
+          rows = tensors.get_slice(name)[piece.rows[0]:piece.rows[1]]
+          leaf = wanted[piece.path]
+          value = _ours(rows, piece, leaf.dtype)
+          if not decoder.scan_layers or piece.layer is None:
+            found[piece.path] = _send(value, leaf.sharding)
+          else:
+            found[piece.path] = _put_layer(found.get(piece.path), value, piece.layer, leaf)
+  bias = (f"{families.SCORE}_head", "bias")
+  if bias in wanted and families.has_score(decoder) and (bias[0], "kernel") in found:
+    found[bias] = _send(np.zeros(wanted[bias].shape, wanted[bias].dtype), wanted[bias].sharding)
+  return {"params": traverse_util.unflatten_dict(found)}
+
+
+def _ours(rows, piece, dtype):
+  """Rows of a published tensor as a parameter here, in memory of its own."""
+  rows = rows.T if piece.transpose else rows
+  return np.array(rows, dtype, order="C").reshape(piece.shape)
+
+
+def _send(value, where):
+  if where is None:
+    return jax.device_put(value)
+  return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def _put_layer(stack, value, layer, leaf):
+  """A stack of layers with one of them filled in, in the same buffers."""
+  if stack is None:
+    stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+  # A layer is split as the stack is, whose first axis is whole everywhere.
+  where = leaf.sharding
+  if isinstance(where, jax.sharding.NamedSharding):
+    where = jax.NamedSharding(where.mesh, jax.P(*where.spec[1:]))
+  return _set_layer(stack, _send(value, where), layer)
+
+
+@jax.jit
+def _layer_of(stack, layer):
+  return stack[layer]
+
+
+def _set(stack, value, layer):
+  return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+
+
+_set_layer = jax.jit(_set, donate_argnums=0)
+
+
+def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathlib.Path, list[str]]]:
+  """The table of tensors, and in which file each one lies; all checked."""
+  hf = read_json(directory, CONFIG)
+  architecture = families.architecture_of(hf)
+  table = families.tensors(decoder, architecture)
+  headers = _headers(directory)
+  unused = [name for name in headers if name not in table and not BUFFERS.search(name)]
+  tied = "lm_head.weight"
+  if decoder.tie_embeddings and tied in unused and architecture.endswith("ForCausalLM"):
+    _check_tied(headers, tied, "model.embed_tokens.weight")
+    unused.remove(tied)
+  missing = [name for name in table if name not in headers]
+  problems = [f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
+  problems += [f"{_some(unused)} would not be used"] if unused else []
+  for name, pieces in table.items():
+    if name not in headers:
+      continue
+    _, shape, kind = headers[name]
+    if shape != families.shape_of(pieces):
+      problems.append(f"{name} has shape {list(shape)}, but config.json means "
+                      f"{list(families.shape_of(pieces))}")
+    elif kind not in FLOATS:
+      problems.append(f"{name} has numbers of type {kind}; {', '.join(FLOATS)} can be read")
+  if problems:
+    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+    raise ValueError(f"{directory} does not hold a {architecture} as its config.json says:\n  "
+                     + "\n  ".join([*problems[:8], *more]))
+  files: dict[pathlib.Path, list[str]] = {}
+  for name in table:
+    files.setdefault(headers[name][0], []).append(name)
+  return table, files
+
+
+def _some(names):
+  return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _headers(directory) -> dict[str, tuple[pathlib.Path, tuple[int, ...], str]]:
+  """File, shape and type of every tensor of a model."""
+  found = {}
+  for path, listed in _shards(directory).items():
+    try:
+      with safetensors.safe_open(path, framework="numpy") as tensors:
+        names = list(tensors.keys())
+        for name in names:
+          part = tensors.get_slice(name)
+          found[name] = (path, tuple(part.get_shape()), part.get_dtype())
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ValueError(f"{path} is damaged or incomplete: {error}") from error
+    absent = [name for name in listed or () if name not in names]
+    if absent:
+      raise ValueError(f"{directory / INDEX} says that {path.name} has {_some(absent)}, but it has not: "
+                       "files of two models, or an incomplete download")
+  return found
+
+
+def _shards(directory) -> dict[pathlib.Path, list[str] | None]:
+  """Files with tensors, and which each must hold; None if nothing says so."""
+  if (directory / INDEX).exists():
+    by_file: dict[pathlib.Path, list[str] | None] = {}
+    for name, file in read_json(directory, INDEX).get("weight_map", {}).items():
+      by_file.setdefault(directory / file, []).append(name)
+    lost = sorted(path.name for path in by_file if not path.exists())
+    if lost or not by_file:
+      raise ValueError(f"{directory / INDEX} names {', '.join(lost[:8]) or 'no files'}"
+                       + (", which are not there: the download is incomplete" if lost else ""))
+    return by_file
+  if (directory / SINGLE).exists():
+    return {directory / SINGLE: None}
+  raise ValueError(f"{directory} has no {SINGLE} and no {INDEX}; weights in other formats, such as "
+                   f"pytorch_model.bin, must be converted: save_pretrained of transformers does so. It has "
+                   f"{sorted(p.name for p in directory.iterdir())[:10]}")
+
+
+def _check_tied(headers, logits, embedding):
+  """A stored copy of the embedding is no harm; another matrix means that the config is wrong."""
+  def read(name):
+    with safetensors.safe_open(headers[name][0], framework="numpy") as tensors:
+      return tensors.get_tensor(name)
+  if embedding in headers and not np.array_equal(read(logits), read(embedding)):
+    raise ValueError(f"{headers[logits][0].parent}: config.json says tie_word_embeddings, but {logits} is "
+                     f"stored and differs from {embedding}; set tie_word_embeddings to false in config.json "
+                     "if the model was trained so")
+
+
+# --------------------------------------------------------------------------------------------- out
+
+
+def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dtype: str,
+         tokenizer: Writer, card: str, imported: Mapping[str, Any] | None = None,
+         generation: Mapping[str, Any] | None = None, max_positions: int = 0,
+         max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+  """Writes a model so that `from_pretrained` of `transformers` loads it; complete or not at all.
+
+  Args:
+    params: `{"params": ...}`; a critic and a value head are not written.
+    directory: does not exist yet, or is empty.
+    dtype: of the stored numbers: float32, bfloat16 or float16.
+    tokenizer: writes its own files.
+    card: text of README.md.
+    imported, generation: config.json and generation_config.json of the model that training began
+      with, which are kept as far as they still hold.
+    max_positions: tokens that the model is for, see `families.hf_config`.
+    max_shard_bytes: of tensors in one file; host memory holds one file's at a time.
+
+  Raises:
+    ValueError: see `check_exportable`; or a score with a bias, which no published model has.
+  """
+  hf = check_exportable(decoder, directory, dtype=dtype, imported=imported, max_positions=max_positions)
+  leaves = traverse_util.flatten_dict(params["params"])
+  bias = leaves.get((f"{families.SCORE}_head", "bias"))
+  if families.has_score(decoder) and bias is not None and np.any(np.asarray(bias)):
+    raise ValueError(f"the score has a bias of {float(np.asarray(bias).reshape(-1)[0]):g}, which published "
+                     "reward models cannot hold; it shifts all scores alike, so train it with a centring "
+                     "term, or set it to 0 where only differences matter")
+  tokens = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+  kept = {k: v for k, v in (imported or {}).items() if k in tokens and v is not None}
+  hf |= {**tokens, **kept, "dtype": dtype, "torch_dtype": dtype}
+  hf.pop("_name_or_path", None)
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial",
+                                          dir=directory.parent))
+  try:
+    partial.chmod(0o777 & ~_umask())
+    _write_json(partial / CONFIG, hf)
+    _write_json(partial / GENERATION, dict(generation) if generation else tokens)
+    tokenizer.export(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    _write_tensors(leaves, families.tensors(decoder, hf["architectures"][0]), partial, dtype,
+                   decoder.scan_layers, max_shard_bytes)
+    if directory.exists():
+      directory.rmdir()
+    partial.rename(directory)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_exportable(decoder: DecoderConfig, directory: pathlib.Path, *, dtype: str,
+                     imported: Mapping[str, Any] | None = None, max_positions: int = 0) -> dict[str, Any]:
+  """What can be refused before any parameter is read -> the config.json to be.
+
+  Raises:
+    ValueError: the directory holds something, a type that cannot be stored, or a decoder that no
+      published architecture is.
+  """
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise ValueError(f"{directory} is there already: name a directory that is not, or is empty")
+  if dtype not in FLOATS.values():
+    raise ValueError(f"dtype={dtype!r} must be one of {', '.join(FLOATS.values())}")
+  return dict(families.hf_config(decoder, imported=imported, max_positions=max_positions))
+
+
+def _umask():
+  found = os.umask(0)
+  os.umask(found)
+  return found
+
+
+def _write_json(path, content):
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(leaves, table, directory, dtype, stacked, max_shard_bytes):
+  """Files of at most so many bytes each, with an index if there are several."""
+  size = np.dtype(jnp.dtype(dtype)).itemsize
+  bytes_of = {name: int(np.prod(families.shape_of(pieces))) * size for name, pieces in table.items()}
+  shards = list(_shared_out(bytes_of, max_shard_bytes))
+  index = {}
+  for number, names in enumerate(shards, start=1):
+    file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    tensors = {name: _theirs(leaves, table[name], dtype, stacked) for name in names}
+    safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
+    index |= {name: file for name in names}
+  if len(shards) > 1:
+    _write_json(directory / INDEX, {"metadata": {"total_size": sum(bytes_of.values())},
+                                    "weight_map": index})
+
+
+def _shared_out(bytes_of: Mapping[str, int], limit: int) -> Iterator[Sequence[str]]:
+  names, total = [], 0
+  for name, size in bytes_of.items():
+    if names and total + size > limit:
+      yield names
+      names, total = [], 0
+    names.append(name)
+    total += size
+  yield names
+
+
+def _theirs(leaves, pieces, dtype, stacked):
+  """The published tensor that is made of these pieces."""
+  parts = []
+  for piece in pieces:
+    leaf = leaves[piece.path]
+    if stacked and piece.layer is not None:
+      leaf = _layer_of(leaf, piece.layer)
+    value = np.asarray(sharding.to_host(leaf)).astype(jnp.dtype(dtype))
+    rows = piece.rows[1] - piece.rows[0]
+    if piece.transpose:
+      value = value.reshape(-1, rows).T
+    parts.append(value.reshape(rows) if piece.columns is None else value.reshape(rows, piece.columns))
+  return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])

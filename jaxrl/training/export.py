@@ -1,0 +1,99 @@
+"""The model of a run as a directory that others load."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxrl import config as configs
+from jaxrl import data
+from jaxrl import sharding
+from jaxrl.models import families
+from jaxrl.models import pretrained
+from jaxrl.training import inputs
+from jaxrl.training import sources
+from jaxrl.training import state as states
+from jaxrl.training.checkpoints import read_parameters
+
+
+def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str = "",
+           max_shard_bytes: int = pretrained.MAX_SHARD_BYTES) -> list[str]:
+  """Writes the newest checkpoint of a run with everything that `from_pretrained` wants.
+
+  Parameters are read into the host's memory.
+
+  Args:
+    workdir: of the run.
+    output: a directory that is not there yet, or is empty.
+    dtype: of the stored numbers; "" is that of the run's parameters.
+
+  Returns:
+    Lines that say what was written, and what of the model was not.
+
+  Raises:
+    ValueError: there is no such run, the directory is taken, or no published architecture computes
+      what the model does; before any parameter is read.
+    CheckpointError: the checkpoint is damaged.
+  """
+  place, output = pathlib.Path(workdir).absolute(), pathlib.Path(output).absolute()
+  for needed in ("config.json", "tokenizer", "checkpoints"):
+    if not (place / needed).exists():
+      raise ValueError(f"--workdir={workdir} has no {needed}: name that of a run that has saved a checkpoint")
+  config = configs.of_run(place)
+  tokenizer = data.load_tokenizer(place / "tokenizer")
+  decoder = inputs.decoder_config(config.model, tokenizer)
+  kept = {name: pretrained.read_json(place / sources.KEPT, name)
+          for name in (pretrained.CONFIG, pretrained.GENERATION) if (place / sources.KEPT / name).exists()}
+  how = dict(dtype=dtype or config.model.param_dtype, imported=kept.get(pretrained.CONFIG),
+             max_positions=_longest(config))
+  hf = pretrained.check_exportable(decoder, output, **how)
+  host = sharding.make_mesh(devices=_host_device())
+  wanted = {"params": states.abstract_parameters(decoder, host)["params"]}  # without a critic
+  params = read_parameters(place / "checkpoints", wanted)
+  summary = place / "summary.json"
+  card = model_card(hf, config, json.loads(summary.read_text()) if summary.exists() else {})
+  pretrained.save(params, decoder, output, tokenizer=tokenizer, card=card,
+                  generation=kept.get(pretrained.GENERATION), max_shard_bytes=max_shard_bytes, **how)
+  left = ["the critic"] * decoder.critic + [f"the head {families.VALUE!r}"] * (
+      families.VALUE in dict(decoder.heads_on_top))
+  left += ["the matrix of logits"] * (families.has_score(decoder) and not decoder.tie_embeddings)
+  return [f"{output}: {hf['architectures'][0]} in {how['dtype']}",
+          *[f"not written, for no published architecture has it: {what}" for what in left]]
+
+
+def _longest(config):
+  """Tokens of the longest sequence that a run was made for; 0 if it has no limit."""
+  d = config.data
+  limited = d.max_prompt_tokens and d.max_completion_tokens
+  return d.max_prompt_tokens + max(d.max_completion_tokens, config.rollout.max_tokens) if limited else 0
+
+
+def _host_device():
+  try:
+    return jax.local_devices(backend="cpu")[:1]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    return jax.local_devices()[:1]
+
+
+def model_card(hf: Mapping[str, Any], config: Any, summary: Mapping[str, Any]) -> str:
+  """README.md of a model: what it is, what was measured, and the config that made it."""
+  task = "text-generation" if hf["architectures"][0].endswith("CausalLM") else "text-classification"
+  base = f"base_model: {config.model.source}\n" if "/" in config.model.source and not pathlib.Path(
+      config.model.source).expanduser().exists() else ""
+  rows = [f"| {phase['name']} ({phase['kind']}) | {name} | {_figure(phase['before'].get(name))} | "
+          f"{_figure(value)} |"
+          for phase in summary.get("phases", ()) for name, value in phase["after"].items()]
+  table = ("| phase | metric | before | after |\n|---|---|---|---|\n" + "\n".join(rows)
+           if rows else "The run had not finished a phase.")
+  settings = json.dumps(configs.to_dict(config), indent=1)
+  return (f"---\nlibrary_name: transformers\npipeline_tag: {task}\n{base}tags:\n- jaxrl\n---\n\n"
+          f"# A model trained with jaxrl\n\n{hf['architectures'][0]}, phases "
+          f"{', '.join(config.phases)}, on `{config.data.train}`.\n\n## Measured\n\n{table}\n\n"
+          f"## Config\n\n```json\n{settings}\n```\n")
+
+
+def _figure(value):
+  return f"{value:.4g}" if isinstance(value, int | float) else ""
