@@ -1,11 +1,15 @@
 """EGPO: weights and advantages as loops in float64, bounds, and the groups that are all wrong."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import advantages, compose
+from jaxrl import advantages, compose, objectives
 from jaxrl import config as configs
-from jaxrl.batch import Trajectory, pack
+from jaxrl.advantages.chain import chain
+from jaxrl.batch import ModelOutputs, Trajectory, pack
+from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
 
 
 def batch_of(rewards, surprises, groups, scored=None):
@@ -92,6 +96,52 @@ def test_what_is_logged():
   assert float(metrics["entropy_gap_of_wrong"]) == pytest.approx(1.0 - 0.2, abs=1e-5)
   _, metrics = run(batch_of([0, 0], [1, 2], [0, 0]), 2)
   assert float(metrics["entropy_gap_of_wrong"]) == 0.0
+
+
+def log_softmax(z):
+  return z - z.max() - np.log(np.exp(z - z.max()).sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_all_are_wrong_logits_move_by_the_equation(seed):
+  """d objective / d logit_v = -w * ratio * (1[v = sampled] - pi_v), and nothing at ratio < 1 - clip."""
+  rng = np.random.default_rng(seed)
+  answers, vocabulary, low = 4, 5, 0.2
+  old = rng.normal(size=(answers, vocabulary)) * np.linspace(0.1, 3, answers)[:, None]
+  new = old + 0.5 * rng.normal(size=old.shape)
+  tokens = np.array([rng.choice(vocabulary, p=np.exp(log_softmax(z))) for z in old])
+  new[0] = old[0] - 0.5 * np.eye(vocabulary)[tokens[0]]  # one answer has become less likely by far
+  new[1] = old[1] + 0.5 * np.eye(vocabulary)[tokens[1]]  # and one more
+  old_logprobs = np.array([log_softmax(z)[t] for z, t in zip(old, tokens)])
+  batch = pack([Trajectory([0, t], [False, True], behaviour_logprobs=[0, h], reward=0.0)
+                for t, h in zip(tokens, old_logprobs)], row_length=2, min_rows=answers)
+  batch = batch.with_signals(advantages=chain([advantages.weigh_by_certainty])(batch, batch.rewards))
+  assert (batch.sequence_ids[:, 0] == np.arange(answers)).all()
+  objective = sum_of_terms([objectives.clipped_surrogate])
+
+  def loss(logits):
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)
+    outputs = ModelOutputs(logprobs=jnp.pad(logprobs, ((0, 0), (1, 0))))
+    return objective(outputs, batch, loss_weights(batch, "sequence_sum"), mean_weights(batch))[0]
+  found = -answers * np.asarray(jax.grad(loss)(jnp.float32(new)))
+  surprise = -old_logprobs
+  weights = np.minimum(1, np.clip(surprise.mean() / (surprise + 1e-6), 0.8, 2.0))
+  assert weights.min() < 1 == weights.max()
+  for i, t in enumerate(tokens):
+    p = np.exp(log_softmax(new[i]))
+    ratio = p[t] / np.exp(old_logprobs[i])
+    expected = -weights[i] * ratio * (ratio >= 1 - low) * (np.eye(vocabulary)[t] - p)
+    np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-6)
+  assert not found[0].any() and found[1].any()
+
+
+def test_where_all_are_right_no_logit_moves():
+  batch = batch_of([1, 1, 1], [0.2, 0.9, 2.0], [0] * 3)
+  batch = batch.with_signals(advantages=chain([advantages.weigh_by_certainty])(batch, batch.rewards))
+  objective = sum_of_terms([objectives.clipped_surrogate])
+  gradient = jax.grad(lambda x: objective(ModelOutputs(logprobs=x), batch, loss_weights(
+      batch, "sequence_mean"), mean_weights(batch))[0])(jnp.asarray(batch.behaviour_logprobs) + 0.1)
+  assert not np.any(gradient)
 
 
 def test_bounds_that_do_not_enclose_1_are_refused():

@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl import advantages, objectives, rollouts
 from jaxrl import config as configs
-from jaxrl.batch import ModelOutputs, Task, Trajectory, pack
+from jaxrl.batch import ModelOutputs, Task, Trajectory, pack, to_tokens
 from jaxrl.models import DecoderConfig, init_parameters, model_outputs, unbox
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
 
@@ -125,17 +125,110 @@ def test_the_term_and_its_decay():
   np.testing.assert_allclose(loss, np.where(batch.loss_mask, expected, 0), rtol=1e-5, atol=1e-6)
 
 
-def test_on_a_chain_the_recovered_reward_gives_the_expert_s_choices():
-  """Three states, three actions each: reward tables and policy in turn, exact softmax policies."""
+STEPS, ACTIONS = 3, 3
+PATHS = np.array(list(np.ndindex((ACTIONS,) * STEPS)))  # all that can be done. [path, time]
+STATES = np.concatenate([np.zeros((len(PATHS), 1), int), PATHS[:, :-1]], axis=1)  # the last action
+PREFIXES = np.stack([np.zeros(len(PATHS), int), 1 + PATHS[:, 0], 4 + 3 * PATHS[:, 0] + PATHS[:, 1]], 1)
+
+
+def of_paths(rewards):
+  """p(path) ~ exp(sum of its rewards), in float64: the soft-optimal expert."""
+  total = rewards[STATES, PATHS].sum(1)
+  chance = np.exp(total - total.max())
+  return chance / chance.sum()
+
+
+def occupancy(chance):
+  """Share of each state and action at each time."""
+  found = np.zeros((STEPS, ACTIONS, ACTIONS))
+  for time in range(STEPS):
+    np.add.at(found[time], (STATES[:, time], PATHS[:, time]), chance)
+  return found
+
+
+def behind_a_prompt(per_path):
+  return jnp.pad(per_path, ((0, 0), (1, 0)))
+
+
+def template(samples, experts):
+  """Samples of the policy in one group, and experts in another; a sequence a row."""
+  batch = pack([Trajectory([0] * (STEPS + 1), [False] + [True] * STEPS, group=int(expert),
+                           columns={"expert": float(expert)})
+                for expert in np.arange(samples + experts) >= samples],
+               row_length=STEPS + 1, min_rows=samples + experts)
+  return jax.tree.map(jnp.asarray, batch)
+
+
+def test_on_a_chain_reward_and_policy_learned_in_turn_have_the_expert_s_occupancy():
+  """The state is the last action. Both models follow the pieces on 128 samples at each step, the
+  policy from them alone; sums over the three tokens instead of means are a temperature of 1 / 3."""
+  samples, experts = 128, len(PATHS)
+  expert = of_paths(2 * np.random.default_rng(0).normal(size=(ACTIONS, ACTIONS)))
+  empty = template(samples, experts)
+  at = lambda x: jnp.zeros(empty.tokens.shape).at[:samples + experts].set(behind_a_prompt(x))
+  weights = jnp.ones(empty.num_sequences).at[samples:samples + experts].set(expert)
+  terms = sum_of_terms([objectives.reinforce,
+                        functools.partial(objectives.fit_inverse_reward, decay=0.0)])
+
+  def step(tables, xs):
+    key, rate = xs
+    policy = jax.nn.log_softmax(tables["policy"])
+    chance = jnp.sum(policy[PREFIXES, PATHS], axis=1)
+    drawn = jax.random.categorical(key, chance, shape=(samples,))
+    paths = jnp.concatenate([drawn, jnp.arange(experts)])
+    index = [jnp.asarray(x)[paths] for x in (PREFIXES, STATES, PATHS)]
+
+    def outputs(tables):
+      prefixes, states, actions = index
+      return ModelOutputs(logprobs=at(jax.nn.log_softmax(tables["policy"])[prefixes, actions]),
+                          action_values=at(tables["reward"][states, actions]))
+    now = outputs(tables)
+    batch = empty.replace(weights=weights).with_signals(
+        logprobs=now.logprobs, action_values=now.action_values)
+    found = run(batch, entropy=1.0, temperature=1 / STEPS, max_weight=1.0)
+    batch = batch.with_signals(**found.signals, advantages=to_tokens(batch, found.values) / samples)
+
+    def loss(tables):  # gradients of the expert's likelihood, and of return and entropy
+      each = loss_weights(batch, "sequence_sum") * jnp.sum(batch.sequence_mask)
+      return terms(outputs(tables), batch, each, mean_weights(batch))[0]
+    gradient = jax.grad(loss)(tables)
+    return jax.tree.map(lambda x, g: x - rate * g, tables, gradient), None
+  tables = {"policy": jnp.zeros((13, ACTIONS)), "reward": jnp.zeros((ACTIONS, ACTIONS))}
+  count = 1000
+  rates = 0.5 * np.linspace(1, 0.02, count)
+  tables, _ = jax.jit(functools.partial(jax.lax.scan, step))(
+      tables, (jax.random.split(jax.random.key(1), count), jnp.float32(rates)))
+  policy = np.asarray(jax.nn.log_softmax(tables["policy"]), np.float64)
+  for chance in (of_paths(np.asarray(tables["reward"], np.float64)),
+                 np.exp(policy[PREFIXES, PATHS].sum(1))):
+    apart = 0.5 * np.abs(occupancy(chance) - occupancy(expert)).sum((1, 2))
+    assert apart.max() < 0.05
+  assert 0.5 * np.abs(occupancy(expert) - occupancy(np.full(27, 1 / 27))).sum((1, 2)).max() > 0.3
+
+
+def test_the_sampled_partition_function_is_too_small_and_less_so_with_more_samples():
+  """log Z of M samples is that of any one, R - log policy, less the log of M times its weight."""
   rng = np.random.default_rng(0)
-  truth = rng.normal(size=(3, 3)) * 2
-  expert = np.exp(truth) / np.exp(truth).sum(1, keepdims=True)
-  r = np.zeros((3, 3))
-  for _ in range(4000):
-    policy = np.exp(r) / np.exp(r).sum(1, keepdims=True)
-    r += 0.5 * (expert - policy)  # the likelihood's gradient with the exact partition function
-  policy = np.exp(r) / np.exp(r).sum(1, keepdims=True)
-  assert 0.5 * np.abs(policy - expert).sum(1).max() < 0.05
+  rewards = rng.normal(size=(ACTIONS, ACTIONS))
+  proposal = of_paths(0.5 * rng.normal(size=(ACTIONS, ACTIONS)))
+  ratio = rewards[STATES, PATHS].sum(1) - np.log(proposal)
+  exact = np.log(np.exp(rewards[STATES, PATHS].sum(1)).sum())
+  drawn = rng.choice(len(PATHS), size=4096, p=proposal)
+  batch = template(len(drawn), 0).with_signals(
+      action_values=behind_a_prompt(jnp.float32(rewards[STATES, PATHS][drawn])),
+      logprobs=behind_a_prompt(jnp.float32(np.log(proposal)[drawn, None] / STEPS).repeat(STEPS, 1)))
+  piece, biases = jax.jit(functools.partial(run, temperature=1 / STEPS, max_weight=1.0)), {}
+  for m in (1, 2, 4, 16, 64):
+    found = piece(batch.replace(group_ids=jnp.arange(len(drawn)) // m))
+    weight = -np.asarray(found.signals["expert_preference"], np.float64)[:, -1]
+    logs = ratio[drawn] - np.log(m * weight)
+    np.testing.assert_allclose(logs.reshape(-1, m).std(1), 0, atol=1e-3)
+    biases[m] = logs.mean() - exact
+  pairs = np.logaddexp(ratio[:, None], ratio) - np.log(2)  # all samples of 1 and of 2, enumerated
+  assert biases[1] == pytest.approx(proposal @ ratio - exact, abs=0.05)
+  assert biases[2] == pytest.approx(proposal @ pairs @ proposal - exact, abs=0.05)
+  assert biases[1] < biases[2] < biases[4] < biases[16] < biases[64] + 0.01
+  assert biases[1] < -0.4 and abs(biases[64]) < 0.03
 
 
 def test_the_reward_of_a_token_knows_the_token():

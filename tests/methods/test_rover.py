@@ -1,4 +1,4 @@
-"""ROVER: the loss of a table of logits, token by token, and what it is at the first step."""
+"""ROVER: the loss of a table of logits, token by token, its first step, and a tree of answers."""
 
 import functools
 
@@ -211,3 +211,140 @@ def test_the_config_builds():
       "center_by_group"]
   term, = [compose.build(dict(p), objectives) for p in config.objective]
   assert compose.signals_of(term) == ("mean_logprobs", "old_logprobs", "old_mean_logprobs")
+
+
+WAYS, DEPTH = 4, 4  # a tree of 4^4 leaves; states by level, the root first
+FIRST = np.array([0, 1, 5, 21, 85])
+
+
+def paths(depth):
+  """All strings of actions, and the states that they pass."""
+  actions = np.array(list(np.ndindex((WAYS,) * depth)))
+  before = np.stack([actions[:, :d] @ WAYS ** np.arange(d)[::-1] for d in range(depth)], axis=1)
+  return actions, FIRST[:depth] + before
+
+
+def values_of_the_piece(leaves):
+  """Q where the loss over all leaves, with a free table as rho * drift, has its target: the equation
+  Q(s, a) = r + mean_a' Q(s', a'), swept from the leaves up by the term's own gradient."""
+  depth = round(np.log(len(leaves)) / np.log(WAYS))
+  actions, states = paths(depth)
+  batch = pack([Trajectory([0, *a], [False] + [True] * depth) for a in actions], row_length=depth + 1,
+               min_rows=len(actions))
+  last = np.pad(np.repeat(np.eye(depth)[-1:], len(actions), 0), ((0, 0), (1, 0)))
+  zeros = np.zeros(batch.tokens.shape, np.float32)
+  batch = batch.with_signals(advantages=np.float32(last * leaves[:, None]), old_logprobs=zeros,
+                             old_mean_logprobs=zeros)
+  # The reward is due at the last token alone, as behind it there is no value.
+
+  def loss(table):
+    at = table[states]
+    drift = jnp.take_along_axis(at, actions[..., None], axis=2)[..., 0]
+    pad = functools.partial(jnp.pad, pad_width=((0, 0), (1, 0)))
+    outputs = ModelOutputs(logprobs=pad(drift), distribution={"mean_logprobs": pad(at.mean(-1))})
+    return jnp.sum(objectives.random_policy_valuation(outputs, batch)[0])
+  gradient, table = jax.jit(jax.grad(loss)), np.zeros((FIRST[depth], WAYS))
+  count = np.zeros_like(table)
+  np.add.at(count, (states, actions), 1)
+  for _ in range(depth):
+    table = table - np.asarray(gradient(jnp.float32(table)), np.float64) / (2 * count)
+  return table
+
+
+def success(table, leaves, rho):
+  """Of the policy softmax(Q / rho), and the chance of each leaf."""
+  depth = round(np.log(len(leaves)) / np.log(WAYS))
+  actions, states = paths(depth)
+  p = np.exp(log_softmax((table - table.max(-1, keepdims=True)) / rho))
+  chance = np.prod(p[states, actions], axis=1)
+  return chance @ leaves, chance
+
+
+def test_on_a_tree_the_values_are_those_of_uniform_play_and_rank_its_branches():
+  leaves = np.zeros(WAYS ** DEPTH)
+  right = [73, 106, 221, 245]
+  leaves[right] = 1
+  table = values_of_the_piece(leaves)
+  for level in range(DEPTH):  # the share of rewarded leaves below, counted
+    np.testing.assert_allclose(table[FIRST[level]:FIRST[level + 1]].ravel(),
+                               leaves.reshape(WAYS ** (level + 1), -1).mean(1), atol=1e-6)
+  found = [success(table, leaves, rho)[0] for rho in (1e-3, 0.05, 0.2, 1.0)]
+  np.testing.assert_allclose(found, [1.0, 0.50, 0.16, 0.037], rtol=0.03)
+  assert (success(table, leaves, 1e-3)[1][right] > 0.05).all(), "softly all solutions are kept"
+  state = 0
+  for level in range(DEPTH):  # greedily one
+    choice = np.argmax(table[state])
+    state = FIRST[level + 1] + WAYS * (state - FIRST[level]) + choice
+  assert state - FIRST[DEPTH] in right
+
+
+def test_rewards_between_0_and_1_can_lead_the_values_astray():
+  """One leaf of 1 in a branch with the mean 0.25, and a branch where all are 0.5."""
+  leaves = np.array([[1, 0, 0, 0], [0.5] * 4, [0] * 4, [0] * 4]).ravel()
+  table = values_of_the_piece(leaves)
+  np.testing.assert_allclose(table[0], [0.25, 0.5, 0, 0], atol=1e-6)
+  assert success(table, leaves, 1e-4)[0] == pytest.approx(0.5)  # and 1 could be had
+
+
+@functools.cache
+def trainer():
+  """16 tables are trained on samples of the tree, each with four rewarded leaves of its own."""
+  samples = 32
+  template = jax.tree.map(jnp.asarray, pack(
+      [Trajectory([0] * (DEPTH + 1), [False] + [True] * DEPTH)] * samples, row_length=DEPTH + 1,
+      min_rows=samples))
+  advantage = chain([advantages.center_by_group])
+  actions, states = map(jnp.asarray, paths(DEPTH))
+
+  def one(key, rover, rate, inner, rho, successor, steps=80):
+    right = jax.random.choice(key, WAYS ** DEPTH, (4,), replace=False)
+    rewarded = jnp.zeros(WAYS ** DEPTH).at[right].set(1.0)
+    term = sum_of_terms([functools.partial(objectives.random_policy_valuation, rho=rho),
+                         objectives.clipped_surrogate])
+
+    def update(table, key):
+      log_p = jax.nn.log_softmax(table)
+      chance = jnp.exp(jnp.sum(log_p[states, actions], axis=1))
+      leaf = jax.random.categorical(key, jnp.log(chance), shape=(samples,))
+      at, chosen = jax.nn.one_hot(states[leaf], FIRST[DEPTH]), jax.nn.one_hot(actions[leaf], WAYS)
+
+      def read(table):
+        log_p = jnp.einsum("nds,sa->nda", at, jax.nn.log_softmax(table))
+        pad = functools.partial(jnp.pad, pad_width=((0, 0), (1, 0)))
+        return pad(jnp.sum(log_p * chosen, -1)), pad(log_p.mean(-1)) * successor
+      old, old_mean = read(table)
+      rewards = rewarded[leaf]
+      batch = template.replace(rewards=rewards, behaviour_logprobs=old)
+      batch = batch.with_signals(advantages=advantage(batch, rewards), old_logprobs=old,
+                                 old_mean_logprobs=old_mean)
+      weights = loss_weights(batch, "token_mean")
+      each = [rover * weights, (1 - rover) * weights]
+
+      def loss(table):
+        logprobs, mean = read(table)
+        outputs = ModelOutputs(logprobs=logprobs, distribution={"mean_logprobs": mean})
+        return term(outputs, batch, each, each)[0]
+      table = jax.lax.fori_loop(0, inner, lambda _, t: t - rate * jax.grad(loss)(t), table)
+      share = chance[right] / jnp.sum(chance[right])
+      return table, (jnp.sum(chance[right]), jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share))))
+    return jax.lax.scan(update, jnp.zeros((FIRST[DEPTH], WAYS)), jax.random.split(key, steps))[1]
+  return jax.jit(jax.vmap(one, in_axes=(0, *[None] * 5)))
+
+
+def modes(rover, *, rate, inner=4, rho=1.0, successor=1.0):
+  """The effective number of rewarded leaves where the success rate has reached .3, .6 and .9."""
+  found, count = map(np.asarray, trainer()(jax.random.split(jax.random.key(0), 16), rover, rate, inner,
+                                           rho, successor))
+  reached = found[:, :, None] >= np.array([0.3, 0.6, 0.9])
+  assert (reached.any(1).sum(0) >= [16, 16, 8]).all()
+  return np.array([np.mean([c[r[:, i].argmax()] for c, r in zip(count, reached) if r[:, i].any()])
+                   for i in range(3)])
+
+
+def test_at_equal_success_many_inner_steps_or_a_large_rho_leave_more_solutions():
+  """The value of the successor is one part of it, the square that is fitted another."""
+  grpo = modes(0.0, rate=4.0)
+  many, without = modes(1.0, rate=2.0, inner=16), modes(1.0, rate=2.0, inner=16, successor=0.0)
+  large = modes(1.0, rate=2 / 3, rho=3.0)
+  assert (many > grpo + 0.15).all() and (large > grpo + 0.3).all()
+  assert (many > without + 0.05).all() and (without > grpo + 0.05).all()

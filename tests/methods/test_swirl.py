@@ -2,12 +2,15 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import advantages, objectives, rollouts, tasks
 from jaxrl import config as configs
-from jaxrl import rollouts, tasks
-from jaxrl.batch import Task
+from jaxrl.batch import ModelOutputs, Task, pack
+from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
 from jaxrl.rollouts import Rollouts
 from jaxrl.sampling import Sample, SamplingParams
 
@@ -108,46 +111,142 @@ def test_rows_without_a_transition_are_refused():
              reference={"params": "reference"})
 
 
-def tables(seed, mix):
-  """6 states, 4 actions, y = x + z mod 6: soft P[x, z, y] and Q[x, y, z], truth mixed with noise."""
+TRUTH = np.eye(6)[(np.arange(6)[:, None] + np.arange(4)) % 6]  # y = x + z mod 6. [x, z, y]
+
+
+def normal(table):
+  return table / table.sum(-1, keepdims=True)
+
+
+def tables(seed):
+  """Soft P[x, z, y] and Q[x, y, z] that lean to the truth and are wrong in places."""
   rng = np.random.default_rng(seed)
-  truth = np.zeros((6, 4, 6))
-  for x in range(6):
-    for z in range(4):
-      truth[x, z, (x + z) % 6] = 1
-  p = mix * truth + (1 - mix) * rng.dirichlet(np.ones(6), size=(6, 4))
-  inverse = truth.transpose(0, 2, 1) + 1e-9
-  q = mix * inverse / inverse.sum(-1, keepdims=True) + (1 - mix) * rng.dirichlet(
-      np.ones(4), size=(6, 6))
-  return truth, p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+  return (normal(np.exp(1.5 * TRUTH + rng.normal(size=(6, 4, 6)))),
+          normal(np.exp(1.5 * TRUTH.transpose(0, 2, 1) + rng.normal(size=(6, 6, 4)))))
 
 
-def mutual_information(p, prior):
-  """I(Y; Z | X) in nats, actions from the prior."""
-  joint = p * prior[None, :, None]
-  marginal = joint.sum(1, keepdims=True)
-  return np.mean(np.sum(joint * np.log(np.maximum(p, 1e-300) / np.maximum(marginal, 1e-300)), (1, 2)))
+class Tables(World):
+  """The two models are tables; the policy writes every answer that there is, once."""
+
+  def __init__(self, p, q):
+    super().__init__("012345", None, None)
+    self.tables = {"+": np.log(p), "=": np.log(q)}  # 0+1=1 is read forward, 0=1+1 backward
+
+  def _one(self, params, request, i):
+    if params == "reference":  # of a transition, the action that would have led there
+      state, _, following, _ = map(chr, request.prompt)
+      self.action = str((int(following) - int(state)) % 6)
+    return super()._one(params, request, i)
+
+  def logprobs(self, params, sequences):
+    assert params == "reference"
+    texts = ["".join(map(chr, s)) for s in sequences]
+    return [np.array([0, 0, 0, 0, self.tables[text[1]][tuple(map(int, text[::2]))]]) for text in texts]
 
 
-def test_exact_phases_improve_both_models_and_the_bound():
-  """Phase optima under KL: P ~ P Q^(1/beta), Q ~ Q P^(1/beta)."""
-  right = []
-  for seed in range(10):
-    truth, p, q = tables(seed, 0.3)
-    before = [np.mean(p.argmax(-1) == truth.argmax(-1))]
-    new_p = p * q.transpose(0, 2, 1)
-    new_p /= new_p.sum(-1, keepdims=True)
-    prior = np.full(4, 0.25)
-    assert mutual_information(new_p, prior) > mutual_information(p, prior)
-    # -H(Z | Y, X) >= E[log Q(z | x, y)], for any inverse model.
-    joint = new_p * 0.25
-    posterior = joint / joint.sum(1, keepdims=True)
-    entropy = -np.sum(joint * np.log(np.maximum(posterior, 1e-300)), (1, 2))
-    bound = np.sum(joint * np.log(q.transpose(0, 2, 1)), (1, 2))
-    assert (-entropy >= bound - 1e-9).all()
-    right.append(before + [np.mean(new_p.argmax(-1) == truth.argmax(-1))])
-  before, after = np.mean(right, axis=0)
-  assert after > before + 0.05
+@jax.jit
+def step_to_optimum(batch, reference, rewards, beta):
+  """A natural-gradient step of 1 / beta of the objective, exact over all answers, from a uniform
+  policy. Where objective and advantages are right it lands on the optimum."""
+  rows, answers = reference.shape
+  logits = jnp.zeros_like(reference)
+  chance = jnp.full(rows * answers, 1 / answers)
+
+  def spread(values):  # one token of each sequence, the last of its row
+    return jnp.zeros(batch.tokens.shape).at[:rows * answers, -1].set(values.ravel())
+
+  def per_sequence(values):
+    return jnp.zeros(batch.num_sequences).at[:rows * answers].set(values.ravel())
+  batch = batch.replace(columns={"chance": per_sequence(chance)}, weights=per_sequence(chance))
+  batch = batch.with_signals(reference_logprobs=spread(reference))
+  credit = advantages.center_by_group(batch, per_sequence(rewards), weight="chance")
+  batch = batch.with_signals(advantages=spread(credit[:rows * answers]))
+  objective = sum_of_terms([objectives.reinforce,
+                            functools.partial(objectives.kl, beta=beta, estimator="k2")])
+
+  def loss(logits):
+    outputs = ModelOutputs(logprobs=spread(jax.nn.log_softmax(logits)))
+    return objective(outputs, batch, loss_weights(batch, "sequence_sum"), mean_weights(batch))[0]
+  natural = jax.grad(loss)(logits) * (rows * answers) / chance.reshape(rows, answers)
+  return jax.nn.softmax(logits - natural / beta)
+
+
+def phase(episode, p, q, beta):
+  """The table that the phase of an episode ends with: rewards by the episode, step by the objective."""
+  forward = episode is rollouts.imagine_next_states
+  old = p if forward else q
+  world = Tables(p, q)
+  made = Rollouts(functools.partial(episode, samples=old.shape[-1], floor=-1e3), world, Characters(),
+                  world, templates=TEMPLATES, likelihood=world, max_failure_rate=0.0,
+                  sampling=SamplingParams(max_tokens=1))
+  pairs = [(x, (x + z) % 6) for x in range(6) for z in range(4)] if forward else np.ndindex(6, 6)
+  found = made.run({"params": "policy"}, [
+      Task(id=f"{x}{y}", prompt=[1], row=dict(state=str(x), next=str(y))) for x, y in pairs],
+      base_key=None, reference={"params": "reference"})
+  batch = pack(found, row_length=5, min_rows=len(found))
+  assert (batch.sequence_ids[:len(found), -1] == np.arange(len(found))).all()
+  reference = np.log(old).reshape(-1, old.shape[-1])
+  rewards = np.float32([t.reward for t in found]).reshape(reference.shape)
+  new = step_to_optimum(batch, np.float32(reference), rewards, beta)
+  return np.maximum(np.asarray(new, np.float64), 1e-30).reshape(old.shape)
+
+
+def information(p):
+  """I(Y; Z | X) in nats, all actions alike."""
+  return np.mean(np.sum(p / 4 * np.log(np.maximum(p, 1e-300) / p.mean(1, keepdims=True)), (1, 2)))
+
+
+def likelihoods(p):
+  """Of what happens, which is the truth nine times out of ten: log P(y | x, z) and log P(y | x)."""
+  happens = 0.9 * TRUTH + 0.1 / 6
+  return (np.mean(np.sum(happens * np.log(p), -1)),
+          np.mean(np.sum(happens.mean(1) * np.log(p.mean(1)), -1)))
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_phases_end_where_their_bounds_are_largest(beta):
+  """P ~ P Q(z | x, y)^(1 / beta), and Q ~ Q P(y | x, z)^(1 / beta)."""
+  p, q = tables(0)
+  new = phase(rollouts.imagine_next_states, p, q, beta)
+  np.testing.assert_allclose(new, normal(p * q.transpose(0, 2, 1) ** (1 / beta)), rtol=1e-3, atol=1e-6)
+  new = phase(rollouts.explain_transitions, p, q, beta)
+  np.testing.assert_allclose(new, normal(q * p.transpose(0, 2, 1) ** (1 / beta)), rtol=1e-3, atol=1e-6)
+
+
+def test_rounds_make_both_models_right_more_often_until_they_are_too_sure():
+  """The likelihood of real transitions rises in the first round and falls later."""
+  right, curves = [], []
+  for seed in range(4):
+    p, q = tables(seed)
+    curve, accuracy = [likelihoods(p)[0]], []
+    for _ in range(4):
+      accuracy.append([np.mean(p.argmax(-1) == TRUTH.argmax(-1)), np.mean(
+          (q.argmax(-1) == TRUTH.argmax(1))[TRUTH.any(1)])])
+      p = phase(rollouts.imagine_next_states, p, q, 1.0)
+      q = phase(rollouts.explain_transitions, p, q, 1.0)
+      curve.append(likelihoods(p)[0])
+    right.append(accuracy)
+    curves.append(curve)
+  before, after = np.mean(right, axis=0)[:2]
+  assert (after > before + 0.1).all()
+  curves = np.array(curves)
+  assert (curves[:, 1] > curves[:, 0] + 0.1).all()
+  assert (curves[:, 4] < curves[:, 1] - 1).all() and (curves[:, 4] < curves[:, 0]).all()
+
+
+def test_without_a_pull_to_the_reference_states_become_recoverable_and_unreal():
+  """As beta goes to 0 information nears log 4, all of it, and real states become less likely."""
+  for seed in range(4):
+    p, q = tables(seed)
+    before, held, free = p, *(phase(rollouts.imagine_next_states, p, q, beta) for beta in (1.0, 0.1))
+    assert information(before) < 0.5 and information(free) > 1.1
+    assert information(before) < information(held) < information(free) < np.log(4)
+    assert likelihoods(free)[1] < likelihoods(before)[1] < likelihoods(held)[1] + 0.02
+    # -H(Z | Y, X) >= E[log Q(z | x, y)], whatever the inverse model: what the phase raises is a bound.
+    for now in (before, held, free):
+      joint = now / 4
+      entropy = -np.sum(joint * np.log(np.maximum(joint / joint.sum(1, keepdims=True), 1e-300)))
+      assert -entropy >= np.sum(joint * np.log(q.transpose(0, 2, 1)))
 
 
 def test_the_toy_is_a_world_whose_action_can_be_recovered():

@@ -1,15 +1,19 @@
 """T1: leave-one-out, the centred KL, detectors of degenerate answers, and the moving anchor."""
 
+import functools
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl import advantages
 from jaxrl import config as configs
-from jaxrl.batch import Trajectory
+from jaxrl.batch import Trajectory, pack
 from jaxrl.rollouts import edits
 from jaxrl.rollouts.degeneration import is_garbled, is_repetitive, punish_degenerate
+from jaxrl.training import frozen
 from tests.objectives.conftest import packed  # noqa: F401, a fixture
 
 
@@ -79,7 +83,6 @@ def test_numbers_out_of_range_are_refused(options):
 @pytest.mark.parametrize("k", [4, 16, 64])
 def test_leave_one_out_and_the_share_of_prompts_that_teach(packed, k):
   """n / (n - 1) of the deviation; the chance of a mixed group is 1 - p^K - (1 - p)^K."""
-  from jaxrl.batch import pack
   rng = np.random.default_rng(k)
   for p in (0.02, 0.1, 0.5):
     rewards = (rng.random((100, k)) < p).astype(float)
@@ -93,16 +96,58 @@ def test_leave_one_out_and_the_share_of_prompts_that_teach(packed, k):
     assert abs(taught - exact) < 4 * math.sqrt(exact * (1 - exact) / 100) + 0.011
 
 
-def test_a_moving_anchor_limits_speed_and_a_fixed_one_distance():
-  """Exact KL-regularised steps on two actions: log-odds relative to the anchor are 1 / beta."""
-  beta, eta = 0.5, 0.1
-  fixed, anchor, moving = 0.0, 0.0, []
-  for _ in range(200):
-    policy = anchor + 1 / beta
-    moving.append(policy)
-    anchor = (1 - eta) * anchor + eta * policy
-  assert fixed + 1 / beta == moving[0] == 2.0
-  np.testing.assert_allclose(np.diff(moving), eta / beta, rtol=1e-9)
+def variance_of_the_gradient(p, k):
+  """On a Bernoulli bandit, over every number n of right answers among k, a group of the piece each."""
+  right = np.arange(k) < np.arange(k + 1)[:, None]
+  batch = pack([Trajectory([1, 2], [False, True])]).replace(
+      rewards=right.ravel().astype(np.float32), group_ids=np.repeat(np.arange(k + 1), k),
+      sequence_mask=np.ones(right.size, bool))
+  advantage = np.asarray(jax.jit(advantages.leave_one_out)(batch, batch.rewards), np.float64)
+  gradient = np.mean(advantage.reshape(k + 1, k) * (right - p), axis=1)  # of the logit of right
+  chance = [math.comb(k, n) * p ** n * (1 - p) ** (k - n) for n in range(k + 1)]
+  mean = np.dot(chance, gradient)
+  assert mean == pytest.approx(p * (1 - p), rel=1e-5)  # unbiased
+  return np.dot(chance, (gradient - mean) ** 2)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
+def test_the_variance_of_the_gradient_falls_as_one_over_k(p):
+  """The gradient is the unbiased sample variance, K / (K - 1) m (1 - m), whose own is
+
+    v (1 - 4 v) / K + 2 v^2 / (K (K - 1)),    v = p (1 - p)
+
+  so it falls as 1 / K, but for p = 1/2, where only the second part is left."""
+  v, sizes = p * (1 - p), np.array([4, 16, 64])
+  found = [variance_of_the_gradient(p, k) for k in sizes]
+  np.testing.assert_allclose(
+      found, v * (1 - 4 * v) / sizes + 2 * v ** 2 / (sizes * (sizes - 1)), rtol=1e-3)
+  if p < 0.5:
+    np.testing.assert_allclose(sizes * found / (v * (1 - 4 * v)), 1, atol=0.1)
+
+
+@pytest.mark.parametrize("reference", [dict(every=0), dict(every=1, decay=0.9)])
+def test_a_moving_anchor_limits_speed_and_a_fixed_one_distance(reference):
+  """Two actions, one rewarded, and a policy that is solved for at each round: its log-odds are the
+  anchor's plus 1 / beta. An anchor whose logits follow adds eta / beta a round, without end."""
+  beta, rounds, eta = 0.5, 200, 1 - reference.get("decay", 1.0)
+  refresh = jax.jit(functools.partial(frozen.refresh, frozen.read(reference, {})))
+  batch = pack([Trajectory([0, action], [False, True], reward=float(action)) for action in (0, 1)],
+               row_length=2, min_rows=2)
+  batch = jax.tree.map(jnp.asarray, batch)
+
+  @jax.jit
+  def solved(policy, anchor):
+    """A Newton step of the policy, whose worth is the reward with the centred KL in it."""
+    at = lambda logits: jnp.zeros((2, 2)).at[:, 1].set(jax.nn.log_softmax(logits))
+    now = batch.with_signals(logprobs=at(policy), reference_logprobs=at(anchor))
+    worth = advantages.penalise_centred_kl(now, now.rewards, beta=beta).values
+    return policy + (worth - worth[0]) / beta
+  policy, kept, odds = jnp.zeros(2), {"reference": jnp.zeros(2)}, []
+  for step in range(1, rounds + 1):
+    policy = solved(policy, kept["reference"])
+    odds.append(float(policy[1] - policy[0]))
+    kept = refresh(kept, policy, policy, step)
+  np.testing.assert_allclose(odds, 1 / beta + eta / beta * np.arange(rounds), rtol=1e-4)
 
 
 def test_the_config_moves_its_reference_every_update():
