@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import compose, objectives
+from jaxrl import advantages, compose, objectives
 from jaxrl import config as configs
+from jaxrl.advantages.chain import chain
 from jaxrl.batch import ModelOutputs, Task, Trajectory, pack
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
 from jaxrl.rollouts import edits
@@ -144,40 +145,111 @@ def test_the_term_is_the_likelihood_of_examples_and_leaves_samples_alone():
     objectives.imitate_marked(ModelOutputs(logprobs=logprobs), batch.replace(columns={}))
 
 
-def test_a_walk_on_a_random_graph_learns_in_two_stages():
-  """CoNet in miniature: softmax walks on a regular graph, one answer node for each question; the
-  success rate rises fast, then slowly, and the walks that succeed get shorter."""
-  rng = np.random.default_rng(1)
-  n, degree, questions = 60, 6, 8
-  edges = np.stack([rng.permutation(n) for _ in range(degree)], axis=1)
-  logits = np.zeros((n, degree))
-  starts, answers = rng.integers(0, n, questions), rng.integers(0, n, questions)
-  rewards, lengths = [], []
-  for _ in range(250):
-    hits, steps, gradient = [], [], np.zeros_like(logits)
-    for start, answer in zip(starts, answers):
-      group = []
-      for _ in range(16):
-        node, path = start, []
-        while len(path) < 25 and node != answer:
-          p = np.exp(logits[node] - logits[node].max())
-          p /= p.sum()
-          k = rng.choice(degree, p=p)
-          path.append((node, k, p))
-          node = edges[node, k]
-        group.append((float(node == answer), path))
-      mean = np.mean([r for r, _ in group])
-      for r, path in group:
-        hits.append(r)
-        steps += [len(path)] * int(r)
-        for node, k, p in path:
-          gradient[node] += (r - mean) / 16 * ((np.arange(degree) == k) - p)
-    logits += gradient
-    rewards.append(np.mean(hits))
-    lengths.append(np.mean(steps) if steps else 25.0)
-  early, middle, late = (np.mean(rewards[a:b]) for a, b in ((0, 10), (90, 110), (230, 250)))
-  assert middle - early > 3 * abs(late - middle) and late > 0.9
-  assert np.mean(lengths[230:]) < np.mean(lengths[:20])
+QUESTIONS, WALKS, LIMIT, NODES = 16, 8, 20, 60
+
+
+class Web:
+  """CoNet in miniature: softmax walks on a random graph where every node has so many edges, and a
+  goal for each start. A token is an edge. The group's advantages, the policy gradient, the edit and
+  its term are the pieces."""
+
+  def __init__(self, seed, degree):
+    rng = np.random.default_rng(seed)
+    self.edges = np.stack([rng.permutation(NODES) for _ in range(degree)], axis=1)
+    self.ends = np.repeat(rng.integers(0, NODES, (2, QUESTIONS)), WALKS, axis=1)
+    self.template = jax.tree.map(jnp.asarray, pack(
+        [Trajectory([0] * (LIMIT + 1), [False] + [True] * LIMIT)] * self.ends.shape[1],
+        row_length=LIMIT + 1, min_rows=self.ends.shape[1]))
+    self.walk, self.update = jax.jit(self._walk), jax.jit(self._update)
+    self.terms = sum_of_terms([objectives.reinforce, objectives.imitate_marked])
+
+  def _walk(self, logits, key):
+    def move(carry, key):
+      node, arrived = carry
+      edge = jax.random.categorical(key, logits[node])
+      after = jnp.where(arrived, node, jnp.asarray(self.edges)[node, edge])
+      return (after, arrived | (after == self.ends[1])), (node * logits.shape[1] + edge, ~arrived)
+    first = jnp.asarray(self.ends[0])
+    (_, arrived), (tokens, walking) = jax.lax.scan(
+        move, (first, first == self.ends[1]), jax.random.split(key, LIMIT))
+    return arrived, tokens.T, walking.sum(0)
+
+  def _update(self, logits, changes, imitate):
+    batch = self.template.replace(**changes, columns={"imitate": imitate})
+    advantage = chain([advantages.center_by_group])(batch, batch.rewards)
+    batch = batch.with_signals(advantages=advantage)
+
+    def loss(logits):
+      logprobs = jax.nn.log_softmax(logits).ravel()[batch.tokens]
+      return QUESTIONS * self.terms(ModelOutputs(logprobs=logprobs), batch,
+                                    loss_weights(batch, "sequence_sum"), mean_weights(batch))[0]
+    return logits - jax.grad(loss)(logits)
+
+  def train(self, steps=130, **options):
+    """Success rate, length of walks that arrive and `heating`, at each step; degree of the web."""
+    logits, memory, history = jnp.zeros(self.edges.shape), {}, []
+    tasks = {str(q): Task(id=str(q), prompt=[0], question=str(q)) for q in range(QUESTIONS)}
+    for index, key in enumerate(jax.random.split(jax.random.key(0), steps)):
+      arrived, tokens, lengths = map(np.asarray, self.walk(logits, key))
+      made = [Trajectory([0, *tokens[i, :n]], [False] + [True] * int(n), group=i // WALKS, finish="stop",
+                         reward=float(arrived[i]), task_id=str(i // WALKS), prompt_length=1)
+              for i, n in enumerate(lengths)]
+      step = edits.Step(made, tasks, index, memory, {})
+      found = heat_once(step, **options)
+      logits = self.update(logits, *self._arrays(found))
+      history.append((arrived.mean(), lengths[arrived].mean(), step.metrics["heating"]))
+    return np.array(history), self._degree(logits, [t.tokens[1:] for t in made if t.reward])
+
+  def _arrays(self, found):
+    shape = self.template.tokens.shape
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    fields = np.zeros((3, shape[0]), np.float32)
+    for i, t in enumerate(found):
+      tokens[i, :len(t.tokens)], mask[i, :len(t.tokens)] = t.tokens, t.loss_mask
+      fields[:, i] = t.reward, t.group, t.columns["imitate"]
+    return dict(tokens=tokens, loss_mask=mask, rewards=fields[0], group_ids=fields[1].astype(np.int32),
+                sequence_mask=np.arange(shape[0]) < len(found)), fields[2]
+
+  def _degree(self, logits, walks, above=0.25):
+    """2 |E| / |V| of the edges that walks arrive by, likelier than `above`."""
+    p = np.asarray(jax.nn.softmax(logits))
+    passed = [divmod(int(token), p.shape[1]) for walk in walks for token in walk]
+    edges = {frozenset((node, int(self.edges[node, k]))) for node, k in passed if p[node, k] > above}
+    edges = {e for e in edges if len(e) == 2}
+    return 2 * len(edges) / len(frozenset().union(*edges))
+
+
+NEVER = dict(at=10 ** 6)
+
+
+@pytest.mark.parametrize("degree", [4, 10])
+def test_the_web_that_walks_learn_has_degree_two_and_success_rises_in_two_stages(degree):
+  """Whatever the graph's. Walks get shorter to the end: on a graph of this size no valley is seen."""
+  history, found = Web(2, degree).train(**NEVER)
+  assert found == pytest.approx(2, abs=0.2)
+  early, middle, late = (history[a:b, 0].mean() for a, b in ((0, 10), (60, 70), (120, 130)))
+  assert middle - early > 2 * (late - middle) > 0 and late > 0.8
+  lengths = [history[a:a + 10, 1].mean() for a in range(0, 130, 10)]
+  assert lengths[-1] < 0.75 * lengths[0] and lengths[-1] < min(lengths) + 0.5
+
+
+def test_a_late_heating_costs_success_that_comes_back_and_a_first_one_costs_the_end():
+  """One graph. The costs of a late heating are seen on all that were tried; that the moment of the edit
+  ends best is so on the average only, by little, and not claimed."""
+  web, heat = Web(3, 6), dict(updates=10, examples=16, hard_below=0.3)
+  plain, first, own, late = (web.train(**options)[0] for options in (
+      NEVER, dict(heat, at=0), dict(heat, at=-1, patience=5), dict(heat, at=90)))
+  began = [int(np.argmax(h[:, 2])) for h in (first, own, late)]
+  assert began[0] == 0 and 20 < began[1] < 80 and began[2] == 90 and not plain[:, 2].any()
+  np.testing.assert_array_equal(plain[:91, :2], late[:91, :2])
+
+  def success(history, start, stop=None):
+    return history[start:stop, 0].mean()
+  dips = [success(plain, b + 1, b + 11) - success(h, b + 1, b + 11)
+          for h, b in zip((first, own, late), began)]
+  assert dips[0] < 0 and dips[1] < 0.05 < dips[2]
+  assert success(late, 120) > success(late, 94, 101) + 0.05
+  assert success(first, 120) < min(success(h, 120) for h in (plain, own, late)) - 0.1
 
 
 def test_the_config_builds():

@@ -159,6 +159,34 @@ def test_on_a_bandit_it_learns_what_pays():
   assert np.mean(regrets[:5]) > 0.4 and np.mean(regrets[-50:]) < 0.6 * random
 
 
+def regrets(rule, seed, updates=300):
+  """What each set of 8 among 30 lost, with the settings of `choose_rollouts`; worth is a little bent."""
+  rng = np.random.default_rng(seed)
+  memory = {"network": replay._network(rng, 64), "adam": 0, "past": []}
+  found = []
+  for _ in range(updates):
+    contexts = rng.normal(size=(30, len(replay.FEATURES)))
+    worth = 0.5 * contexts[:, 5] - 0.3 * contexts[:, 6] + 0.3 * np.tanh(contexts[:, 0])
+    chosen = replay._choose(memory, [None] * 30, contexts, 8, rule, 0.1, rng)
+    found.append(np.sort(worth)[-8:].mean() - worth[chosen].mean())
+    if rule == "bandit":
+      rho = worth[chosen].mean() + 0.1 * rng.normal()
+      memory["past"] = [*memory["past"], dict(contexts=contexts[chosen], rho=rho)][-20:]
+      replay.fit(memory, 1e-3, 4)
+  return np.array(found)
+
+
+def test_cumulative_regret_grows_with_an_exponent_below_1():
+  """While it learns: what is explored at random, a constant share, keeps a linear part in the end."""
+  def exponent(each):
+    total, at = np.cumsum(np.mean(each, axis=0)), np.arange(1, len(each[0]) + 1)
+    return np.polyfit(np.log(at[9:]), np.log(total[9:]), 1)[0], total[-1]
+  learned, regret = exponent([regrets("bandit", seed) for seed in range(3)])
+  blind, of_random = exponent([regrets("random", seed) for seed in range(3)])
+  assert blind == pytest.approx(1, abs=0.03)
+  assert learned < 0.93 and regret < 0.6 * of_random
+
+
 @pytest.mark.parametrize("rule", ["advantage", "random", "bandit"])
 def test_other_rules(rule):
   made = group_of([1, 0, 0, 0, 0, 0], 0)

@@ -87,10 +87,23 @@ def test_rewards_of_right_answers_after_one_to_five_rounds(efficiency, expected)
 def test_a_product_gives_wrong_answers_nothing_and_a_sum_pays_for_haste():
   assert play(["z=8"], efficiency="product")[0][0].reward == 0
   assert play(["z=8"], efficiency="sum")[0][0].reward == 1
-  # A right answer after three rounds against a wrong one now: 0.84 p3 > p1, or p3 - p1 > 0.16.
-  (now,), _ = play(["z=7"], efficiency="sum")
-  late = play(["aa+a"], LATER, efficiency="sum")[0][0]
-  assert now.reward - late.reward == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize("efficiency", ["product", "sum"])
+def test_whether_three_rounds_pay_for_a_better_chance(efficiency):
+  """Right at once with chance p1, or after three rounds with p3: a product goes on where
+  0.84 p3 > p1, a sum where p3 - p1 > 0.16 and so stops, wrongly, when both chances are low."""
+  def reward(text, later=None):
+    return play([text], later, efficiency=efficiency)[0][0].reward
+  now = {True: reward("z=7"), False: reward("z=8")}
+  late = {verdict: reward("aa+a", {"q<a>": "bb+b", "q<b>": f"c={7 if verdict else 8}"})
+          for verdict in (True, False)}
+  for p1, p3 in np.random.default_rng(0).random((400, 2)):
+    stop, go_on = (p * r[True] + (1 - p) * r[False] for p, r in ((p1, now), (p3, late)))
+    claim = 0.84 * p3 - p1 if efficiency == "product" else p3 - p1 - 0.16
+    assert (go_on > stop) == (claim > 0)
+  stop, go_on = (p * r[True] + (1 - p) * r[False] for p, r in ((0.05, now), (0.2, late)))
+  assert (go_on > stop) == (efficiency == "product")
 
 
 @pytest.mark.parametrize("first", ["nothing", "z=7?", "aa+a?", "", "z=77"])
