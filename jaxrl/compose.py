@@ -211,20 +211,16 @@ def labels_of(pieces: Sequence[Callable]) -> list[str]:
   return [name if n == 1 else f"{name}_{n}" for name, n in zip(names, uses)]
 
 
-def nearest(name: str, valid) -> str:
-  """`; did you mean X?` or the list of what is valid, for the end of an error message."""
+def nearest(name: str, valid, *, all_of_them: bool = False) -> str:
+  """`; did you mean X?` or the list of what is valid, for the end of an error message; both on demand."""
   valid = sorted(map(str, valid))
   close = difflib.get_close_matches(name, valid, n=1)
-  if close:
-    return f"; did you mean {close[0]!r}?"
-  more = f" and {len(valid) - LISTED} more" if len(valid) > LISTED else ""
-  return f"; valid are {', '.join(valid[:LISTED]) or 'none'}{more}"
-
-
-def _nearest_and_all(name, valid):
-  close = difflib.get_close_matches(name, valid, n=1)
   guess = f"; did you mean {close[0]!r}?" if close else ";"
-  return f"{guess} valid are {', '.join(sorted(valid)) or 'none'}"
+  if close and not all_of_them:
+    return guess
+  shown = valid if all_of_them else valid[:LISTED]
+  more = f" and {len(valid) - len(shown)} more" if len(valid) > len(shown) else ""
+  return f"{guess} valid are {', '.join(shown) or 'none'}{more}"
 
 
 def pieces(module: ModuleType, kind: Callable[[Callable], bool] = callable) -> dict[str, Callable]:
@@ -333,12 +329,12 @@ def _find(name, module, where, kind):
                        "jaxrl is started in is on the import path") from error
     except AttributeError as error:
       raise ValueError(f"{where}: module {path!r} has no {attribute!r}"
-                       f"{_nearest_and_all(attribute, pieces(home))}") from error
+                       f"{nearest(attribute, pieces(home), all_of_them=True)}") from error
     if not callable(function):
       raise ValueError(f"{where}: {name!r} is not a function but a {type(function).__name__}")
     return function
   valid = pieces(module, kind)
   if name not in valid:
-    raise ValueError(f"{where}: {module.__name__} has no {name!r}{_nearest_and_all(name, valid)}; a "
+    raise ValueError(f"{where}: {module.__name__} has no {name!r}{nearest(name, valid, all_of_them=True)}; a "
                      "function of your own is named 'module:function'")
   return valid[name]

@@ -140,7 +140,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
             for phase in phases if phase.kind != "evaluate"}
   refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
-  if fresh and config.model.source and not config.start:
+  if fresh and sources.begins(config):
     pretrained.check(pretrained.resolve(config.model.source), decoder)
   elif fresh:
     rng = jax.random.key_data(jax.random.key(config.seed))

@@ -98,7 +98,7 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
   parts.compile(progress.phase)
   params = None
-  if state is None and parts.config.model.source and not parts.config.start:
+  if state is None and sources.begins(parts.config):
     params = sources.parameters(parts.config.model.source, parts.decoder, rng, parts.mesh)
     reporter.note(f"starting with the parameters of {parts.config.model.source}")
   elif state is None:

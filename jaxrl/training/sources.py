@@ -75,6 +75,11 @@ def _place(config, workdir):
   return pretrained.resolve(config.model.source)
 
 
+def begins(config: ml_collections.ConfigDict) -> bool:
+  """Whether the first parameters are those of a published model, and not of another run or drawn."""
+  return bool(config.model.source) and not config.start
+
+
 def keep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Copies what says what the model is, without its parameters, into the workdir; once."""
   if not config.model.source or jax.process_index():
