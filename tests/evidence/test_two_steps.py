@@ -1,9 +1,12 @@
 """Every config: two real updates of a small model, and a resume between them, to the same bits."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -56,20 +59,27 @@ def quickly():
 
 @pytest.fixture(scope="module")
 def start_of(tmp_path_factory):
-  """For a config, a supervised run that gets some of its problems right, so that rewards differ."""
-  made = {}
+  """For a config, a supervised run that gets some of its problems right, so that rewards differ.
+
+  All processes that test share these.
+  """
+  root = tmp_path_factory.getbasetemp()
+  root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
   def start_of(config):
-    key = json.dumps([configs.to_dict(part) for part in (config.data, config.tokenizer)], sort_keys=True)
-    if key not in made:
-      made[key] = tmp_path_factory.mktemp("warm") / "run"
-      warm = small("configs/quickstart.py")
-      warm.phases, warm.data, warm.tokenizer = ("sft",), config.data, config.tokenizer
-      warm.sft.steps, warm.sft.until = 60, None
-      warm.optimizer.learning_rate = 3e-3
-      warm.checkpoint.every = 0
-      run.run(warm, made[key], quiet=True)
-    return str(made[key])
+    warm = small("configs/quickstart.py")
+    warm.phases, warm.tokenizer = ("sft",), config.tokenizer
+    warm.data = config.data.copy_and_resolve_references()
+    warm.data.test = ""
+    warm.sft.steps, warm.sft.until = 60, None
+    warm.optimizer.learning_rate = 3e-3
+    warm.checkpoint.every = 0
+    text = json.dumps([configs.to_dict(part) for part in (warm.data, warm.tokenizer)], sort_keys=True)
+    place = root / f"warm_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    with filelock.FileLock(f"{place}.lock"):
+      if not (place / "summary.json").exists():
+        run.run(warm, place, quiet=True)
+    return str(place)
   return start_of
 
 
