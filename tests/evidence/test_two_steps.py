@@ -14,8 +14,10 @@ import pytest
 from jaxrl import config as configs
 from jaxrl.evidence import methods
 from jaxrl.training import curves
+from jaxrl.training import hostfile
 from jaxrl.training import run
 from jaxrl.training.machine import CompileCounter
+from jaxrl.training.reporting import Reporter
 from tests.checkpointed import arrays_of
 
 CLASSICAL = ["reinforce.py", "rloo.py", "ppo.py", "ppo.py:shared", "grpo.py", "dr_grpo.py", "dapo.py",
@@ -28,6 +30,9 @@ SMALL = {"data.task_size": 300, "model.layers": 1, "model.d_model": 32,
 SIZES = ("digits", "shortest", "longest")  # knobs of tasks that make problems longer
 # Whose formats need their digits.
 LONG = tuple(f"configs/methods/{name}.py" for name in ("inftythink_plus", "rlcr", "rlpt"))
+
+# Whose second batch has more rows than the first.
+GROWING = tuple(f"configs/methods/{name}.py" for name in ("grpo_ma", "rmt"))
 
 TRAINING = tuple(f"jit({name})" for name in ("_in_one", "_outputs", "_signals", "_sums", "_update"))
 
@@ -87,6 +92,11 @@ def rows_of(place):
   return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
 
 
+def shape_of(place, number):
+  """Of the batch that a checkpoint was made after."""
+  return hostfile.read(place / "checkpoints" / str(number) / "host")[0]["host"]["shape"]
+
+
 @pytest.mark.parametrize("spec", [
     *(f"configs/{name}" for name in CLASSICAL),
     *(f"configs/methods/{methods.path_of(slug).name}" for slug in methods.slugs())])
@@ -99,7 +109,19 @@ def test_two_updates_and_a_resume_between_them(spec, start_of, tmp_path):
     configs.override(config, {f"{name}.optimizer.warmup_steps": "0",
                               f"{name}.optimizer.learning_rate": "1e-3"})
   last = 2 * len(config.phases)
-  run.run(config, tmp_path / "whole", quiet=True)
+  compiled, counter, step = {}, CompileCounter(), Reporter.step
+
+  def counting(reporter, number, *rest):
+    compiled[number] = {name: counter.programs[name] for name in TRAINING}
+    step(reporter, number, *rest)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Reporter, "step", counting)
+    run.run(config, tmp_path / "whole", quiet=True)
+  counter.close()
+  for number in range(2, last + 1, 2):
+    before, after = (shape_of(tmp_path / "whole", n) for n in (number - 1, number))
+    assert before == after or spec in GROWING
+    assert compiled[number] == compiled[number - 1] or before != after, "the second update compiled"
   updates = [row for row in rows_of(tmp_path / "whole") if "loss" in row]
   assert [row["step"] for row in updates] == list(range(1, last + 1))
   assert all(math.isfinite(row["loss"]) and row["skipped_steps"] == 0 for row in updates)
