@@ -68,7 +68,9 @@ def conversation(tokenizer: Any, messages: Messages) -> Conversation:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-  """The token with which the assistant's turns end; None where the template does not tell."""
+  """The token with which the assistant's turns end; None where no template tells."""
+  if not tokenizer.chats:
+    return None
   messages = [{"role": "user", "content": "."}, {"role": ASSISTANT, "content": "."}]
   try:
     return conversation(tokenizer, messages).tokens[-1]

@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     pad_id, eos_id: may be equal.
     bos_id: None where sequences do not start with a token of their own.
     special_tokens: how special tokens are written in chat templates.
+    chats: whether there is a chat template.
   """
 
   vocab_size: int
@@ -33,6 +34,7 @@ class Tokenizer(Protocol):
   bos_id: int | None
   eos_id: int
   special_tokens: Sequence[str]
+  chats: bool
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, no special ones among them; ValueError for text it cannot write."""
@@ -56,6 +58,7 @@ class CharacterTokenizer:
 
   pad_id, bos_id, eos_id = 0, 1, 2
   special_tokens = ()
+  chats = False
 
   def __init__(self, alphabet: str = PRINTABLE):
     repeated = sorted({c for c in alphabet if alphabet.count(c) > 1})
@@ -143,6 +146,11 @@ class PretrainedTokenizer:
     self._text.no_truncation()
     self._text.no_padding()
 
+  @property
+  def chats(self) -> bool:
+    """Whether there is a chat template."""
+    return bool(self.fast.chat_template)
+
   def encode(self, text: str) -> list[int]:
     """Token ids of a text; ValueError for a lone surrogate, which no UTF-8 text can hold."""
     _refuse_surrogates(text)
@@ -182,7 +190,7 @@ class PretrainedTokenizer:
     return self._text.decode(_checked(ids), skip_special_tokens=False)
 
   def _apply(self, messages, **options):
-    if not self.fast.chat_template:
+    if not self.chats:
       raise ValueError(f"the tokenizer {self.name!r} has no chat template: leave chat "
                        "off, or put a chat_template.jinja into its directory")
     for message in messages:
