@@ -81,7 +81,8 @@ def answer_file(model: Model, source: data.Source, output: pathlib.Path, asking:
 def row_of(answer: Answer, number: int, seed: int, logprobs: bool) -> dict[str, Any]:
   """An answer as a JSON object; `jaxrl sample --prompt=... --seed=SEED` gives the same."""
   more = dict(logprobs=answer.logprobs, ids=answer.tokens) if logprobs else {}
-  return dict(sample=number, text=answer.text, finish=answer.finish, seed=seed, tokens=len(answer.tokens), **more)
+  return dict(sample=number, text=answer.text, finish=answer.finish, seed=seed,
+              tokens=len(answer.tokens), **more)
 
 
 def prompt_of(model: Model, row: Mapping[str, Any], where: str, asking: Asking) -> list[int]:
@@ -127,13 +128,18 @@ def _checked(messages):
 def _begun(model, source, output, asking):
   """How many rows are answered already, by the same command."""
   settings = output.with_name(output.name + ".settings.json")
-  now = json.loads(json.dumps({**model.identity, "dtype": model.decoder.dtype, **dataclasses.asdict(asking)}))
+  own = {f.name: getattr(asking, f.name) for f in dataclasses.fields(asking) if f.name != "how"}
+  now = {**model.identity, "dtype": model.decoder.dtype, **own, **dataclasses.asdict(asking.how)}
+  now = json.loads(json.dumps(now))
   if output.exists() and output.stat().st_size:
-    before = json.loads(settings.read_text()) if settings.exists() else None
+    if not settings.exists():
+      raise ValueError(f"{output} is there already, and no {settings.name} says how it was made: name another "
+                       "--output, or delete it")
+    before = json.loads(settings.read_text())
     if before != now:
-      differs = [k for k in now if before and before.get(k) != now[k]] if before else ["everything"]
-      raise ValueError(f"{output} is there already, and not by this command ({', '.join(differs)} may differ, "
-                       f"see {settings.name}): name another --output, or delete it")
+      differs = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in {**before, **now}
+                          if before.get(k) != now.get(k))
+      raise ValueError(f"{output} was begun otherwise ({differs}): name another --output, or delete it")
   jsonl.write_json(settings, now, exact=True)
   jsonl.cut_torn_line(output)
   written = jsonl.read(output)

@@ -81,12 +81,12 @@ def _check(prompt, input, output, interactive, samples, seed, batch, as_json, lo
       raise ValueError(message)
   check(bool(input) != bool(output), "--input=FILE and --output=FILE belong together: name both, or neither")
   check(input and prompt is not None, "--prompt and --input both say what to answer: leave one out")
-  check(interactive and (input or prompt is not None), "--chat reads from the terminal: leave --prompt and --input "
-        "out")
+  check(interactive and (input or prompt is not None),
+        "--chat reads from the terminal: leave --prompt and --input out")
   check(input and pathlib.Path(input).resolve() == pathlib.Path(output).resolve(),
         f"--output={output} is the input: name another file")
-  check(interactive and (samples != 1 or as_json or logprobs), "--samples, --json and --logprobs are not for a chat: "
-        "give a --prompt, or --input and --output")
+  check(interactive and (samples != 1 or as_json or logprobs),
+        "--samples, --json and --logprobs are not for a chat: give a --prompt, or --input and --output")
   check(logprobs and not (as_json or input), "--logprobs are written with --json, or to an --output")
   check(as_json and input, "--json is what an --output always is: leave it out")
   check(samples < 1, f"--samples={samples}: at least 1")

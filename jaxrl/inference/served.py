@@ -196,7 +196,8 @@ def load(model: str, *, dtype: str = "", tensor: int = 1) -> Model:
 def _of_run(place, dtype, mesh):
   for needed in ("tokenizer", "checkpoints"):
     if not (place / needed).exists():
-      raise ValueError(f"--model={place} has no {needed}: name the --workdir of a run that has saved a checkpoint")
+      raise ValueError(f"--model={place} has no {needed}: name the --workdir of a run that has saved a "
+                       "checkpoint")
   config = configs.of_run(place)
   tokenizer = data.load_tokenizer(place / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)
@@ -227,8 +228,9 @@ def _asked(template):
 def _published(model, dtype, mesh):
   place = pretrained.resolve(model)
   hf = pretrained.read_json(place, pretrained.CONFIG)
-  if not families.architecture_of(hf).endswith("ForCausalLM"):
-    raise ValueError(f"--model={model} is a {families.architecture_of(hf)}, which gives scores and writes no text")
+  architecture = families.architecture_of(hf)
+  if not architecture.endswith("ForCausalLM"):
+    raise ValueError(f"--model={model} is a {architecture}, which gives scores and writes no text")
   tokenizer = data.load_tokenizer(place)
   stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
   dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
@@ -237,9 +239,9 @@ def _published(model, dtype, mesh):
   decoder = inputs.decoder_config({**fields, **found}, tokenizer)
   decoder, wanted = _wanted(decoder, dtype, mesh)
   params = pretrained.load_parameters(place, decoder, wanted)
-  return Model(dict(model=str(place.absolute()) if pathlib.Path(model).is_dir() else model), tokenizer, decoder,
-               params, mesh, _recommended(place, tokenizer), tokenizer.chats,
-               max_positions=hf.get("max_position_embeddings") or 0)
+  named = str(place.absolute()) if pathlib.Path(model).expanduser().is_dir() else model
+  return Model(dict(model=named), tokenizer, decoder, params, mesh, _recommended(place, tokenizer),
+               tokenizer.chats, max_positions=hf.get("max_position_embeddings") or 0)
 
 
 def _wanted(decoder, dtype, mesh):

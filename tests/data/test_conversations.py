@@ -169,7 +169,8 @@ def test_supervised_tuning_is_on_the_assistants_tokens(name):
 
 
 def test_a_question_in_a_user_message_is_answered_in_the_assistants():
-  made = TaskBuilder(tokenizer_of(GEMMA), Fields(solution="solution"), chat=True, prompt_template="Q {question}")
+  made = TaskBuilder(tokenizer_of(GEMMA), Fields(solution="solution"), chat=True,
+                     prompt_template="Q {question}")
   task = made.to_task(dict(question="two?", answer="3", solution="three"), "a:1", solved=True)
   trajectory = data.supervised(task, made.tokenizer)
   assert made.tokenizer.written(trajectory.tokens) == (
