@@ -30,6 +30,8 @@ class Task:
   question: str = ""
   answer: str = ""  # the reference that verifiers compare with
   solution: str = ""  # the text to imitate in supervised tuning; holds the answer
+  reply: list[int] = dataclasses.field(default_factory=list)  # its tokens, where a chat template wrote them
+  said: list[bool] = dataclasses.field(default_factory=list)  # tokens of the prompt to imitate as well
   row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

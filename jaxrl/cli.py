@@ -6,6 +6,7 @@
   jaxrl methods igrpo              # what its config changes in its parent's
   jaxrl reproduce --method=igrpo --seeds=0,1,2
   jaxrl evaluate --model=runs/reward_hh --data=bench.jsonl    # is the better answer scored higher?
+  jaxrl sample --model=runs/mine --prompt="123+456="    # or --input and --output, or a chat
   jaxrl export --workdir=runs/mine --output=mine    # a directory that transformers loads
   jaxrl arena --votes=votes.jsonl --out=arena    # ranks models by votes between their answers
 """
@@ -43,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     return _arena(options)
   if options.command == "export":
     return _export(options)
+  if options.command == "sample":
+    return _sample(options)
   config = _config(options, overrides) if options.command == "run" else None
   with _handling_sigterm():
     (_run if options.command == "run" else _reproduce)(config, options)
@@ -78,6 +81,26 @@ def _export(options):
       print(line)
   except KeyboardInterrupt:
     _fail("interrupted; nothing was written", code=128 + signal.SIGINT)
+  except (ValueError, *_mistakes()) as error:
+    _fail(str(error))
+
+
+def _sample(options):
+  """Asks a model."""
+  given = vars(options)
+  try:
+    with _loading():
+      from jaxrl.inference import sample
+    settings = {name: given[name] for name in sample.SETTINGS if given[name] is not None}
+    names = ("prompt", "input", "output", "system", "raw", "samples", "seed", "logprobs", "batch", "dtype",
+             "tensor", "quiet")
+    sample.sample(options.model, talk=options.chat, stop=tuple(options.stop), as_json=options.json,
+                  settings=settings, **{name: given[name] for name in names})
+  except KeyboardInterrupt:
+    _fail("interrupted" + "; the same command continues" * bool(options.output), code=128 + signal.SIGINT)
+  except BrokenPipeError:  # whoever read the answers has had enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except (ValueError, *_mistakes()) as error:
     _fail(str(error))
 
@@ -270,6 +293,7 @@ def _parser():
                      help="pull to equal strengths, for models that never lose (0)")
   arena.add_argument("--resamples", type=int, default=100, help="for the intervals (100)")
   arena.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
+  _add_sample(commands)
   export = commands.add_parser(
       "export", help="write the model of a run as a directory that transformers loads",
       epilog="The directory holds config.json, safetensors, the tokenizer and a model card; "
@@ -282,6 +306,37 @@ def _parser():
     command.add_argument("--results", default="results", metavar="DIR",
                          help="where outcomes are (results)")
   return parser
+
+
+def _add_sample(commands):
+  sample = commands.add_parser(
+      "sample", help="ask a model: a prompt, a file of prompts, or a chat",
+      epilog="Without --prompt and --input a terminal begins a chat, and a pipe holds the prompt. Rows of an "
+             "input are {prompt} or {messages}; an output that was interrupted is continued. What is not "
+             "given of max_tokens to min_p is as in the run's last phase, or in generation_config.json.")
+  sample.add_argument("--model", required=True, metavar="MODEL",
+                      help="--workdir of a run, or directory or hub id of a published model")
+  sample.add_argument("--prompt", metavar="TEXT", help="to answer")
+  sample.add_argument("--input", default="", metavar="FILE", help="rows to answer")
+  sample.add_argument("--output", default="", metavar="FILE", help="where their answers go, JSON lines")
+  sample.add_argument("--chat", action="store_true", help="answer line by line, even from a pipe")
+  sample.add_argument("--system", default="", metavar="TEXT", help="what the system says first")
+  sample.add_argument("--raw", action="store_true", help="continue prompts as they are, without a template")
+  sample.add_argument("--samples", type=int, default=1, metavar="N", help="of each prompt (1)")
+  sample.add_argument("--seed", type=int, default=0, help="the same one gives the same answers (0)")
+  sample.add_argument("--max_tokens", type=int, metavar="N", help="of an answer")
+  sample.add_argument("--temperature", type=float, help="0 takes the most likely token")
+  sample.add_argument("--top_k", type=int, help="keep this many tokens; 0 is off")
+  sample.add_argument("--top_p", type=float, help="keep the likeliest tokens of this share; 1 is off")
+  sample.add_argument("--min_p", type=float, help="keep tokens this likely relative to the first; 0 is off")
+  sample.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                      help="that ends an answer; may be given several times")
+  sample.add_argument("--json", action="store_true", help="an object for each answer")
+  sample.add_argument("--logprobs", action="store_true", help="with tokens and their log-probabilities")
+  sample.add_argument("--batch", type=int, default=64, metavar="N", help="samples at the same time (64)")
+  sample.add_argument("--dtype", default="", metavar="TYPE", help="float32 or bfloat16 (the model's own)")
+  sample.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share a copy of it (1)")
+  sample.add_argument("--quiet", action="store_true", help="answers alone, no notes")
 
 
 def _overrides(arguments, parser):

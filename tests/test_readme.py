@@ -1,5 +1,6 @@
 """What README shows works as it stands there."""
 
+import io
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+from jaxrl import cli
 from jaxrl import data
 from tests.models import published
 
@@ -74,11 +76,13 @@ def test_own_method_is_config_piece_and_test_in_one_file(tmp_path):
   assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
 
 
-def test_own_checkpoint_is_trained_exported_and_trained_again(tmp_path):
+def test_own_checkpoint_is_trained_exported_trained_again_and_asked(tmp_path, monkeypatch, capsys):
   (tmp_path / "capitals.py").write_text(block("def right_and_short"))
   rows = [{"ask": f"capital of country {i}?", "reply": f"Town{i}"} for i in range(60)]
   (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  data.train_bpe([row["ask"] + row["reply"] for row in rows], 300).save(tmp_path / "tiny")
+  tokenizer = data.train_bpe([row["ask"] + row["reply"] for row in rows], 300)
+  tokenizer.fast.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+  tokenizer.save(tmp_path / "tiny")
   published.saved("qwen2_for_300_tokens", tmp_path / "tiny")
   section = README.split("## Your own checkpoint")[1].split("```bash\n")[1].split("```")[0]
   assert "Qwen/Qwen2.5-0.5B" in section  # which is not here
@@ -93,3 +97,13 @@ def test_own_checkpoint_is_trained_exported_and_trained_again(tmp_path):
     assert done.returncode == 0, (line, done.stderr)
   hf = json.loads((tmp_path / "tuned" / "config.json").read_text())
   assert hf["architectures"] == ["Qwen2ForCausalLM"] and hf["dtype"] == "bfloat16"
+
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "prompts.jsonl").write_text('{"prompt": "capital of country 3?"}\n' * 2)
+  section = README.split("## Talk to your model")[1].split("```bash\n")[1].split("```")[0]
+  for line in section.replace("Qwen/Qwen2.5-0.5B", "tiny").splitlines():
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    cli.main([*shlex.split(line)[1:], "--max_tokens=4"])
+  rows = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith('{"prompt"')]
+  assert [len(row["logprobs"]) == row["tokens"] <= 4 for row in rows] == [True] * 3
+  assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 4

@@ -6,6 +6,7 @@
 """
 
 from jaxrl.data.consensus import agreed_principles
+from jaxrl.data.conversations import end_of_turn
 from jaxrl.data.examples import Fields
 from jaxrl.data.examples import RowCounts
 from jaxrl.data.examples import supervised

@@ -7,6 +7,7 @@ one policy, `on_bad_row`.
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import math
 import threading
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.data import conversations
 from jaxrl.data import templates
 from jaxrl.data.sources import BadRow
 from jaxrl.data.sources import Source
@@ -34,7 +36,7 @@ class Fields:
     solution: text to imitate; without it, the final assistant message, or the whole answer field.
     id: text or number that names the row; without it, `file:line`.
     messages: list of `{role, content}`, instead of a question. A final assistant message is no part
-      of the prompt.
+      of the prompt. Supervised tuning imitates all of the assistant's messages.
     more: other fields, of text or numbers, that templates use under their own names.
   """
 
@@ -61,9 +63,10 @@ class RowCounts:
   def as_dict(self) -> dict[str, int]:
     """Rows by reason.
 
-    They are `ok`, of which `prompt_truncated` and `completion_truncated`, or were refused as
-    `unreadable`, `missing_field`, `wrong_type`, `empty`, `no_answer`, `not_encodable`,
-    `prompt_too_long` or `completion_too_long`; pairs also as `no_shared_prompt` or `same_answers`.
+    They are `ok`, of which `prompt_truncated`, `completion_truncated` and `answer_rewritten` (see
+    `conversations`), or were refused as `unreadable`, `missing_field`, `wrong_type`, `empty`,
+    `no_answer`, `not_encodable`, `prompt_too_long` or `completion_too_long`; pairs also as
+    `no_shared_prompt` or `same_answers`.
     """
     with self._lock:
       return dict(self._counts)
@@ -144,6 +147,13 @@ class TaskBuilder:
           raise ValueError(f"{name} spells out the special token {special!r}, but text is encoded "
                            "letter by letter: use chat=True for turns; BOS and EOS need no writing")
 
+  @functools.cached_property
+  def stop_ids(self) -> tuple[int, ...]:
+    """Tokens that end an answer: EOS and, in conversations, what ends a turn."""
+    chats = self.chat or self.fields.messages
+    ends = conversations.end_of_turn(self.tokenizer) if chats else None
+    return tuple(dict.fromkeys((self.tokenizer.eos_id, *([] if ends is None else [ends]))))
+
   def read(self, source: Source, index: int) -> Task | None:
     """The task of one row of a source; None where the row is skipped.
 
@@ -199,9 +209,15 @@ class TaskBuilder:
     values["solution"] = solution if solution is not None else self._solution_text(
         row, whole if reply is None else reply, where, solved)
     task_id = self._text(row, fields.id, "id", where, numbers=True) if fields.id else where
-    task = Task(id=task_id, prompt=self._prompt_tokens(values, messages, where),
-                question=values.get("question", ""), answer=values["answer"],
-                solution=templates.fill(self._solution, values), row=dict(row))
+    text = templates.fill(self._solution, values)
+    if messages is None and self.chat:
+      messages = [{"role": "user", "content": templates.fill(self._prompt, values)}]
+    if solved and messages and text.strip():
+      prompt, reply, said = self._conversation(messages, text, where)
+    else:
+      prompt, reply, said = self._prompt_tokens(values, messages, where), [], []
+    task = Task(id=task_id, prompt=prompt, question=values.get("question", ""), answer=values["answer"],
+                solution=text, reply=reply, said=said, row=dict(row))
     if solved:
       self._check_solution(task, where)
     return task
@@ -258,10 +274,21 @@ class TaskBuilder:
       text = self._text(row, field, "solution", where)
     return self._remove.sub("", text) if self._remove else text
 
+  def _conversation(self, messages, solution, where):
+    """Prompt, reply and what is said in the prompt, as the chat template has them."""
+    whole = [*messages, {"role": conversations.ASSISTANT, "content": solution}]
+    try:
+      found = conversations.conversation(self.tokenizer, whole)
+    except ValueError as error:
+      raise BadRow("not_encodable", where, str(error)) from error
+    if found.rewritten:
+      self.counts.add("answer_rewritten")
+    start = found.start
+    prompt = self._within(found.tokens[:start], [], where)
+    return prompt, found.tokens[start:], found.said[start - len(prompt):start]
+
   def _prompt_tokens(self, values, messages, where):
     text = templates.fill(self._prompt, values)
-    if messages is None and self.chat:
-      messages = [{"role": "user", "content": text}]
     start = []
     try:
       if messages is not None:
@@ -274,6 +301,10 @@ class TaskBuilder:
     if not start + tokens:
       raise BadRow("empty", where, "the prompt has no tokens, and this tokenizer has no BOS to "
                    "start with: put some text into prompt_template")
+    return self._within(tokens, start, where)
+
+  def _within(self, tokens, start, where):
+    """A prompt that begins with `start`, within the limit."""
     limit, length = self.max_prompt_tokens, len(start) + len(tokens)
     if limit and length > limit:
       field = self.fields.messages or self.fields.question
@@ -287,7 +318,11 @@ class TaskBuilder:
       raise BadRow("empty", where, "there is no solution to imitate in data.solution="
                    f"{fields.solution!r} or data.answer={fields.answer!r}")
     field = fields.solution or fields.messages or fields.answer
-    self.check_completion(task.solution, f"solution from field {field!r}", where)
+    what = f"solution from field {field!r}"
+    if task.reply:
+      self._check_length(len(task.reply), what, where)
+    else:
+      self.check_completion(task.solution, what, where)
 
   def check_completion(self, text: str, what: str, where: str) -> None:
     """Refuses a text that cannot be written, or is, with its EOS, longer than a completion may be."""
@@ -295,6 +330,9 @@ class TaskBuilder:
       length = len(self.tokenizer.encode(text)) + 1
     except ValueError as error:
       raise BadRow("not_encodable", where, f"{what}: {error}") from error
+    self._check_length(length, what, where)
+
+  def _check_length(self, length, what, where):
     if self.max_completion_tokens and length > self.max_completion_tokens:
       self._too_long("completion", f"the {what}, with EOS,", length, where)
 
@@ -311,6 +349,8 @@ class TaskBuilder:
 def supervised(task: Task, tokenizer: Tokenizer, *, max_completion_tokens: int = 0) -> Trajectory:
   """Prompt, solution and EOS as one sequence whose loss is on the solution and the EOS.
 
+  In a conversation it is on all that the assistant says, with the token that ends each of its turns.
+
   Args:
     task: with a solution.
     tokenizer: the one that wrote the prompt.
@@ -319,12 +359,15 @@ def supervised(task: Task, tokenizer: Tokenizer, *, max_completion_tokens: int =
   Raises:
     ValueError: the tokenizer cannot write the solution, or the prompt is empty.
   """
-  completion = tokenizer.encode(task.solution) + [tokenizer.eos_id]
+  completion = task.reply or tokenizer.encode(task.solution) + [tokenizer.eos_id]
   text, finish = task.solution, "stop"
   if max_completion_tokens and len(completion) > max_completion_tokens:
     completion = completion[:max_completion_tokens]
     text, finish = tokenizer.decode(completion), "length"
-  mask = np.arange(len(task.prompt) + len(completion)) >= len(task.prompt)
+  said = task.said or [False] * len(task.prompt)
+  mask = np.array([*said, *[True] * len(completion)])
+  if len(mask):
+    mask[0] &= not task.said  # nothing predicts the first token, which a prompt that was cut may begin with
   return Trajectory(tokens=np.array(task.prompt + completion, np.int32), loss_mask=mask,
                     task_id=task.id, prompt_length=len(task.prompt), text=text, finish=finish)
 

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import copy
 import json
 import pathlib
+import re
 from typing import Any, Protocol
 
 PRINTABLE = "".join(map(chr, range(ord(" "), ord("~") + 1))) + "\n"
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 CHARACTER_FILE = "character_tokenizer.json"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Tokenizer(Protocol):
@@ -24,6 +26,7 @@ class Tokenizer(Protocol):
     pad_id, eos_id: may be equal.
     bos_id: None where sequences do not start with a token of their own.
     special_tokens: how special tokens are written in chat templates.
+    chats: whether there is a chat template.
   """
 
   vocab_size: int
@@ -31,6 +34,7 @@ class Tokenizer(Protocol):
   bos_id: int | None
   eos_id: int
   special_tokens: Sequence[str]
+  chats: bool
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, no special ones among them; ValueError for text it cannot write."""
@@ -54,6 +58,7 @@ class CharacterTokenizer:
 
   pad_id, bos_id, eos_id = 0, 1, 2
   special_tokens = ()
+  chats = False
 
   def __init__(self, alphabet: str = PRINTABLE):
     repeated = sorted({c for c in alphabet if alphabet.count(c) > 1})
@@ -115,6 +120,9 @@ class PretrainedTokenizer:
 
   Attributes:
     fast: the wrapped tokenizer.
+    name: of it, for messages.
+    added_texts, added_ids: tokens beside those that were learned, special ones among them; long texts first,
+      and none of blanks.
   """
 
   def __init__(self, fast: Any):
@@ -130,10 +138,18 @@ class PretrainedTokenizer:
     self.pad_id = self.eos_id if fast.pad_token_id is None else fast.pad_token_id
     self.vocab_size = max(fast.get_vocab().values()) + 1
     self.special_tokens = tuple(fast.all_special_tokens)
+    self.name = fast.name_or_path
+    added = {str(token): i for i, token in fast.added_tokens_decoder.items() if str(token).strip()}
+    self.added_texts, self.added_ids = tuple(sorted(added, key=len, reverse=True)), frozenset(added.values())
     self._text = copy.deepcopy(fast.backend_tokenizer)  # a copy: `fast` turns these switches itself
     self._text.encode_special_tokens = True  # that is, as text
     self._text.no_truncation()
     self._text.no_padding()
+
+  @property
+  def chats(self) -> bool:
+    """Whether there is a chat template."""
+    return bool(self.fast.chat_template)
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text; ValueError for a lone surrogate, which no UTF-8 text can hold."""
@@ -151,19 +167,40 @@ class PretrainedTokenizer:
     Raises:
       ValueError: there is no chat template, or it refuses the messages (order of roles, ...).
     """
-    if not self.fast.chat_template:
-      raise ValueError(f"the tokenizer {self.fast.name_or_path!r} has no chat template: leave chat "
+    return self.encode_chat(self.chat_text(messages, add_generation_prompt))
+
+  def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    """What the chat template writes; raises as `render_chat`."""
+    return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+  def encode_chat(self, text: str) -> list[int]:
+    """Token ids of what a template wrote, special tokens among them; none is added."""
+    return list(self.fast(text, add_special_tokens=False).input_ids)
+
+  def generation_mask(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]] | None:
+    """Token ids, and which are in `{% generation %}` blocks; None where the template has none."""
+    template = self.fast.chat_template
+    if not isinstance(template, str) or not GENERATION.search(template):
+      return None
+    found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    return list(found["input_ids"]), list(found["assistant_masks"])
+
+  def written(self, ids: Iterable[int]) -> str:
+    """Text of token ids, special ones spelled out."""
+    return self._text.decode(_checked(ids), skip_special_tokens=False)
+
+  def _apply(self, messages, **options):
+    if not self.chats:
+      raise ValueError(f"the tokenizer {self.name!r} has no chat template: leave chat "
                        "off, or put a chat_template.jinja into its directory")
     for message in messages:
       _refuse_surrogates(message["content"])
     import jinja2
     try:
-      ids = self.fast.apply_chat_template(list(messages), tokenize=True, return_dict=False,
-                                          add_generation_prompt=add_generation_prompt)
+      return self.fast.apply_chat_template(list(messages), **options)
     except jinja2.TemplateError as error:
       roles = [message["role"] for message in messages]
       raise ValueError(f"the chat template refuses messages of roles {roles}: {error}") from error
-    return list(ids)
 
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes `tokenizer.json` and its configuration."""

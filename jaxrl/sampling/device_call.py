@@ -16,7 +16,7 @@ from jaxrl.sampling import compaction, generate
 from jaxrl.sampling.batching import Slot, pack
 from jaxrl.sampling.requests import Request
 
-CHUNK = 32  # tokens between two looks of the host
+CHUNK = 32  # tokens between two looks of the host, unless somebody reads along
 MIN_CAPACITY, FIRST_CAPACITY = 16, 64  # of suffix caches; longer ones are made when needed
 
 
@@ -35,7 +35,7 @@ class DeviceCall:
 
   def __init__(self, config: DecoderConfig, variables, requests: Sequence[Request],
                slots: Sequence[Slot], width: int, base_key: jax.Array, mesh: Mesh | None,
-               dispatch: threading.Lock, cache_dtype: str = ""):
+               dispatch: threading.Lock, cache_dtype: str = "", chunk: int = CHUNK):
     """Reads the prompts and draws the first tokens.
 
     Args:
@@ -47,6 +47,7 @@ class DeviceCall:
       base_key: of the run.
       mesh: that prompts are distributed over, or None. On several devices rows stay where they are.
       dispatch: held while programs are started, so that two threads do not compile the same one.
+      chunk: tokens between two looks of the host.
     """
     self._config, self._variables, self._base_key = config, variables, base_key
     self._mesh, self._dispatch, self._width = mesh, dispatch, width
@@ -60,7 +61,7 @@ class DeviceCall:
     self._places = self._put(self._rows)
     longest = int(self.settings.max_tokens.max())
     self._movable &= longest * len(packed.padding) > compaction.SMALL
-    self._chunk = bucket(min(longest, CHUNK), MIN_CAPACITY)
+    self._chunk = bucket(min(longest, chunk), min(chunk, MIN_CAPACITY))
     self._capacity = bucket(min(longest, FIRST_CAPACITY), MIN_CAPACITY)
     self._ids = np.arange(len(packed.padding))  # of the rows that the device computes
     self.tokens = np.zeros((0, len(packed.padding)), np.int32)

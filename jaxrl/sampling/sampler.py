@@ -16,7 +16,7 @@ from jaxrl import sharding
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate, precision
 from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout
-from jaxrl.sampling.device_call import DeviceCall
+from jaxrl.sampling.device_call import CHUNK, DeviceCall
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
 
@@ -62,7 +62,7 @@ class Sampler:
 
   def __init__(self, config: DecoderConfig, *, mesh: Mesh | None = None, max_rows: int = 1024,
                streams: int | None = None, decode: Callable[[list[int]], str] | None = None,
-               weights_dtype: str = "", cache_dtype: str = ""):
+               weights_dtype: str = "", cache_dtype: str = "", chunk: int = CHUNK):
     """
     Args:
       config: of the model.
@@ -74,6 +74,7 @@ class Sampler:
       decode: token ids to text, for stop strings. Text must only grow with more tokens (an
         incomplete last character aside).
       weights_dtype, cache_dtype: of matrices, and of keys and values; one of `precision.DTYPES`.
+      chunk: tokens between two looks of the host, a power of two. Samples do not depend on it.
 
     Raises:
       ValueError: a value out of range.
@@ -84,7 +85,9 @@ class Sampler:
       if dtype not in precision.DTYPES:
         raise ValueError(f"config.rollout.{name}={dtype!r} is none of {precision.DTYPES}; \"\" is the "
                          "model's own")
-    self._weights_dtype, self._cache_dtype = weights_dtype, cache_dtype
+    if chunk < 1 or chunk & (chunk - 1):
+      raise ValueError(f"sampling.chunk={chunk}: use a power of two, such as {CHUNK}")
+    self._weights_dtype, self._cache_dtype, self._chunk = weights_dtype, cache_dtype, chunk
     self._config = config
     self._mesh = mesh
     self._max_rows = max_rows
@@ -100,7 +103,8 @@ class Sampler:
     self.statistics = Statistics()
 
   def sample(self, params, requests: Sequence[Request], base_key: jax.Array, *,
-             on_done: Callable[[int, list[Sample]], None] | None = None) -> list[list[Sample]]:
+             on_done: Callable[[int, list[Sample]], None] | None = None,
+             on_tokens: Callable[[int, int, np.ndarray], None] | None = None) -> list[list[Sample]]:
     """`n` samples for every request, in their order.
 
     Args:
@@ -109,6 +113,8 @@ class Sampler:
       base_key: a typed threefry key (`jax.random.key(seed)`), the same for a whole run.
       on_done: is given the index of a request and its samples as soon as all of them have ended,
         while others may still be under way; from any thread.
+      on_tokens: is given the index of a request, that of one of its samples and the tokens of it so far,
+        whenever the host has looked; likewise.
 
     Raises:
       ValueError: a request that cannot be served.
@@ -117,7 +123,7 @@ class Sampler:
     began, compiled = time.perf_counter(), generate.compilations.total()
     self._check(requests, base_key)
     self.statistics = Statistics()
-    results = _Results(requests, on_done)
+    results = _Results(requests, on_done, on_tokens)
     widest = max((request.n for request in requests), default=1)
     # A request with many samples may take the rows of several streams, so as not to be read twice.
     streams = max(1, min(self._streams, self._max_rows // max(widest, MIN_STREAM_ROWS)))
@@ -163,7 +169,7 @@ class Sampler:
   def _run(self, variables, requests, slots, width, base_key, results):
     """Makes the samples of one device call; returns what it cost."""
     call = DeviceCall(self._config, variables, requests, slots, width, base_key, self._mesh,
-                      self._dispatch, self._cache_dtype)
+                      self._dispatch, self._cache_dtype, self._chunk)
     ids, limits = call.settings.stop_ids, call.settings.max_tokens
     strings = StopStrings(self._decode, requests, slots, width)
     checked, open_slots = 0, dict(enumerate(slots))
@@ -175,6 +181,7 @@ class Sampler:
       under_way = call.under_way
       for place, slot in list(open_slots.items()):
         rows = range(place * width, place * width + slot.count)
+        results.watch(slot, call.tokens[:, rows], ids[rows], limits[rows])
         if not under_way[rows].any():
           ended = lengths(call.tokens[:, rows], ids[rows], limits[rows])
           samples = cut(call.tokens[:, rows], call.logprobs[:, rows], ended, ids[rows],
@@ -193,10 +200,17 @@ class Sampler:
 class _Results:
   """Samples by request, filled by several threads."""
 
-  def __init__(self, requests, on_done):
+  def __init__(self, requests, on_done, on_tokens):
     self.samples = [[None] * request.n for request in requests]
-    self._requests, self._on_done, self._lock = requests, on_done, threading.Lock()
+    self._requests, self._on_done, self._on_tokens = requests, on_done, on_tokens
+    self._lock = threading.Lock()
     self._missing = [request.n for request in requests]
+
+  def watch(self, slot, tokens, stop_ids, limits):
+    """Hands on what there is of the samples of a slot, if anybody reads along."""
+    if self._on_tokens:
+      for sample, length in enumerate(lengths(tokens, stop_ids, limits)):
+        self._on_tokens(slot.request, slot.first + sample, tokens[:length, sample])
 
   def add(self, slot, samples):
     """Takes the samples of a slot; hands the request on if they were its last."""

@@ -380,7 +380,7 @@ def _rollouts(parts, phase, sampler):
   mesh = parts.mesh if sampler is parts.sampler else parts.sampling_mesh
   return rollout_lib.Rollouts(
       pieces.episode(phase.settings), sampler, parts.tokenizer, parts.scorer,
-      sampling=pieces.sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
+      sampling=pieces.sampling(r, parts.builder.stop_ids), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
       likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
       pairs=parts.pair_builder, seed=parts.config.seed,

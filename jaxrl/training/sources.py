@@ -50,13 +50,13 @@ def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_colle
   if wrong:
     raise ValueError(f"config.model.source={source!r} contradicts other settings:\n  " + "\n  ".join(wrong)
                      + "\nleave them out of the config, or set them to what the model has")
-  config.rollout.stop_ids = config.rollout.stop_ids or _stop_ids(place)
+  config.rollout.stop_ids = config.rollout.stop_ids or stop_ids(place)
   if config.tokenizer.kind == "character" and not config.tokenizer.alphabet:
     config.tokenizer.kind = "pretrained"
   return config
 
 
-def _stop_ids(place):
+def stop_ids(place: pathlib.Path) -> tuple[int, ...]:
   """Tokens that end what the model says: chat models have several, and one of them is EOS."""
   if not (place / pretrained.GENERATION).exists():
     return ()

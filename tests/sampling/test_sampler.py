@@ -125,6 +125,21 @@ def test_fewer_rows_at_a_time_and_more_streams_return_the_same_samples():
     assert other.statistics.calls == calls
 
 
+def test_whoever_reads_along_sees_samples_grow_into_what_they_are_without():
+  requests = [ask([1, 2], n=3, key=(1,), max_tokens=60), ask([3], key=(2,), max_tokens=40)]
+  seen = {}
+  read = Sampler(PLAIN, chunk=4, streams=1).sample(
+      parameters(PLAIN), requests, KEY, on_tokens=lambda request, sample, tokens: seen.setdefault(
+          (request, sample), []).append(tokens.tolist()))
+  plain = sampler(streams=1).sample(parameters(PLAIN), requests, KEY)
+  assert_same(flat(read), flat(plain))
+  assert sorted(seen) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+  for (request, sample), grown in seen.items():
+    whole = plain[request][sample].tokens.tolist()
+    assert all(whole[:len(tokens)] == tokens for tokens in grown) and grown[-1] == whole
+    assert len(grown) >= len(whole) // 4  # a look every four tokens
+
+
 def test_a_prefix_of_the_samples_is_what_fewer_samples_would_be():
   few, many = (sampler().sample(parameters(PLAIN), [ask([1, 2], n=n, key=(3,), max_tokens=20)],
                                 KEY)[0] for n in (5, 6))
@@ -378,6 +393,7 @@ def test_buckets_hold_their_size_and_waste_at_most_a_third(size):
     (lambda: sampler().sample({}, [ask([1], max_tokens=1, stop_strings=("x",))], KEY), "decode="),
     (lambda: sampler().sample({}, [ask([1], max_tokens=1)], jax.random.PRNGKey(0)), "typed"),
     (lambda: Sampler(PLAIN, max_rows=0), "max_rows=0"),
+    (lambda: Sampler(PLAIN, chunk=3), "chunk=3: use a power of two"),
     (lambda: Sampler(PLAIN, weights_dtype="int4"), "rollout.weights_dtype='int4'"),
     (lambda: Sampler(PLAIN, cache_dtype="half"), "rollout.cache_dtype='half'"),
 ])

@@ -1,0 +1,157 @@
+"""Conversations as token ids, with a mask of exactly what the assistant says in them.
+
+Where a template has `{% generation %}` blocks, its author has said what that is. Elsewhere it is found
+by rendering: an answer begins where the rendering of what comes before it, made as for sampling, ends,
+and goes to the token that ends its turn, such as `<|im_end|>`. So the model learns what it has to say
+when it is asked in the same way, and what a template writes behind the turn is left to the template.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+Messages = Sequence[Mapping[str, Any]]
+ASSISTANT = "assistant"
+PRIVATE = range(0xE000, 0xF900)  # characters that no text has
+ADVICE = ("give the tokenizer a template with {% generation %} ... {% endgeneration %} around what the "
+          "assistant says")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """A rendered conversation.
+
+  Attributes:
+    tokens: up to the end of the last answer.
+    said: which of them the assistant says. [length]
+    start: the first token of the last answer.
+    rewritten: numbers of messages of which the template keeps only a part once more follows, such as
+      answers without the thinking before them: a model does not say them so, and they are not marked.
+  """
+
+  tokens: list[int]
+  said: list[bool]
+  start: int
+  rewritten: tuple[int, ...] = ()
+
+
+def conversation(tokenizer: Any, messages: Messages) -> Conversation:
+  """A conversation that ends in an answer, as the tokenizer's template writes it.
+
+  Args:
+    tokenizer: a `PretrainedTokenizer`, or whatever has its methods for chats.
+    messages: of role and content; the last one is the assistant's.
+
+  Raises:
+    ValueError: the template refuses the messages, or what the assistant says cannot be told from the
+      rest; names template and message, and says what to do.
+  """
+  if not messages or messages[-1]["role"] != ASSISTANT:
+    raise ValueError("a conversation to learn from ends in a message of the assistant")
+  if messages[0]["role"] == ASSISTANT:
+    raise ValueError("the conversation begins with the assistant, and what it says first would be learned "
+                     "from nothing: begin with a message of the user, or of the system")
+  if (found := tokenizer.generation_mask(messages)) is not None:
+    return _of_blocks(tokenizer, *found)
+  text = tokenizer.chat_text(messages, False)
+  spans, rewritten = [], []
+  for number, message in enumerate(messages):
+    if message["role"] == ASSISTANT:
+      start, end, whole = _span(tokenizer, messages, number, text)
+      if whole:
+        spans.append((start, end))
+      else:
+        rewritten.append(number)
+  tokens, said = _tokens(tokenizer, text, spans)
+  return _cut(tokens, said, tuple(rewritten))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+  """The token with which the assistant's turns end; None where no template tells."""
+  if not tokenizer.chats:
+    return None
+  messages = [{"role": "user", "content": "."}, {"role": ASSISTANT, "content": "."}]
+  try:
+    return conversation(tokenizer, messages).tokens[-1]
+  except ValueError:
+    return None
+
+
+def _of_blocks(tokenizer, tokens, said):
+  """What `{% generation %}` blocks mark, and the token that ends the turn if they leave it out."""
+  if not any(said):
+    raise ValueError(f"the {{% generation %}} blocks of {_name(tokenizer)} are empty for this conversation: "
+                     "put them around the content of the assistant's messages")
+  said = [bool(x) for x in said]
+  for i in range(1, len(said)):
+    ends = said[i - 1] and tokens[i - 1] not in tokenizer.added_ids and tokens[i] in tokenizer.added_ids
+    said[i] = said[i] or ends
+  return _cut(tokens, said, ())
+
+
+def _cut(tokens, said, rewritten):
+  """Without what follows the last answer."""
+  end = len(said) - said[::-1].index(True)
+  tokens, said = tokens[:end], said[:end]
+  return Conversation(tokens, said, end - (said[::-1] + [False]).index(False), rewritten)
+
+
+def _span(tokenizer, messages, number, text):
+  """Where the text of an answer begins and ends in that of all, and whether all of it is there."""
+  before = tokenizer.chat_text(messages[:number], True)
+  who = f"message {number} (assistant)"
+  if not text.startswith(before) or not before:
+    same = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), min(len(before), len(text)))
+    raise ValueError(
+        f"{_name(tokenizer)} does not write what comes before {who} as it does when that is to be answered "
+        f"({before[same:same + 40]!r} becomes {text[same:same + 40]!r}), so it cannot be told which tokens "
+        f"are the assistant's: make a row of each answer, cut off behind it, put the system's text into the "
+        f"first message of the user, or {ADVICE}")
+  mark = next(c for c in map(chr, PRIVATE) if c not in text)
+  marked = [*messages[:number], {**messages[number], "content": mark}, *messages[number + 1:]]
+  _, found, after = tokenizer.chat_text(marked, False).rpartition(mark)
+  if not found or not text[len(before):].endswith(after):
+    raise ValueError(f"{_name(tokenizer)} does not write {who} where its content stands, or changes what "
+                     f"comes behind with it: {ADVICE}")
+  end = len(text) - len(after)
+  closing = re.match(rf"\s*({'|'.join(map(re.escape, tokenizer.added_texts))})", after)
+  if not closing:
+    raise ValueError(f"{_name(tokenizer)} writes {after[:40]!r} behind {who}, which begins with no special "
+                     "token, so nothing would teach the model to stop: let the template write eos_token, or "
+                     "the token that ends a turn, behind the assistant's content")
+  said, content = text[len(before):end], messages[number]["content"]
+  whole = number == len(messages) - 1 or content.strip() in said or (
+      tokenizer.chat_text(messages[:number + 1], False).startswith(before + said + closing[0]))
+  return len(before), end + closing.end(), whole
+
+
+def _tokens(tokenizer, text, spans):
+  """Token ids of a text, and which of them are in spans of characters, to the token.
+
+  All is encoded at once, if tokens end where spans do. Where one would reach over the edge of a span,
+  as `("` may behind a template that writes `:`, the pieces are encoded by themselves: so they are when
+  the model is asked, which reads the first and then begins with a token of its own.
+  """
+  edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+  starts = {start for start, _ in spans}
+  pieces = [tokenizer.encode_chat(text[a:b]) for a, b in zip(edges, edges[1:])]
+  apart = [token for piece in pieces for token in piece]
+  whole = tokenizer.encode_chat(text)
+  if apart == whole or tokenizer.written(apart) == tokenizer.written(whole):
+    said = [start in starts for start, piece in zip(edges, pieces) for _ in piece]
+    return apart, said
+  counts = []  # pieces read otherwise when they are alone, as where a space is put in front of a text
+  for edge in edges:
+    head = tokenizer.encode_chat(text[:edge]) if edge else []
+    if whole[:len(head)] != head:
+      raise ValueError(f"{_name(tokenizer)} and its tokenizer write one token over the edge of an answer, "
+                       f"{text[max(edge - 20, 0):edge]!r} + {text[edge:edge + 20]!r}: let the template end "
+                       f"in a special token there, or {ADVICE}")
+    counts.append(len(head))
+  said = [start in starts for start, a, b in zip(edges, counts, counts[1:]) for _ in range(b - a)]
+  return whole, said
+
+
+def _name(tokenizer):
+  return f"the chat template of {tokenizer.name!r}"
