@@ -47,9 +47,10 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
 
   Returns:
     `greedy_accuracy`, `sampled_accuracy`, `pass_at_<k>`, `majority_accuracy` (of the completion that
-    most samples of a task agree on, word for word), the mean number of greedy tokens
-    `greedy_tokens` and the share `unscored` of greedy answers that the criterion could not judge.
-    Those are left out of the accuracies, as are tasks with fewer than k judged samples of pass@k.
+    most samples of a task agree on, word for word), `distinct_right` (different right completions
+    among the samples of a task), the mean number of greedy tokens `greedy_tokens` and the share
+    `unscored` of greedy answers that the criterion could not judge. Those are left out of the
+    accuracies, as are tasks with fewer than k judged samples of pass@k.
   """
   def run(n, temperature, kind):
     """Answers with the index of their task, and the tokens that were written for each."""
@@ -85,6 +86,8 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
         texts.setdefault(index, []).append(t.text.strip())
     metrics["majority_accuracy"] = _mean([
         g[texts[i].index(vote(texts[i]))] for i, g in groups.items()])
+    metrics["distinct_right"] = _mean([
+        len({text for text, right in zip(texts[i], g) if right}) for i, g in groups.items()])
     metrics["sampled_accuracy"] = _mean([np.mean(g) for g in groups.values()])
     metrics[f"pass_at_{k}"] = _mean([pass_at_k(len(g), sum(g), k) for g in groups.values()
                                      if len(g) >= k])

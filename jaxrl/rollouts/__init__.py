@@ -3,6 +3,7 @@
 from jaxrl.rollouts.annealing import heat_once
 from jaxrl.rollouts.branching import answers_to_thoughts
 from jaxrl.rollouts.calibration import log_calibration
+from jaxrl.rollouts.calibration import log_confidence
 from jaxrl.rollouts.caps import capped_group
 from jaxrl.rollouts.collect import Collected
 from jaxrl.rollouts.collect import collect
@@ -39,3 +40,4 @@ from jaxrl.rollouts.semantic import semantic_frequency
 from jaxrl.rollouts.transfer import transferable_answers
 from jaxrl.rollouts.world_models import explain_transitions
 from jaxrl.rollouts.world_models import imagine_next_states
+from jaxrl.rollouts.world_models import label_transitions

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,39 @@ async def explain_transitions(ctx: EpisodeContext, task: Task, *, samples: int,
   prompts = [ctx.prompt("forward", state=row["state"], action=t.text) for t in group]
   await _reward(ctx, group, prompts, [np.asarray(ctx.encode(row["next"]))] * samples, floor, total)
   return _matched(group, row.get("action"))
+
+
+@compose.needs("reference")
+async def label_transitions(ctx: EpisodeContext, task: Task, *, samples: int) -> list[Trajectory]:
+  """Real next states behind actions that the inverse model makes up: SWIRL's supervised baseline.
+
+    z_k ~ Q_ref(. | x, y),    examples of P(y | x, z_k), for a loss such as `objectives.cross_entropy`
+
+  Args:
+    ctx, task: as in `imagine_next_states`.
+    samples: actions of a transition, and so examples.
+
+  Returns:
+    The examples, each alone in its group, with the evidence `matches`, whether the made-up action is the
+    row's `action`, where it has one.
+  """
+  row = _row(task)
+  inverse = ctx.prompt("inverse", state=row["state"], next=row["next"])
+  actions = await ctx.sample(inverse, n=samples, model="reference")
+  following = dataclasses.replace(task, solution=row["next"])
+  examples = []
+  for k, action in enumerate(actions):
+    prompt = ctx.prompt("forward", state=row["state"], action=action.text)
+    example = ctx.solved(dataclasses.replace(following, prompt=prompt))
+    example.group = k
+    examples.append(example)
+  found = await asyncio.gather(*[ctx.logprobs(t.tokens[:t.prompt_length], t.tokens[t.prompt_length:],
+                                              model="policy") for t in examples])
+  for t, action, logprobs in zip(examples, actions, found):
+    t.behaviour_logprobs[t.prompt_length:] = logprobs
+    if row.get("action") is not None:
+      t.evidence["matches"] = ok(float(action.text.strip() == row["action"]))
+  return examples
 
 
 async def _reward(ctx, group, prompts, targets, floor, total):

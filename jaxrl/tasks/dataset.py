@@ -17,12 +17,14 @@ from jaxrl.tasks import copying
 from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
 from jaxrl.tasks import cues
+from jaxrl.tasks import detours
 from jaxrl.tasks import endings
 from jaxrl.tasks import guarded_addition
 from jaxrl.tasks import habits
 from jaxrl.tasks import leanings
 from jaxrl.tasks import letters
 from jaxrl.tasks import modular_arithmetic
+from jaxrl.tasks import noisy_addition
 from jaxrl.tasks import preferred_addition
 from jaxrl.tasks import principles
 from jaxrl.tasks import rated_addition
@@ -38,9 +40,9 @@ from jaxrl.tasks import votes
 from jaxrl.tasks import worked_sums
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
-             corrected_addition=corrected_addition, countdown=countdown, cues=cues,
+             corrected_addition=corrected_addition, countdown=countdown, cues=cues, detours=detours,
              endings=endings, guarded_addition=guarded_addition, habits=habits, leanings=leanings,
-             letters=letters, modular_arithmetic=modular_arithmetic,
+             letters=letters, modular_arithmetic=modular_arithmetic, noisy_addition=noisy_addition,
              preferred_addition=preferred_addition, principles=principles,
              rated_addition=rated_addition, repeated_addition=repeated_addition,
              running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,

@@ -67,7 +67,7 @@ def test_accuracies_are_those_of_the_script():
   result, _, _ = evaluate("ccw", ["cwww", "cccc", "wwww"], k=2)
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=2 / 3, greedy_tokens=1.0, unscored=0.0, sampled_accuracy=5 / 12,
-      majority_accuracy=1 / 3, pass_at_2=(0.5 + 1.0 + 0.0) / 3))
+      majority_accuracy=1 / 3, pass_at_2=(0.5 + 1.0 + 0.0) / 3, distinct_right=2 / 3))
   assert [t.text for t in result.answers] == ["c", "c", "w"]
 
 
@@ -76,16 +76,21 @@ def test_what_cannot_be_judged_is_left_out_and_not_wrong():
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=1 / 2, greedy_tokens=1.0, unscored=0.5,
       sampled_accuracy=(1.0 + 0.5 + 0.5) / 3, pass_at_2=(1.0 + (1 - 1 / 6)) / 2,
-      majority_accuracy=1.0))  # of equal numbers, what came first
+      distinct_right=1.0, majority_accuracy=1.0))  # of equal numbers, what came first
 
 
 def test_only_the_named_criterion_decides():
   result, _, _ = evaluate("lw", ["ll", "lw"], k=2)
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=0.5, greedy_tokens=1.0, unscored=0.0, sampled_accuracy=0.75, pass_at_2=1.0,
-      majority_accuracy=1.0))
+      majority_accuracy=1.0, distinct_right=1.0))
   result, _, _ = evaluate("cw", correct="short")
   assert result.metrics["greedy_accuracy"] == 0.0  # a score of 0.5 is not solved
+
+
+def test_right_answers_count_once_for_each_wording():
+  result, _, _ = evaluate("cccc", ["clcl", "cccw", "wwww", "l?wl"], k=2)  # 2, 1, 0 and 1 of them
+  assert result.metrics["distinct_right"] == 1.0
 
 
 def test_nothing_to_judge_gives_nan_and_no_warning(recwarn):
@@ -93,7 +98,7 @@ def test_nothing_to_judge_gives_nan_and_no_warning(recwarn):
   assert result.metrics["unscored"] == 1.0
   assert all(math.isnan(result.metrics[name])
              for name in ("greedy_accuracy", "sampled_accuracy", "pass_at_2",
-                          "majority_accuracy"))
+                          "majority_accuracy", "distinct_right"))
   assert not recwarn.list
 
 
@@ -143,7 +148,7 @@ def test_an_episode_answers_with_its_last_trajectory_once_for_each_sample():
                            step=30)
   assert result.metrics == pytest.approx(dict(
       greedy_accuracy=1 / 2, greedy_tokens=2.0, unscored=1 / 3, sampled_accuracy=1 / 2,
-      majority_accuracy=1 / 2, pass_at_3=1 / 2))
+      majority_accuracy=1 / 2, pass_at_3=1 / 2, distinct_right=1 / 2))
   assert [t.task_id for t in result.answers] == ["t0", "t1", "t2"]
 
 

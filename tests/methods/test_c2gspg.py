@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl import advantages, compose, objectives
+from jaxrl import advantages, compose, objectives, rollouts
 from jaxrl import config as configs
 from jaxrl.advantages.chain import credit
 from jaxrl.batch import ModelOutputs, Trajectory, pack, to_tokens
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
+from jaxrl.rollouts import edits
 from tests.objectives.conftest import packed  # noqa: F401, a fixture
 
 
@@ -201,3 +202,17 @@ def test_the_config_builds_and_advantages_of_tokens_are_refused():
   for floor in (0.0, 1.0):
     with pytest.raises(ValueError, match="floor"):
       objectives.confident_policy_gradient(None, None, floor=floor)
+
+
+def test_confidence_in_the_log_is_that_of_the_term_and_is_held_against_verdicts():
+  logprobs = [[-0.1, -0.3], [-2.0], [-0.05, -0.05, -0.05], [-0.01], [0.0]]
+  batch = [Trajectory([1] * (len(x) + 1), [False] + [True] * len(x), [0.0, *x], reward=r, scored=i != 3)
+           for i, (x, r) in enumerate(zip(logprobs, (1.0, 0.0, 0.0, 0.0, 1.0)))]
+  step = edits.Step(batch, {}, 0, {}, {})
+  assert rollouts.log_confidence(step) == batch
+  c, right = np.exp([-0.2, -2.0, -0.05, 0.0]), np.array([1, 0, 0, 1])  # the fourth is not scored
+  assert step.metrics["mean_confidence"] == pytest.approx(c.mean())
+  assert step.metrics["brier"] == pytest.approx(((c - right) ** 2).mean())
+  # Bins of a tenth hold 0.82, 0.14, and 0.95 and 1 together.
+  gaps = abs(c[0] - 1), c[1], abs(c[2] + c[3] - 1)
+  assert step.metrics["ece"] == pytest.approx(sum(gaps) / 4)

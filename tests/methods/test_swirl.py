@@ -101,6 +101,23 @@ def test_no_label_is_read():
     assert [t.reward for t in found] == pytest.approx([-0.8, -0.7])
 
 
+def test_the_supervised_baseline_learns_what_happened_behind_made_up_actions():
+  class Texts(Characters):
+    eos_id = 0
+
+  world = World([], "77", lambda text, i: -0.1 * i)
+  made = Rollouts(functools.partial(rollouts.label_transitions, samples=2), world, Texts(), world,
+                  templates=TEMPLATES, likelihood=world, max_failure_rate=0.0,
+                  sampling=SamplingParams(max_tokens=5))
+  task = Task(id="t", prompt=[1], row=dict(state="12", action="34", next="64"))
+  found = made.run({"params": "policy"}, [task], base_key=None, reference={"params": "reference"})
+  assert world.sampled == [("reference", "12=64+")] * 2  # the row's action is not read
+  assert ["".join(map(chr, t.tokens)) for t in found] == ["12+77=64\0"] * 2
+  assert all(t.loss_mask.tolist() == [False] * 6 + [True] * 3 for t in found)
+  assert {params for params, _ in world.read} == {"policy"} and len({t.group for t in found}) == 2
+  np.testing.assert_allclose(found[0].behaviour_logprobs[6:], [-0.6, -0.7, -0.8], rtol=1e-6)
+
+
 def test_rows_without_a_transition_are_refused():
   world = World(["1"], "2", lambda text, i: -1.0)
   made = Rollouts(functools.partial(rollouts.explain_transitions, samples=1), world, Characters(),

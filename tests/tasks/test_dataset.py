@@ -105,6 +105,7 @@ def test_every_knob_has_a_default_and_a_type(name):
     ("countdown", dict(numbers=2, largest=9999, target=1), "raise target"),
     ("modular_arithmetic", dict(operators="+/"), "operators='+/'"),
     ("modular_arithmetic", dict(modulus=1), "modulus=1"),
+    ("noisy_addition", dict(slips=2.0), "slips=2.0: use a share"),
     ("sorting", dict(longest=0), "longest=0"),
     ("copying", dict(longest=1, alphabet="a"), "no problem of the test split"),
 ])

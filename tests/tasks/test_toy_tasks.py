@@ -13,7 +13,9 @@ from jaxrl.tasks import addition
 from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
 from jaxrl.tasks import countdown
+from jaxrl.tasks import detours
 from jaxrl.tasks import modular_arithmetic
+from jaxrl.tasks import noisy_addition
 from jaxrl.tasks import sorting
 
 few = settings(max_examples=25, deadline=None)
@@ -178,3 +180,40 @@ def test_brackets_balance_only_with_the_answer(seed, kinds, longest):
       assert brackets.check(row, candidate) == (candidate == row["answer"]) == balances(
           opened + candidate)
   assert not brackets.check(row, row["answer"] + "()")
+
+
+def test_shares_of_noisy_sums_are_wrong_as_the_knobs_say():
+  rows = [drawn(noisy_addition, seed, signed=0.5, wrong=0.3, slips=0.6, doubtful=0.4) for seed in range(3000)]
+  signed = [row["question"][0] == "+" for row in rows]
+  found = {name: [] for name in ("signed", "wrong", "slips", "doubtful")}
+  for row, sign in zip(rows, signed):
+    a, b = row["question"].strip("+=").split("+")
+    total = str(int(a) + int(b))[::-1]
+    without = "".join(str(sum(map(int, pair)) % 10) for pair in zip(a[::-1], b[::-1]))
+    differ = lambda text: sum(x != y for x, y in zip(text, total, strict=True))
+    found["signed"].append(sign)
+    if sign:
+      found["doubtful"].append(differ(row["answer"]) == 1)
+      assert row["answer"] == total or found["doubtful"][-1]
+      if without != total:
+        found["slips"].append(row["solution"] == without)
+        assert found["slips"][-1] or row["solution"] == total
+    else:
+      found["wrong"].append(differ(row["solution"]) == 1)
+      assert row["answer"] == total and (row["solution"] == total or found["wrong"][-1])
+    assert noisy_addition.check(row, row["answer"]) and not noisy_addition.check(row, row["answer"] + "0")
+  shares = {name: np.mean(values) for name, values in found.items()}
+  assert shares == pytest.approx(dict(signed=0.5, wrong=0.3, slips=0.6, doubtful=0.4), abs=0.04)
+
+
+@given(seeds, st.integers(1, 4))
+@few
+def test_only_every_other_digit_of_a_detour_counts(seed, digits):
+  row = drawn(detours, seed, digits=digits)
+  a, b = map(int, row["question"].removesuffix("=").split("+"))
+  solution = row["solution"]
+  assert len(solution) == 2 * digits + 2 and int(solution[::2][::-1]) == a + b
+  for place, digit in enumerate(solution):
+    changed = solution[:place] + str((int(digit) + 1) % 10) + solution[place + 1:]
+    assert detours.check(row, changed) == (place % 2 == 1)
+  assert not detours.check(row, solution[:-1]) and not detours.check(row, solution[::2])
