@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from jaxrl import chips
 from jaxrl.planning.plan import PhasePlan, Plan
 
-GB = 1e9
+GB, MB = 1e9, 1e6
 TIGHT = 0.9  # of the memory, above which a plan is called tight: allocators leave gaps
 
 
@@ -32,28 +32,28 @@ def _phase(phase: PhasePlan, plan: Plan) -> Iterator[str]:
     rows = phase.micro_batches * phase.shape.micro_batch_rows
     head += (f": {rows} rows of {layout.row_length} tokens{trunk}, {phase.shape.micro_batch_rows} at a time")
   yield head
-  yield "  GB on each device"
+  unit = GB if plan.worst.peak >= GB / 10 else MB
+  yield f"  {'GB' if unit == GB else 'MB'} on each device"
+
+  def line(name, size, remark=""):
+    return f"    {name:26s}{size / unit:9.3f}{'   ' * bool(remark)}{remark}"
   for name, size in phase.held.items():
     if size:
-      yield _line(name, size)
+      yield line(name, size)
   if phase.update:
-    yield _line("gradients", phase.gradients)
-    yield _line("activations of an update", phase.activations)
-    yield _line("peak of an update", phase.update_peak, "more than there is" * phase.update.refused)
+    yield line("gradients", phase.gradients)
+    yield line("activations of an update", phase.activations)
+    yield line("peak of an update", phase.update_peak, "more than there is" * phase.update.refused)
   s = phase.sampling
   if s:
     if s.weights:
-      yield _line("weights for sampling", s.weights)
-    yield _line("KV cache", s.cache, f"{s.what}: {s.rows} samples, {s.prompt} + {s.tokens} tokens")
-    yield _line("activations of sampling", s.program.added)
-    yield _line("peak of sampling", phase.sampling_peak, "more than there is" * s.program.refused
+      yield line("weights for sampling", s.weights)
+    yield line("KV cache", s.cache, f"{s.what}: {s.rows} samples, {s.prompt} + {s.tokens} tokens")
+    yield line("activations of sampling", s.program.added)
+    yield line("peak of sampling", phase.sampling_peak, "more than there is" * s.program.refused
                 or "on devices of its own" * phase.apart)
   if phase.flops:
     yield f"  FLOPs of a step, all devices: {phase.flops:.3g}{_parts_of(phase)}{_seconds(phase, plan)}"
-
-
-def _line(name, size, remark=""):
-  return f"    {name:26s}{size / GB:9.3f}{'   ' * bool(remark)}{remark}"
 
 
 def _parts_of(phase):
@@ -76,9 +76,9 @@ def _seconds(phase, plan):
 def _verdict(plan):
   limit, worst = plan.target.memory_bytes, plan.worst
   if limit is None:
-    return [f"{worst.peak / GB:.2f} GB on each device at the peak, in phase {worst.name}; --plan=NAME compares "
+    return [f"{worst.peak / GB:.3g} GB on each device at the peak, in phase {worst.name}; --plan=NAME compares "
             "that with the memory of a machine"]
-  share = f"{worst.peak / GB:.2f} of {limit / GB:.2f} GB on each device at the peak ({worst.peak / limit:.0%}), "
+  share = f"{worst.peak / GB:.3g} of {limit / GB:.3g} GB on each device at the peak ({worst.peak / limit:.0%}), "
   if plan.fits:
     tight = ", which is tight" * (worst.peak > TIGHT * limit)
     return [f"fits: {share}in phase {worst.name}{tight}"]
