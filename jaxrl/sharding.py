@@ -215,6 +215,12 @@ def axis_size(name: str) -> int:
   return 1 if mesh.empty else _parts(name, mesh)
 
 
+def bytes_of(tree: PyTree, itemsize: int = 0) -> int:
+  """Bytes of arrays, or abstract ones, on one device: of their own types or of `itemsize` a number."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+             for x in jax.tree.leaves(tree))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -9,7 +9,6 @@ An update is 64 prompts with 8 samples each, in one step (on-policy), at most 10
 
 from configs import base
 
-MACHINES = ("v5e-8", "v5p-64", "h100-1", "h200-1")
 ASK = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 

@@ -27,7 +27,7 @@ from jaxrl.models import DecoderConfig
 from jaxrl.models import pretrained
 from jaxrl.planning import programs
 from jaxrl.planning import sampling
-from jaxrl.planning.programs import Program, bytes_of
+from jaxrl.planning.programs import Program
 from jaxrl.training import builders
 from jaxrl.training import inputs
 from jaxrl.training import pieces
@@ -189,22 +189,22 @@ def _compiler(mesh, target):
 
 def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
   state = builders.state_of(phase.learning, mesh)
-  held = {"parameters": bytes_of(state.params), "optimiser": bytes_of(state.opt_state),
-          "frozen models": bytes_of(state.frozen)}
+  held = {name: sharding.bytes_of(tree) for name, tree in (
+      ("parameters", state.params), ("optimiser", state.opt_state), ("frozen models", state.frozen))}
   shape, count, gradients, update, signals = None, 0, 0.0, None, None
   if phase.kind != "evaluate":
     shape = builders.make_shape(phase, phase.learning.decoder, mesh, *sizes)
     rehearsal = builders.rehearsal(phase, mesh, shape)
     count = rehearsal.batch.tokens.shape[0] // shape.micro_batch_rows
     streams = min(phase.learning.streams, count)
-    gradients = bytes_of(state.params, itemsize=4) * (2 if count > streams else 1) * streams
-    held["batch"] = bytes_of(rehearsal.batch)
+    gradients = builders.gradient_bytes(state) * (2 if count > streams else 1) * streams
+    held["batch"] = sharding.bytes_of(rehearsal.batch)
     with jax.set_mesh(mesh):
       signals, update = (
           programs.measure(traced, arguments=sum(held.values()), trips=count, streams=streams)
           for traced in (rehearsal.signals, rehearsal.update))
   if pieces.samples_ahead(phase):
-    copies = bytes_of(state.params) * (phase.settings.rollout.staleness + 1)
+    copies = sharding.bytes_of(state.params) * (phase.settings.rollout.staleness + 1)
     held["copies that sample"] = copies * (sampling_mesh is mesh)
   prompt = max(sizes[0], default=config.data.max_prompt_tokens or 1)
   if phase.kind in PAIRED:  # sizes are those of pairs

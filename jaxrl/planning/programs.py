@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 import re
-from typing import Any
 
 import jax
 
@@ -59,9 +57,3 @@ def _compiled(program, arguments) -> tuple[float, bool]:
       raise
     return max(float(needed[1]) * UNITS[needed[2]] - arguments, 0.0), True
   return float(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes), False
-
-
-def bytes_of(tree: Any, itemsize: int = 0) -> float:
-  """Bytes of abstract arrays on one device, each of its own type or of `itemsize` bytes a number."""
-  return float(sum(math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
-                   * (itemsize or x.dtype.itemsize) for x in jax.tree.leaves(tree)))

@@ -15,7 +15,8 @@ def text(plan: Plan) -> str:
   axes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
   count = len(plan.target.devices)
   each = f" with {limit / GB:.1f} GB for programs{' on each' * (count > 1)}" if limit else ""
-  lines = [f"plan for {plan.target.name}: {count} {plan.target.platform} device{'s' * (count > 1)}{each}, mesh {axes}",
+  lines = [f"plan for {plan.target.name}: {count} {plan.target.platform} device{'s' * (count > 1)}{each}, "
+           f"mesh {axes}",
            f"{plan.parameters / 1e6:,.1f} M parameters, {plan.decoder.param_dtype}, computed in "
            f"{plan.decoder.dtype}; nothing was allocated, compiled by {plan.compiler} in {plan.seconds:.0f} s"]
   lines += [f"note: {note}" for note in plan.notes]
@@ -99,7 +100,8 @@ def remedies(plan: Plan) -> list[str]:
     found[f"parameters, optimiser and gradients alone need {needed:.0f} such devices, and a larger "
           "--config.mesh.fsdp"] = spread
   if phase.held["optimiser"] > 1.5 * phase.held["parameters"]:
-    found["--config.optimizer.name=adafactor keeps no second copy of the parameters, lion one"] = phase.held["optimiser"]
+    found["--config.optimizer.name=adafactor keeps no moments of the size of the parameters, lion one"] = (
+        phase.held["optimiser"])
   if decoder.param_dtype == "float32":
     found["--config.model.param_dtype=bfloat16 halves parameters and optimiser (small steps are lost "
           "below 1/256 of a weight)"] = spread / 2

@@ -14,7 +14,7 @@ from jaxrl import sharding
 from jaxrl.models import DecoderConfig
 from jaxrl.models.cached_attention import KeyValues, Rows
 from jaxrl.planning import programs
-from jaxrl.planning.programs import Program, bytes_of
+from jaxrl.planning.programs import Program
 from jaxrl.sampling import Request
 from jaxrl.sampling import batching
 from jaxrl.sampling import generate
@@ -122,7 +122,8 @@ class Planner:
 
   def _measure(self, call, traced, held):
     with jax.set_mesh(self._mesh):
-      prefill, decode = (programs.measure([p], arguments=held, trips=1) for p in (traced.prefill, traced.decode))
+      prefill, decode = (programs.measure([program], arguments=held, trips=1)
+                         for program in (traced.prefill, traced.decode))
     # Caches begin short and are copied into longer ones.
     added = max(decode.added, prefill.added - traced.cache, traced.suffix / 2 if traced.grows else 0.0)
     params = call.requests[0].params
@@ -157,8 +158,9 @@ class Planner:
       decode = generate.decode.trace(variables, prefix, state, places, settings, uniform, number, number,
                                      config=self._decoder)
     of_token = programs.flops.count(decode)
-    return _Traced(prefill, decode, weights, bytes_of(prefix) + bytes_of(state.suffix), bytes_of(state.suffix),
-                   first < last, programs.flops.count(prefill) + (longest - 1) * of_token)
+    suffix = sharding.bytes_of(state.suffix)
+    return _Traced(prefill, decode, weights, sharding.bytes_of(prefix) + suffix, suffix, first < last,
+                   programs.flops.count(prefill) + (longest - 1) * of_token)
 
   def _variables(self):
     """What samples, and the bytes that it takes beside the parameters."""
@@ -171,7 +173,8 @@ class Planner:
     scales = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=sharding.replicated(self._mesh)), reduced.get("scales", {}))
     copied = [x for x, p in zip(jax.tree.leaves(shapes), jax.tree.leaves(self._params)) if x.dtype != p.dtype]
-    return {"params": shapes, **({"scales": scales} if scales else {})}, bytes_of(copied) + bytes_of(scales)
+    added = sharding.bytes_of((copied, scales))
+    return {"params": shapes, **({"scales": scales} if scales else {})}, added
 
   def _cached(self, leaf, layers):
     """Keys and values spread over rows and heads, as the sampler does; all else everywhere."""

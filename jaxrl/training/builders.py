@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -479,13 +478,15 @@ def make_shape(phase: Phase, decoder: DecoderConfig, mesh: jax.sharding.Mesh, si
   """The shape of a phase's batches; `sizes` and `shared` as in `shape_of`."""
   state = state_of(phase.learning, mesh)
 
-  def bytes_of(tree, itemsize=0):
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
-               for x in jax.tree.leaves(tree))
-  kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
+  kept = sharding.bytes_of(state) + 2 * gradient_bytes(state)  # their sum, and the next of them
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared)
+
+
+def gradient_bytes(state: states.TrainState) -> int:
+  """Of a gradient on one device, float32; the state may be abstract."""
+  return sharding.bytes_of(state.params, 4)
 
 
 def _prompts_of(made):

@@ -24,12 +24,14 @@ PARAMETERS = LAYERS * (LAYER + 2 * WIDTH) + WIDTH + VOCAB * WIDTH
 
 def config_of(**changes):
   config = base.get_config()
-  config.data.update(train="task:addition", validation="task:addition", max_prompt_tokens=PROMPT, task=dict(digits=3))
+  config.data.update(train="task:addition", validation="task:addition", max_prompt_tokens=PROMPT,
+                     task=dict(digits=3))
   config.model.update(layers=LAYERS, d_model=WIDTH, heads=HEADS, kv_heads=KV_HEADS, d_ff=D_FF, vocab_size=VOCAB,
                       scan_layers=True, remat="full")
   config.mesh.update(data=2, fsdp=2, tensor=2)
   config.batch.update(row_length=64, examples=16, micro_batch_rows=4, vocabulary_chunk=64)
-  config.rollout.update(prompts=PROMPTS, episode=dict(name="group", samples=SAMPLES), max_tokens=TOKENS, updates=2)
+  config.rollout.update(prompts=PROMPTS, episode=dict(name="group", samples=SAMPLES), max_tokens=TOKENS,
+                        updates=2)
   config.evaluate.update(problems=2, samples=0)
   config.objective = [dict(name="clipped_surrogate", low=0.2, high=0.2), dict(name="kl", beta=0.1)]
   config.phases = ("rl",)

@@ -37,8 +37,9 @@ def test_every_cell_runs_in_order(tmp_path, monkeypatch, capsys):
   code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
   assert all(not c["outputs"] for c in cells if c["cell_type"] == "code")
   installed, shown, environment = [], [], {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  environment.update(PYTHONPATH=str(ROOT), XLA_FLAGS="--xla_backend_optimization_level=0", JAX_ENABLE_COMPILATION_CACHE="true",
-                     JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"))  # the second run reads them
+  environment.update(  # programs are compiled in a hurry, and once
+      PYTHONPATH=str(ROOT), XLA_FLAGS="--xla_backend_optimization_level=0",
+      JAX_ENABLE_COMPILATION_CACHE="true", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"))
 
   def shell(line, names):
     line = re.sub(r"\{(\w+)\}", lambda m: str(names[m[1]]), line)
