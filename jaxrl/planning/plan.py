@@ -201,7 +201,7 @@ def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
     held["batch"] = sharding.bytes_of(rehearsal.batch)
     with jax.set_mesh(mesh):
       signals, update = (
-          programs.measure(traced, arguments=sum(held.values()), trips=count, streams=streams)
+          programs.measure(traced, trips=count, streams=streams)
           for traced in (rehearsal.signals, rehearsal.update))
   if pieces.samples_ahead(phase):
     copies = sharding.bytes_of(state.params) * (phase.settings.rollout.staleness + 1)
@@ -216,7 +216,7 @@ def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
   return PhasePlan(
       phase.name, phase.kind, shape, count, held, gradients, update, signals,
       phase.settings.rollout.updates if phase.kind == "rl" else 1,
-      planner.largest(calls, held["parameters"]), planner.flops(rollouts), sampling_mesh is not mesh)
+      planner.largest(calls), planner.flops(rollouts), sampling_mesh is not mesh)
 
 
 # ------------------------------------------------------------------------------------------ inputs

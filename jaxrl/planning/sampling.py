@@ -106,24 +106,23 @@ class Planner:
     self._traced: dict[tuple, _Traced] = {}
     self._measured: dict[int, Sampling] = {}
 
-  def largest(self, calls: Sequence[Call], held: float) -> Sampling | None:
-    """What the calls need that need most; `held` bytes are there beside it."""
+  def largest(self, calls: Sequence[Call]) -> Sampling | None:
+    """What the calls need that need most."""
     if not calls:
       return None
     call = max(calls, key=lambda c: self._trace(c).cache * c.together)
     traced = self._trace(call)
     if id(traced) not in self._measured:
-      self._measured[id(traced)] = self._measure(call, traced, held)
+      self._measured[id(traced)] = self._measure(call, traced)
     return self._measured[id(traced)]
 
   def flops(self, calls: Sequence[Call]) -> float:
     """Of calls whose samples all reach their full length, over all devices."""
     return sum(self._trace(call).flops for call in calls)
 
-  def _measure(self, call, traced, held):
+  def _measure(self, call, traced):
     with jax.set_mesh(self._mesh):
-      prefill, decode = (programs.measure([program], arguments=held, trips=1)
-                         for program in (traced.prefill, traced.decode))
+      prefill, decode = (programs.measure([program], trips=1) for program in (traced.prefill, traced.decode))
     # Caches begin short and are copied into longer ones.
     added = max(decode.added, prefill.added - traced.cache, traced.suffix / 2 if traced.grows else 0.0)
     params = call.requests[0].params

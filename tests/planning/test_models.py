@@ -1,15 +1,17 @@
 """Configs of published models: their shapes are the published ones, and their variants can be planned."""
 
+import fnmatch
 import importlib
 import json
 import pathlib
 
+import huggingface_hub
 import jax
 import pytest
 
 from jaxrl import config as configs
 from jaxrl import planning
-from jaxrl.models import DecoderConfig, families, init_parameters
+from jaxrl.models import DecoderConfig, families, init_parameters, pretrained
 from jaxrl.training import sources
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,3 +90,20 @@ def test_a_config_is_planned_without_network_data_or_tokenizer(monkeypatch, tmp_
   text = planning.text(plan)
   assert "google/gemma-3-4b-it is not at hand: its shape is the one that the config states" in text
   assert "no file 'gsm8k/train.jsonl'" in text and "XLA for CPUs, in place of that of GPUs" in text
+
+
+def test_no_weights_are_downloaded_to_plan(monkeypatch, tmp_path):
+  asked = []
+
+  def snapshot(source, allow_patterns, **_):
+    asked.append((source, allow_patterns))
+    raise OSError("no network")
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+  config = load("qwen3_4b")
+  with pytest.raises(pretrained.NotHere, match="hf download Qwen/Qwen3-4B"):
+    sources.filled(config, tmp_path)
+  (source, patterns), = asked
+  assert source == "Qwen/Qwen3-4B"
+  wanted = [name for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors")
+            if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+  assert wanted == ["config.json", "generation_config.json", "tokenizer.json"]

@@ -13,6 +13,8 @@ from jaxrl import chips
 from jaxrl import cli
 from jaxrl import config as configs
 from jaxrl import planning
+from jaxrl.planning import flops
+from jaxrl.planning import programs
 from jaxrl.planning import target as targets
 from jaxrl.training import builders
 
@@ -187,3 +189,26 @@ def test_choices_of_an_assumed_machine_are_its_own():
   with chips.assume(chips.Target("a TPU", "tpu", tuple(jax.devices()[:2]), 5e9)):
     assert (chips.platform(), len(chips.devices()), chips.memory_bytes(jax.devices()[0])) == ("tpu", 2, 5e9)
   assert chips.platform() == "cpu" and len(chips.devices()) == 8
+
+
+def test_what_a_compiler_refuses_is_part_of_the_plan(plan, monkeypatch):
+  class Refused:  # as the TPU compiler says it
+
+    def lower(self):
+      return self
+
+    def compile(self, compiler_options):
+      raise jax.errors.JaxRuntimeError(self.message)
+  program = Refused()
+  monkeypatch.setattr(flops, "count", lambda *_, **__: 7.0)
+  program.message = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+                     "(20.50G) exceeds available HBM (15.75G).")
+  with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+    found = programs.measure([program], trips=1)
+    assert found == programs.Program(20.5 * 2 ** 30, 7.0, refused=True)
+    program.message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+      programs.measure([program], trips=1)
+  phase, = plan.phases
+  refused = dataclasses.replace(plan, phases=[dataclasses.replace(phase, update=found)])
+  assert on(refused, 1e12).fits is False and "more than there is" in planning.text(on(refused, 1e12))
