@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from jaxrl import chips
-from jaxrl.planning.plan import PhasePlan, Plan
+from jaxrl.planning.phases import PhasePlan, Plan
 
 GB, MB = 1e9, 1e6
 TIGHT = 0.9  # of the memory, above which a plan is called tight: allocators leave gaps
