@@ -9,9 +9,9 @@ MODEL = dict(
                   ("high_freq_factor", 4.0), ("original_max_position_embeddings", 8192)))
 MACHINES = {
     "v5e-8": dict(mesh=dict(fsdp=4, tensor=2), optimizer=dict(name="adafactor"),
-                  model=dict(param_dtype="bfloat16")),
+                  model=dict(param_dtype="bfloat16"), rollout=dict(max_rows=128)),
     "v5p-64": dict(mesh=dict(fsdp=16)),
-    "h200-1": dict(optimizer=dict(name="adafactor")),
+    "h200-1": dict(optimizer=dict(name="adafactor"), rollout=dict(max_rows=128)),
 }
 
 

@@ -5,7 +5,7 @@
 #       [--grace=SECONDS] -- ARGUMENTS OF jaxrl run
 #
 #   scripts/launch/kubernetes.sh --name=llama --image=REGISTRY/jaxrl --pods=2 --gpus=8 --claim=runs -- \
-#       --config=configs/models/llama3_8b.py:h100-16 --workdir=/runs/llama
+#       --config=configs/models/llama3_8b.py:h200-1 --config.mesh.fsdp=16 --workdir=/runs/llama
 #
 # IMAGE has jaxrl installed, CLAIM is a volume that all pods can write, mounted at /runs. --grace (900) is the
 # time between SIGTERM and the end of a pod: that of one update and one checkpoint. --dry-run prints the

@@ -4,7 +4,7 @@
 #   scripts/launch/slurm.sh [--dry-run] [OPTIONS OF sbatch ...] -- ARGUMENTS OF jaxrl run
 #
 #   scripts/launch/slurm.sh --nodes=2 --partition=h100 -- \
-#       --config=configs/models/llama3_8b.py:h100-16 --workdir=/shared/runs/llama
+#       --config=configs/models/llama3_8b.py:h200-1 --config.mesh.fsdp=16 --workdir=/shared/runs/llama
 #
 # The workdir has to be on a file system that all nodes see. Nothing names a coordinator: in a SLURM step
 # `jaxrl.sharding.start_distributed` has jax.distributed find the others by the variables of SLURM; each
