@@ -2,6 +2,7 @@
 
   jaxrl run --config=configs/quickstart.py --workdir=runs/quickstart
   jaxrl run --config=configs/gsm8k.py:smoke --workdir=runs/gsm8k --config.seed=1
+  jaxrl run --config=configs/models/qwen3_4b.py:v5e-8 --plan=v5e-8    # does it fit? nothing is run
   jaxrl methods                    # every method with its parts and what its claim came to
   jaxrl methods igrpo              # what its config changes in its parent's
   jaxrl reproduce --method=igrpo --seeds=0,1,2
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
   options = parser.parse_args(rest)
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())  # so that a config can name `my_module:my_reward`
+  if options.command == "run" and options.plan is None and (not options.workdir or options.devices):
+    parser.error("--devices is for --plan" if options.workdir else
+                 "the following arguments are required: --workdir, or --plan")
   if overrides and options.command != "run":
     parser.error(f"--config.{next(iter(overrides))} is for jaxrl run")
   if options.command == "methods":
@@ -47,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
   if options.command == "sample":
     return _sample(options)
   config = _config(options, overrides) if options.command == "run" else None
+  if options.command == "run" and options.plan is not None:
+    return _plan(config, options)
   with _handling_sigterm():
     (_run if options.command == "run" else _reproduce)(config, options)
 
@@ -155,6 +161,22 @@ def _seeds(text):
     _fail(f"--seeds={text}: give whole numbers, as in 0,1,2")
 
 
+def _plan(config, options):
+  """Prints what a run would need of each device; exits with 1 if that does not fit."""
+  try:
+    with _loading():
+      from jaxrl import planning
+    workdir = pathlib.Path(options.workdir) if options.workdir else None
+    plan = planning.plan(config, planning.find(options.plan, options.devices), workdir)
+    print(planning.text(plan))
+  except KeyboardInterrupt:
+    _fail("interrupted; nothing was written", code=128 + signal.SIGINT)
+  except (ValueError, *_mistakes()) as error:
+    _fail(str(error))
+  if plan.fits is False:
+    sys.exit(1)
+
+
 def _run(config, options):
   """Runs, and ends this process with one message and a status if the run does not end well."""
   continues = f"the same command continues {options.workdir}"
@@ -251,8 +273,11 @@ def _parser():
              "--config.objective[0].low=0.1")
   run.add_argument("--config", required=True, metavar="FILE[:VARIANT]",
                    help="a Python file with get_config()")
-  run.add_argument("--workdir", required=True, metavar="DIR",
-                   help="where checkpoints, metrics, samples and curves go")
+  run.add_argument("--workdir", metavar="DIR", help="where checkpoints, metrics, samples and curves go")
+  run.add_argument("--plan", nargs="?", const="", metavar="MACHINE",
+                   help="run nothing, but say what each device would need, here or on a machine such as "
+                   "v5e-8, v5p-64, h100-1, h200-8")
+  run.add_argument("--devices", type=int, default=0, metavar="N", help="with --plan: of a machine of any kind")
   run.add_argument("--quiet", action="store_true", help="plain log lines, no progress bar")
   methods = commands.add_parser("methods", help="list the methods, or show one's config")
   methods.add_argument("method", nargs="?", help="show what this one changes")

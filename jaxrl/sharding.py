@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 import numpy as np
 
+from jaxrl import chips
 from jaxrl.batch import BY_ROWS, TokenBatch
 
 AXES = ("data", "fsdp", "tensor")
@@ -61,7 +62,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1,
   Raises:
     ValueError: the product is not the device count; names the nearest setting that is.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  devices = chips.devices() if devices is None else list(devices)
   wanted = dict(zip(AXES, (data, fsdp, tensor)))
   given = math.prod(size for size in wanted.values() if size > 0)
   left, remainder = divmod(len(devices), given)
@@ -214,6 +215,12 @@ def axis_size(name: str) -> int:
   return 1 if mesh.empty else _parts(name, mesh)
 
 
+def bytes_of(tree: PyTree, itemsize: int = 0) -> int:
+  """Bytes of arrays, or abstract ones, on one device: of their own types or of `itemsize` a number."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+             for x in jax.tree.leaves(tree))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
@@ -270,8 +277,7 @@ def streams(mesh: Mesh | None) -> int:
   keep one core busy each; one elsewhere, and on several devices, whose processes must agree on the
   order of things.
   """
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
+  if chips.platform() != "cpu" or (mesh is not None and mesh.size > 1):
     return 1
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return min(cores, MOST_STREAMS)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl import chips
 from jaxrl import sharding
 from jaxrl.models import scores
 
@@ -105,7 +106,7 @@ def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
 
 def _block_of(length):
   """Queries of a block: blocks save the products with later keys, and cost time to compile."""
-  if jax.default_backend() != "cpu":
+  if chips.platform() != "cpu":
     return BLOCK
   if length <= 2 * IN_CACHE:
     return length

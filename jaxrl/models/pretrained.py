@@ -29,11 +29,16 @@ from jaxrl.models.families import Piece
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WANTED = ("*.json", "*.safetensors", "*.jinja")  # files of a repository, those of its top directory
+WEIGHTS = ("*.safetensors",)
 UNWANTED = ("*/*", "consolidated*")  # the same weights in other formats
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # computed here from the config
 MAX_SHARD_BYTES = 5 * 10 ** 9
+
+
+class NotHere(ValueError):
+  """A published model that is not on this machine and could not be downloaded."""
 
 
 class Writer(Protocol):
@@ -47,13 +52,14 @@ class Writer(Protocol):
     """Writes files that `transformers.AutoTokenizer` reads."""
 
 
-def resolve(source: str) -> pathlib.Path:
+def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
   """The directory of a model: one on this machine, else that of a hub id in the cache of
-  `huggingface_hub`, which downloads what is not there yet.
+  `huggingface_hub`, which downloads what is not there yet; no `weights` if they are not wanted.
 
   Raises:
-    ValueError: there is no such directory and no such repository, or it cannot be reached; says
-      which files to fetch and where to put them.
+    ValueError: there is no such directory, and the text is no id of a repository.
+    NotHere: there is no such repository, or it cannot be reached; says which files to fetch and where
+      to put them.
   """
   place = pathlib.Path(source).expanduser()
   if place.is_dir():
@@ -65,10 +71,11 @@ def resolve(source: str) -> pathlib.Path:
   from huggingface_hub import constants
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(
-        source, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        source, allow_patterns=[p for p in WANTED if weights or p not in WEIGHTS],
+        ignore_patterns=list(UNWANTED)))
   except Exception as error:  # of the network, the hub or its cache: whatever it is, this is the remedy
     why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    raise ValueError(
+    raise NotHere(
         f"config.model.source={source!r} is no directory here, and as an id of {constants.ENDPOINT} it "
         f"could not be had ({why}). Where there is a network, run\n  hf download {source} "
         f"--include '*.json' '*.safetensors' '*.jinja' --local-dir {source.split('/')[-1]}\n"

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from jaxrl import chips
+
 SPAN = 1024  # of positions, in each of two tables
 
 
@@ -47,7 +49,7 @@ def frequencies(width: int, theta: float, scaling: Mapping[str, object]) -> np.n
 def turns(positions: Int[Array, "rows length"], frequency: Float[Array, "half"]
           ) -> tuple[Float[Array, "rows length half"], Float[Array, "rows length half"]]:
   """Cosines and sines of the angles at each position below `SPAN ** 2`, which all layers share."""
-  if jax.default_backend() == "cpu":
+  if chips.platform() == "cpu":
     return _from_tables(positions, frequency)
   angle = positions[..., None].astype(jnp.float32) * frequency
   return jnp.cos(angle), jnp.sin(angle)

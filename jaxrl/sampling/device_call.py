@@ -20,6 +20,13 @@ CHUNK = 32  # tokens between two looks of the host, unless somebody reads along
 MIN_CAPACITY, FIRST_CAPACITY = 16, 64  # of suffix caches; longer ones are made when needed
 
 
+def capacities(longest: int, chunk: int = CHUNK) -> tuple[int, int, int]:
+  """Tokens of a chunk, and capacities of the first and the last suffix cache for responses of a length."""
+  chunk = bucket(min(longest, chunk), min(chunk, MIN_CAPACITY))
+  first = bucket(min(longest, FIRST_CAPACITY), MIN_CAPACITY)
+  return chunk, first, bucket(-(-longest // chunk) * chunk - 1, first)
+
+
 class DeviceCall:
   """Samples under way on the device.
 
@@ -61,8 +68,7 @@ class DeviceCall:
     self._places = self._put(self._rows)
     longest = int(self.settings.max_tokens.max())
     self._movable &= longest * len(packed.padding) > compaction.SMALL
-    self._chunk = bucket(min(longest, chunk), min(chunk, MIN_CAPACITY))
-    self._capacity = bucket(min(longest, FIRST_CAPACITY), MIN_CAPACITY)
+    self._chunk, self._capacity, _ = capacities(longest, chunk)
     self._ids = np.arange(len(packed.padding))  # of the rows that the device computes
     self.tokens = np.zeros((0, len(packed.padding)), np.int32)
     self.logprobs = np.zeros((0, len(packed.padding)), np.float32)

@@ -1,10 +1,9 @@
 """From a config to the parts of a run; every mistake in it is found here, before any compute."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -13,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from jaxrl import advantages
+from jaxrl import chips
 from jaxrl import compose
 from jaxrl import config as configs
 from jaxrl import data
@@ -128,7 +128,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)
   builder = inputs.builder(config, tokenizer)
-  phases = [_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
+  phases = [make_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
   refusals.check_frozen(phases)
   paired = any(phase.kind in PAIRED or pieces.asks_pairs(phase.settings) for phase in phases)
   ranges = compose.ranges_of([term for phase in phases for term in phase.learning.terms])
@@ -136,8 +136,8 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
     refusals.check_phase(phase, mesh, held_out["validation"], pairs["validation"])
-  shapes = {phase.name: _shape(phase, decoder, mesh, builder, pair_builder, splits["train"])
-            for phase in phases if phase.kind != "evaluate"}
+  shapes = {phase.name: make_shape(phase, decoder, mesh, *sizes_of(
+      phase, builder, pair_builder, splits["train"])) for phase in phases if phase.kind != "evaluate"}
   refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
   if fresh and sources.begins(config):
@@ -156,7 +156,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
 
 def abstract_state(parts: Parts, phase: Phase) -> states.TrainState:
   """What a checkpoint made in a phase restores to."""
-  return _abstract_state(phase.learning, parts.mesh)
+  return state_of(phase.learning, parts.mesh)
 
 
 def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> states.TrainState:
@@ -407,14 +407,20 @@ def _correct(parts, phase):
   return phase.settings.evaluate.correct or parts.scorer.labels[0]
 
 
-def _phase(config, index, name, decoder, mesh, tokenizer):
+def make_phase(config: ml_collections.ConfigDict, index: int, name: str, decoder: DecoderConfig,
+               mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer) -> Phase:
+  """A phase of a config.
+
+  Raises:
+    ValueError: a mistake in its settings or pieces.
+  """
   settings = configs.phase_config(config, name)
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:
     raise ValueError(f"config.{name}.kind={kind!r}{compose.nearest(kind, KINDS)}")
   if kind != "evaluate" and steps < 1:
     raise ValueError(f"config.{name}.steps={steps}; a phase of kind {kind} needs at least 1")
-  sampled, on_cpu = kind == "rl", mesh.devices.flat[0].platform == "cpu"
+  sampled, on_cpu = kind == "rl", chips.platform() == "cpu"
   # An evaluation makes no updates; its optimiser is only part of the state's shape.
   optimizer_steps = settings.optimizer.warmup_steps + 1 if kind == "evaluate" else max(steps, 1)
   terms, aggregations = pieces.objective(settings)
@@ -458,28 +464,35 @@ def _references(specs, where, settings, decoder, mesh, tokenizer):
   return found
 
 
-def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
+def sizes_of(phase: Phase, builder: data.TaskBuilder, pair_builder: data.PairBuilder | None,
+             source: data.Source) -> tuple[list[int], Sequence[tuple[int, int]]]:
+  """Tokens of some examples, and of the parts of pairs, see `shape_of`."""
   if phase.kind in PAIRED:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
     made = [to_trajectories([example]) for example in examples]
     refusals.check_pairs(phase.learning.terms, made)
-    sizes = [sum(len(t.tokens) for t in pair) for pair in made]
-    shared = _prompts_of(made)
-  elif pieces.asks_pairs(phase.settings):
-    sizes = [len(pair.task.prompt) for pair in inputs.first_tasks(pair_builder, source)]
-  else:
-    sizes = [len(task.prompt) for task in inputs.first_tasks(builder, source,
-                                                             solved=phase.kind == "sft")]
-  state = _abstract_state(phase.learning, mesh)
+    return [sum(len(t.tokens) for t in pair) for pair in made], _prompts_of(made)
+  if pieces.asks_pairs(phase.settings):
+    return [len(pair.task.prompt) for pair in inputs.first_tasks(pair_builder, source)], ()
+  return [len(task.prompt) for task in inputs.first_tasks(builder, source,
+                                                          solved=phase.kind == "sft")], ()
 
-  def bytes_of(tree, itemsize=0):
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
-               for x in jax.tree.leaves(tree))
-  kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
+
+def make_shape(phase: Phase, decoder: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sequence[int],
+               shared: Sequence[tuple[int, int]] = ()) -> Shape:
+  """The shape of a phase's batches; `sizes` and `shared` as in `shape_of`."""
+  state = state_of(phase.learning, mesh)
+
+  kept = sharding.bytes_of(state) + 2 * gradient_bytes(state)  # their sum, and the next of them
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
-                  shared=shared if phase.kind in PAIRED else ())
+                  shared=shared)
+
+
+def gradient_bytes(state: states.TrainState) -> int:
+  """Of a gradient on one device, float32; the state may be abstract."""
+  return sharding.bytes_of(state.params, 4)
 
 
 def _prompts_of(made):
@@ -499,24 +512,26 @@ def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   built = (*phase.learning.terms, *phase.learning.advantage, *phase.learning.transforms,
            *_suppliers(phase))
   # Data of references has a shape of its own.
-  kept = tuple(x.shape for x in jax.tree.leaves(_abstract_state(phase.learning, mesh).opt_state))
+  kept = tuple(x.shape for x in jax.tree.leaves(state_of(phase.learning, mesh).opt_state))
   key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in built),
          phase.learning.decoder, mesh, repr(shape), kept)
   if key not in _REHEARSALS:
     while len(_REHEARSALS) >= REMEMBERED:
       _REHEARSALS.pop(next(iter(_REHEARSALS)))
-    _REHEARSALS[key] = _rehearsal(phase, mesh, shape)
+    _REHEARSALS[key] = rehearsal(phase, mesh, shape)
   return _REHEARSALS[key]
 
 
-def _rehearsal(phase, mesh, shape):
-  state = _abstract_state(phase.learning, mesh)
+def rehearsal(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
+  """The programs of a phase, traced."""
+  state = state_of(phase.learning, mesh)
   functions = learner.make_learner(phase.learning, jax.tree.map(lambda x: x.sharding, state))
   batch = learner.to_micro_batches(_empty_batch(phase, shape), shape.micro_batch_rows)
   return Rehearsal(functions, state, batch, mesh)
 
 
-def _abstract_state(learning, mesh):
+def state_of(learning: learner.Learning, mesh: jax.sharding.Mesh) -> states.TrainState:
+  """Shapes, types and shardings of a phase's state."""
   return states.abstract_state(learning.decoder, mesh, learning.optimizer,
                                frozen=learning.kept, carried=learning.carried)
 

@@ -130,7 +130,7 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
 
 def _published_tokenizer(spec, source):
   """The tokenizer of `config.model.source`, if that is what is asked for."""
-  tokenizer = data.load_tokenizer(pretrained.resolve(source))
+  tokenizer = data.load_tokenizer(pretrained.resolve(source, weights=False))
   same = spec.kind == "character" and getattr(tokenizer, "alphabet", None) == spec.alphabet
   if spec.kind != "pretrained" and not same:
     raise ValueError(f"kind={spec.kind!r} would give other ids than config.model.source={source!r} was "

@@ -60,6 +60,8 @@ class Rehearsal:
 
   Attributes:
     learner: the functions of the phase; each waits for its compilation, if one is under way.
+    state, batch: what they were traced with, abstract; the batch before it is prepared.
+    signals, update: programs of `learner.Learner`'s functions, the one that returns the result last.
   """
 
   def __init__(self, learner: Learner, state: TrainState, batch: TokenBatch,
@@ -76,10 +78,11 @@ class Rehearsal:
       Whatever a piece raises when it does not fit the others.
     """
     with jax.set_mesh(mesh):
-      signals = streams.trace(learner.signals, state, _abstract(batch, mesh))
-      with_signals = batch.with_signals(**signals[-1].out_info[0])
-      update = streams.trace(learner.update, state, _abstract(with_signals, mesh))
-    self._mesh, self._traced, self._aside = mesh, [*signals, *update], Aside()
+      self.state, self.batch = state, _abstract(batch, mesh)
+      self.signals = streams.trace(learner.signals, state, self.batch)
+      with_signals = batch.with_signals(**self.signals[-1].out_info[0])
+      self.update = streams.trace(learner.update, state, _abstract(with_signals, mesh))
+    self._mesh, self._aside = mesh, Aside()
     self.learner = Learner(self._aside.first(learner.signals, batch),
                            self._aside.first(learner.update, with_signals), learner.measure)
 
@@ -87,7 +90,7 @@ class Rehearsal:
     """Begins to compile in a thread, unless it has begun before."""
     def compile_all():
       with jax.set_mesh(self._mesh):
-        for traced in self._traced:
+        for traced in (*self.signals, *self.update):
           traced.lower().compile()
     self._aside.compile(compile_all)
 

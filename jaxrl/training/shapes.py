@@ -14,6 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from jaxrl import chips
 from jaxrl import sharding
 from jaxrl.batch import Layout, TokenBatch, Trajectory
 from jaxrl.batch import bucket, first_fit_decreasing, pack
@@ -196,10 +197,9 @@ def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
 
 def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):
   """Tokens of a micro-batch on one device."""
-  device = mesh.local_mesh.devices.flat[0]
-  if device.platform == "cpu":
+  if chips.platform() == "cpu":
     return max(256, CPU_BLOCK // decoder.d_ff)
-  limit = (device.memory_stats() or {}).get("bytes_limit", 16 << 30)
+  limit = chips.memory_bytes(jax.local_devices()[0]) or 16 << 30
   room = HALF * max(limit - kept_bytes, limit // 8)
   return max(256, int(room / _bytes_per_token(settings, decoder, layout, mesh.shape["tensor"])))
 

@@ -72,7 +72,7 @@ def _place(config, workdir):
   start = pathlib.Path(config.start)
   if config.start and (start / KEPT).is_dir():
     return start / KEPT
-  return pretrained.resolve(config.model.source)
+  return pretrained.resolve(config.model.source, weights=False)
 
 
 def begins(config: ml_collections.ConfigDict) -> bool:

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from jaxrl import chips
 from jaxrl import sharding
 
 
@@ -25,7 +26,7 @@ def make_meshes(settings: Mapping[str, Any]) -> tuple[Mesh, Mesh]:
   if wanted["data"] == 0:
     mesh = sharding.make_mesh(**axes)
     return mesh, mesh
-  devices = jax.devices()
+  devices = chips.devices()
   where = "config.mesh.sampling (" + ", ".join(f"{a}={n}" for a, n in wanted.items()) + ")"
   if min(wanted.values()) < 1:
     raise ValueError(f"{where}: every axis is a number of devices, at least 1; data=0 samples on "

@@ -1,12 +1,15 @@
 """The measurements of `accelerator.py` that run jaxrl."""
 
 import argparse
+import math
 import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxrl import chips
 from jaxrl import sharding
 from jaxrl.batch import Task, Trajectory
 from jaxrl.sampling import Request, Sampler, SamplingParams
@@ -15,7 +18,6 @@ from jaxrl.training import learner as learners
 from jaxrl.training import machine as this_machine
 from jaxrl.training import state as states
 from jaxrl.training.shapes import shape_of
-import chips
 import phases
 import scaling_model as model
 
@@ -30,7 +32,7 @@ def limits(args: argparse.Namespace, _: str) -> dict:
                      "CUDA_VISIBLE_DEVICES=0, or TPU_VISIBLE_CHIPS=0 with TPU_PROCESS_BOUNDS=1,1,1 "
                      "and TPU_CHIPS_PER_PROCESS_BOUNDS=1,1,1")
   sheet = chips.of_device(devices[0])
-  measured = chips.measure(args.matmul, args.copy_mb, args.repeats)
+  measured = measure(args.matmul, args.copy_mb, args.repeats)
   return {"device": this_machine.devices(), "versions": this_machine.versions(),
           "limits": {**measured, "machine": sheet and sheet.name,
                      "sheet_flops": sheet and sheet.flops,
@@ -222,3 +224,43 @@ def _count(tree):
 
 def _memory():
   return {"peak_device_mb": this_machine.peak_memory()["device_mb"]}
+
+
+def measure(size: int, megabytes: int, repeats: int = 5) -> dict[str, float]:
+  """What the default device does now: products of square bfloat16 matrices, and copies.
+
+  Args:
+    size: of the matrices.
+    megabytes: of the array that is read and written.
+    repeats: the fastest counts.
+
+  Returns:
+    `matmul_flops` and `copy_bytes_per_s` (read and written bytes both counted).
+  """
+  chain = 8
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16) / math.sqrt(size)
+
+  @jax.jit
+  def products(a):
+    return jax.lax.fori_loop(0, chain, lambda _, x: x @ a, a)
+
+  x = jnp.zeros((megabytes * 10 ** 6 // 4,), jnp.float32)
+
+  @jax.jit
+  def copies(x):
+    # One more in every pass, so that no pass can be left out.
+    return jax.lax.fori_loop(0, chain, lambda i, y: y + i.astype(jnp.float32), x)
+
+  return {"matmul_flops": chain * 2 * size ** 3 / fastest(lambda: products(a), repeats),
+          "copy_bytes_per_s": chain * 2 * x.nbytes / fastest(lambda: copies(x), repeats)}
+
+
+def fastest(call, repeats: int) -> float:
+  """Seconds of the fastest of some calls, after one that compiles."""
+  jax.block_until_ready(call())
+  seconds = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - began)
+  return min(seconds)

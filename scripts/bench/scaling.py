@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 
-import chips
+from jaxrl import chips
 import hlo
 import scaling_decode as decode
 import scaling_model as model

@@ -7,7 +7,7 @@ they need the new weights once per update.
 
 import dataclasses
 
-import chips
+from jaxrl import chips
 import scaling_model as model
 
 

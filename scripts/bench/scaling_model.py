@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 
-import chips
 import numpy as np
+
+from jaxrl import chips
 
 AXES = ("data", "fsdp", "tensor")
 ACTIVATION_OPS = ("all-to-all", "collective-permute")

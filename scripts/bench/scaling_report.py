@@ -37,7 +37,7 @@ def markdown(result: dict) -> str:
       "peaks. A mesh is data x fsdp x tensor.\n",
       f"Rows of {s['length']} tokens; llama-3 shapes, scanned and fully rematerialised layers, "
       "bfloat16 activations, float32 parameters and Adam. `scripts/bench/scaling.py` says how "
-      "figures are made, `scripts/bench/chips.py` where those of the machines are from.\n",
+      "figures are made, `jaxrl/chips.py` where those of the machines are from.\n",
       "## Compiled programs\n",
       "Per device. Arguments are XLA's, exactly; temporaries are those of XLA's CPU backend, which "
       "keeps float32 copies and attention scores, beside an estimate from the shapes. FLOPs and "

@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
+from jaxrl import chips
 import accelerator
 import accelerator_report
-import chips
 
 PROMPT, RESPONSE, SAMPLES, LENGTH, SEQUENCE, TRAIN_ROWS = 16, 5, 4, 64, 32, 4
 FLAGS = ["--models=toy", "--sections=decode,train,grpo", "--rows=8", f"--prompt={PROMPT}",

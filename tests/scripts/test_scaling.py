@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import chips
+from jaxrl import chips
 import hlo
 import scaling
 import scaling_decode

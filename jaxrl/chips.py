@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by their makers' data sheets, and what one does when measured.
+"""What accelerators can do at most, by their makers' data sheets, and the machine that programs are made for.
 
 Figures are those of dense bfloat16 products, per chip. Sources:
   TPU: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p-training, .../v6e. A v5p chip has
@@ -8,12 +8,13 @@ Figures are those of dense bfloat16 products, per chip. Sources:
     for the network of a host (one 400 Gbit/s port per GPU).
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import math
-import time
+import os
 
 import jax
-import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Machine:
     kind: found in `jax.Device.device_kind`, in lower case.
     flops: bfloat16 FLOP/s.
     hbm_bytes: capacity of the memory, bytes.
+    usable: what TPU programs may have of it, as their compiler says; 0 for GPUs.
+    cores: that names of machines count on each chip: v5p-64 has 32 chips.
     hbm_rate: its bandwidth, bytes/s.
     link_rate: bytes/s that one chip sends to its neighbours, one way: over all links of a torus,
       or over NVLink. 0 where the table leaves links out.
@@ -42,10 +45,23 @@ class Machine:
   hbm_rate: float
   link_rate: float = 0.0
   torus: int = 0
+  usable: float = 0.0
+  cores: int = 1
   host: int = 0
   network_rate: float = 0.0
   hop_seconds: float = 1e-6
   network_hop_seconds: float = 5e-6
+
+  @property
+  def platform(self) -> str:
+    """As JAX names it: tpu or gpu."""
+    return "tpu" if self.kind.startswith("tpu") else "gpu"
+
+  @property
+  def usable_bytes(self) -> float:
+    """Of the memory, what programs may have: on GPUs JAX takes the share of it that
+    XLA_PYTHON_CLIENT_MEM_FRACTION says, or three quarters."""
+    return self.usable or float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) * self.hbm_bytes
 
   def collective_seconds(self, op: str, payload: float, devices: list[int], shared_torus: int = 1
                          ) -> float:
@@ -90,10 +106,11 @@ def wire_bytes(op: str, payload: float, size: int) -> float:
 
 GIB = 2.0 ** 30
 MACHINES = (
-    Machine("v4", "tpu v4", 275e12, 32 * GIB, 1228e9),
-    Machine("v5e", "tpu v5 lite", 197e12, 16 * GIB, 819e9),
-    Machine("v5p", "tpu v5p", 459e12, 95 * GIB, 2765e9, link_rate=600e9, torus=3),
-    Machine("v6e", "tpu v6", 918e12, 32 * GIB, 1640e9),
+    Machine("v4", "tpu v4", 275e12, 32 * GIB, 1228e9, usable=30.75 * GIB, cores=2),
+    Machine("v5e", "tpu v5 lite", 197e12, 16 * GIB, 819e9, usable=15.75 * GIB),
+    Machine("v5p", "tpu v5p", 459e12, 95 * GIB, 2765e9, link_rate=600e9, torus=3,
+            usable=95.74 * GIB, cores=2),
+    Machine("v6e", "tpu v6", 918e12, 32 * GIB, 1640e9, usable=31.25 * GIB),
     Machine("A100", "a100", 312e12, 80e9, 2039e9),
     Machine("H200", "h200", 989e12, 141e9, 4800e9, link_rate=450e9, host=8, network_rate=50e9),
     Machine("H100", "h100", 989e12, 80e9, 3350e9, link_rate=450e9, host=8, network_rate=50e9),
@@ -121,41 +138,52 @@ def of_device(device: jax.Device) -> Machine | None:
   return next((machine for machine in MACHINES if machine.kind in kind), None)
 
 
-def measure(size: int, megabytes: int, repeats: int = 5) -> dict[str, float]:
-  """What the default device does now: products of square bfloat16 matrices, and copies.
+# ------------------------------------------------------------- what programs are made for
 
-  Args:
-    size: of the matrices.
-    megabytes: of the array that is read and written.
-    repeats: the fastest counts.
 
-  Returns:
-    `matmul_flops` and `copy_bytes_per_s` (read and written bytes both counted).
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """A machine that programs are made for without running there.
+
+  Attributes:
+    name: as in `v5e-8`.
+    platform: of the devices that it has: cpu, gpu or tpu. What is compiled with are `devices`, which may
+      be virtual ones of a CPU.
+    devices: as many as it has.
+    memory_bytes: that programs may use on each; None if nothing is known.
   """
-  chain = 8
-  a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16) / math.sqrt(size)
 
-  @jax.jit
-  def products(a):
-    return jax.lax.fori_loop(0, chain, lambda _, x: x @ a, a)
-
-  x = jnp.zeros((megabytes * 10 ** 6 // 4,), jnp.float32)
-
-  @jax.jit
-  def copies(x):
-    # One more in every pass, so that no pass can be left out.
-    return jax.lax.fori_loop(0, chain, lambda i, y: y + i.astype(jnp.float32), x)
-
-  return {"matmul_flops": chain * 2 * size ** 3 / fastest(lambda: products(a), repeats),
-          "copy_bytes_per_s": chain * 2 * x.nbytes / fastest(lambda: copies(x), repeats)}
+  name: str
+  platform: str
+  devices: tuple[jax.Device, ...]
+  memory_bytes: float | None
 
 
-def fastest(call, repeats: int) -> float:
-  """Seconds of the fastest of some calls, after one that compiles."""
-  jax.block_until_ready(call())
-  seconds = []
-  for _ in range(repeats):
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    seconds.append(time.perf_counter() - began)
-  return min(seconds)
+_assumed: list[Target] = []
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+  """Has all choices that depend on the machine made for another one than this."""
+  _assumed.append(target)
+  try:
+    yield
+  finally:
+    _assumed.pop()
+
+
+def platform() -> str:
+  """Of the devices that programs are made for: cpu, gpu or tpu."""
+  return _assumed[-1].platform if _assumed else jax.default_backend()
+
+
+def devices() -> list[jax.Device]:
+  """Those that meshes are made of."""
+  return list(_assumed[-1].devices) if _assumed else jax.devices()
+
+
+def memory_bytes(device: jax.Device) -> float | None:
+  """What programs may use on a device; None where nothing says so, as on CPUs."""
+  if _assumed:
+    return _assumed[-1].memory_bytes
+  return (device.memory_stats() or {}).get("bytes_limit")
