@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
 from jaxrl.models import distributions
+from jaxrl.models.decoder import VALUE as VALUE_HEAD
 from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.logprobs import token_logits, token_logprobs
 
@@ -21,7 +22,6 @@ DIVERGENCE = "reference_kl"  # the signal of two models
 MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "action_values", "scores", "yes_logprobs",
                  *distributions.SIGNALS)
 VALUES = ("values", "action_values")  # of the critic, if the config has one
-VALUE_HEAD = "value"  # of `heads_on_top`; the others are scores
 
 
 def init_parameters(config: DecoderConfig, key: Array) -> PyTree:
