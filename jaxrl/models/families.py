@@ -12,20 +12,19 @@ import math
 from typing import Any
 
 from jaxrl.models import rope_configs
-from jaxrl.models.decoder import VALUE, DecoderConfig
+from jaxrl.models import window_configs
+from jaxrl.models.decoder_config import VALUE, DecoderConfig
 
 SCORE = "score"  # the head of a published reward model; that of a value is never published
 REQUIRED = object()
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 RENAMED = {"num_experts": "num_local_experts"}  # by transformers 5
-LAYERS = {"full_attention": "full", "sliding_attention": "sliding"}
 SAME = ("vocab_size", "layers", "d_model", "heads", "kv_heads", "d_ff", "norm_epsilon", "norm_offset",
         "norm", "pre_norms", "post_norms", "parallel_residual", "qkv_bias", "output_bias", "mlp_bias",
         "qk_norm", "qk_norm_across_heads", "activation", "gated_mlp", "tie_embeddings", "scale_embeddings",
         "attention_soft_cap", "logit_soft_cap")  # fields that say it in one way only
 OF_ALL_PARTS = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype",
                 "transformers_version", "tie_word_embeddings")  # of a model that reads images too
-FULL, SLIDING = ("full",), ("sliding",)
 EXPERTS = ("experts", "experts_per_token", "expert_d_ff", "normalise_experts")
 # What a config may say only in one way, in any family.
 FIXED = {"use_bidirectional_attention": (None, False), "quantization_config": (None,)}
@@ -87,90 +86,10 @@ class Family:
   flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
   by_head: bool = False
-  windows: Callable = lambda hf, layers: (FULL, 0)
+  windows: Callable = lambda hf, layers: (window_configs.FULL, 0)
   write_windows: Callable = lambda decoder: {}
   rope: rope_configs.Spelling = rope_configs.Spelling()
   multimodal: str = ""
-
-
-# ---------------------------------------------------------------------------------------- windows
-
-
-def _one_window(default):
-  """Of models whose layers are all windowed, if there is a window."""
-  def read(hf, layers):
-    window = hf.get("sliding_window", default)
-    kinds = set(hf.get("layer_types") or ())
-    expected = "sliding_attention" if window else "full_attention"
-    if kinds - {expected}:
-      raise ValueError(f"layer_types={sorted(kinds)} with sliding_window={window}: all layers of this "
-                       f"architecture are {expected}")
-    return (SLIDING, int(window)) if window else (FULL, 0)
-  return read
-
-
-def _late_windows(hf, layers):
-  """Of Qwen: layers from `max_window_layers` on are windowed, if `use_sliding_window`."""
-  window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-  first = hf.get("max_window_layers", 28)
-  default = [i >= first and window is not None for i in range(layers)]
-  return _listed(hf, layers, window, default)
-
-
-def _used_window(hf, layers):
-  """Of Qwen 3 MoE: all layers are windowed, if `use_sliding_window`."""
-  window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-  return (SLIDING, int(window)) if window else (FULL, 0)
-
-
-def _periodic_windows(key, period):
-  """Of Gemma: every layer but each `period`-th is windowed."""
-  def read(hf, layers):
-    every = hf.get(key, hf.get("_" + key, period)) if key else period
-    return _listed(hf, layers, hf.get("sliding_window", 4096),
-                   [bool((i + 1) % every) for i in range(layers)])
-  return read
-
-
-def _listed(hf, layers, window, default):
-  """What `layer_types` says, else the default of the family: per layer whether it is windowed."""
-  kinds = hf.get("layer_types")
-  if kinds is None:
-    sliding = default
-  else:
-    unknown = sorted(set(kinds) - LAYERS.keys())
-    if unknown or len(kinds) != layers:
-      raise ValueError(f"layer_types={kinds} must name {' or '.join(LAYERS)} for each of {layers} layers")
-    sliding = [LAYERS[kind] == "sliding" for kind in kinds]
-  if not any(sliding):
-    return FULL, 0
-  if not window:
-    raise ValueError(f"layer_types={kinds} has sliding layers, but there is no window: sliding_window="
-                     f"{hf.get('sliding_window')}, use_sliding_window={hf.get('use_sliding_window')}")
-  return SLIDING if all(sliding) else tuple("sliding" if s else "full" for s in sliding), int(window)
-
-
-def _write_one_window(decoder):
-  return dict(sliding_window=decoder.sliding_window if all(decoder.is_sliding) else None)
-
-
-def _write_used_window(decoder):
-  return dict(_write_one_window(decoder), use_sliding_window=all(decoder.is_sliding))
-
-
-def _write_late_windows(decoder):
-  used = any(decoder.is_sliding)
-  return dict(use_sliding_window=used, sliding_window=decoder.sliding_window if used else None,
-              max_window_layers=decoder.is_sliding.index(True) if used else decoder.layers,
-              layer_types=_names_of_layers(decoder))
-
-
-def _write_listed(decoder):
-  return dict(sliding_window=decoder.sliding_window or 4096, layer_types=_names_of_layers(decoder))
-
-
-def _names_of_layers(decoder):
-  return [f"{'sliding' if sliding else 'full'}_attention" for sliding in decoder.is_sliding]
 
 
 # --------------------------------------------------------------------------------------- families
@@ -179,20 +98,20 @@ FAMILIES = (
     Family("llama", "LlamaForCausalLM", "LlamaForSequenceClassification",
            dict(_COMMON, **_BIASES, mlp_bias=("mlp_bias", False))),
     Family("mistral", "MistralForCausalLM", "MistralForSequenceClassification",
-           dict(_COMMON, kv_heads=("num_key_value_heads", 8)), windows=_one_window(4096),
-           write_windows=_write_one_window),
+           dict(_COMMON, kv_heads=("num_key_value_heads", 8)), windows=window_configs.one_window(4096),
+           write_windows=window_configs.write_one_window),
     Family("qwen2", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification",
            dict(_COMMON, kv_heads=("num_key_value_heads", 32)), dict(qkv_bias=True),
-           windows=_late_windows, write_windows=_write_late_windows),
+           windows=window_configs.late_windows, write_windows=window_configs.write_late_windows),
     Family("qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification",
            dict(_COMMON, **_BIASES, kv_heads=("num_key_value_heads", 32),
                 head_dim=("head_dim", 128)), dict(qk_norm=True),
-           windows=_late_windows, write_windows=_write_late_windows),
+           windows=window_configs.late_windows, write_windows=window_configs.write_late_windows),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification",
            dict(_COMMON, **_BIASES, kv_heads=("num_key_value_heads", 4), experts=("num_experts", 128),
                 experts_per_token=("num_experts_per_tok", 8), expert_d_ff=("moe_intermediate_size", 768),
                 normalise_experts=("norm_topk_prob", False)), dict(qk_norm=True),
-           windows=_used_window, write_windows=_write_used_window),
+           windows=window_configs.used_window, write_windows=window_configs.write_used_window),
     Family("gemma", "GemmaForCausalLM", "GemmaForSequenceClassification",
            dict(_GEMMA, kv_heads=("num_key_value_heads", 16),
                 activation=("hidden_act", "gelu_pytorch_tanh")), _NORMS),
@@ -200,20 +119,22 @@ FAMILIES = (
            dict(_CAPPED, kv_heads=("num_key_value_heads", 4),
                 attention_soft_cap=("attn_logit_softcapping", 50.0),
                 logit_soft_cap=("final_logit_softcapping", 30.0)),
-           dict(_NORMS, post_norms=True), POST_NORM_NAMES, windows=_periodic_windows("", 2),
-           write_windows=_write_listed),
+           dict(_NORMS, post_norms=True), POST_NORM_NAMES, windows=window_configs.periodic_windows("", 2),
+           write_windows=window_configs.write_listed),
     Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification",
            dict(_CAPPED, vocab_size=("vocab_size", 262_208), heads=("num_attention_heads", 8),
                 kv_heads=("num_key_value_heads", 4),
                 attention_soft_cap=("attn_logit_softcapping", None),
                 logit_soft_cap=("final_logit_softcapping", None)),
            dict(_NORMS, post_norms=True, qk_norm=True), POST_NORM_NAMES,
-           windows=_periodic_windows("sliding_window_pattern", 6), write_windows=_write_listed,
+           windows=window_configs.periodic_windows("sliding_window_pattern", 6),
+           write_windows=window_configs.write_listed,
            rope=rope_configs.Spelling(default=1_000_000.0, local=10_000.0),
            multimodal="Gemma3ForConditionalGeneration"),
     Family("phi3", "Phi3ForCausalLM", "Phi3ForSequenceClassification",
            dict(_COMMON, norm_epsilon=("rms_norm_eps", 1e-5)), names=FUSED_NAMES,
-           windows=_one_window(None), write_windows=_write_one_window, rope=rope_configs.PHI3),
+           windows=window_configs.one_window(None), write_windows=window_configs.write_one_window,
+           rope=rope_configs.PHI3),
     Family("olmo2", "Olmo2ForCausalLM", "Olmo2ForSequenceClassification",
            dict(_COMMON, **_BIASES, norm_epsilon=("rms_norm_eps", 1e-5)),
            dict(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_across_heads=True),

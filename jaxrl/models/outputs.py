@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
 from jaxrl.models import distributions
-from jaxrl.models.decoder import VALUE as VALUE_HEAD
 from jaxrl.models.decoder import Decoder, DecoderConfig
+from jaxrl.models.decoder_config import VALUE as VALUE_HEAD
 from jaxrl.models.logprobs import token_logits, token_logprobs
 
 DIVERGENCE = "reference_kl"  # the signal of two models

@@ -25,7 +25,7 @@ import safetensors.numpy
 from jaxrl import sharding
 from jaxrl.models import families
 from jaxrl.models import tensor_names
-from jaxrl.models.decoder import DecoderConfig
+from jaxrl.models.decoder_config import DecoderConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from jaxrl.models.decoder import DecoderConfig
+from jaxrl.models.decoder_config import DecoderConfig
 
 ORIGINAL = "original_max_position_embeddings"
 LAYERS = ("full_attention", "sliding_attention")

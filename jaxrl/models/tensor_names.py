@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import dataclasses
 import math
 
-from jaxrl.models.decoder import DecoderConfig
+from jaxrl.models.decoder_config import DecoderConfig
 from jaxrl.models.families import BY_ARCHITECTURE, SCORE
 
 TEXT = "language_model."  # in front of every name, where the text part is one of several
@@ -18,7 +18,8 @@ class Piece:
   Attributes:
     path: of the parameter, below `params`; several pieces share one where layers or experts are
       stacked.
-    slot: where in that stack the piece lies; () if it is the whole parameter.
+    layer, expert: which one it is of; None outside of layers or experts.
+    stacked: whether layers are stacked, in front of experts, which always are.
     shape: here, without the axes of the stack.
     name: of the published tensor.
     rows: first and last of its rows, the last excluded, in each of its groups.
@@ -28,13 +29,20 @@ class Piece:
   """
 
   path: tuple[str, ...]
-  slot: tuple[int, ...]
+  layer: int | None
+  expert: int | None
+  stacked: bool
   shape: tuple[int, ...]
   name: str
   rows: tuple[int, int]
   groups: int
   columns: int | None
   transpose: bool
+
+  @property
+  def slot(self) -> tuple[int, ...]:
+    """Where in the stack the piece lies; () if it is the whole parameter."""
+    return (self.layer,) * self.stacked + ((self.expert,) if self.expert is not None else ())
 
 
 def tensors(decoder: DecoderConfig, architecture: str) -> dict[str, tuple[Piece, ...]]:
@@ -83,37 +91,37 @@ def _prefix(architecture):
 
 def _pieces(c, family, classifies) -> Iterator[Piece]:
   table = (c.vocab_size,), (c.d_model,)
-  yield _piece(("embedding",), (), family.names["embedding"] + ".weight", *table)
+  yield _piece(c, ("embedding",), None, family.names["embedding"] + ".weight", *table)
   for layer in range(c.layers):
     yield from _layer(c, family, layer)
-  yield from _norm(c, ("final_norm",), (), family.names["final_norm"], c.d_model)
+  yield from _norm(c, ("final_norm",), None, family.names["final_norm"], c.d_model)
   if classifies:
-    yield _piece((f"{SCORE}_head", "kernel"), (), "score.weight", (1,), (c.d_model,), transpose=True)
+    yield _piece(c, (f"{SCORE}_head", "kernel"), None, "score.weight", (1,), (c.d_model,), transpose=True)
   elif not c.tie_embeddings:
-    yield _piece(("unembedding",), (), family.names["unembedding"] + ".weight", *table)
+    yield _piece(c, ("unembedding",), None, family.names["unembedding"] + ".weight", *table)
 
 
 def _layer(c, family, layer) -> Iterator[Piece]:
   """The pieces of one layer."""
   names, at = family.names, f"{family.names['layers']}.{layer}."
-  own, slot = (("blocks",), (layer,)) if c.scan_layers else ((f"blocks_{layer}",), ())
+  own = ("blocks",) if c.scan_layers else (f"blocks_{layer}",)
   d, f, heads, kv = (c.d_model,), (c.d_ff,), (c.heads, c.width), (c.kv_heads, c.width)
   groups = c.heads if family.by_head else 1
 
   def projection(part, ours, outputs, inputs, bias, groups=1):
     path, name = (*own, part, ours), at + names[ours]
-    yield _piece((*path, "kernel"), slot, name + ".weight", outputs, inputs, groups, transpose=True)
+    yield _piece(c, (*path, "kernel"), layer, name + ".weight", outputs, inputs, groups, transpose=True)
     if bias:
-      yield _piece((*path, "bias"), slot, name + ".bias", outputs, groups=groups)
+      yield _piece(c, (*path, "bias"), layer, name + ".bias", outputs, groups=groups)
   for ours, outputs in (("query", heads), ("key", kv), ("value", kv)):
     yield from projection("attention", ours, outputs, d, c.qkv_bias, groups)
   yield from projection("attention", "output", d, heads, c.output_bias)
   if c.qk_norm:
     for ours, (number, width) in (("query_norm", heads), ("key_norm", kv)):
       size = number * width if c.qk_norm_across_heads else width
-      yield _piece((*own, "attention", ours, "scale"), slot, f"{at}{names[ours]}.weight", (size,))
+      yield _piece(c, (*own, "attention", ours, "scale"), layer, f"{at}{names[ours]}.weight", (size,))
   if c.is_sparse[layer]:
-    yield from _experts(c, names, at, (*own, "experts"), slot)
+    yield from _experts(c, names, at, (*own, "experts"), layer)
   else:
     for ours in ("gate", "up")[not c.gated_mlp:]:
       yield from projection("mlp", ours, f, d, c.mlp_bias)
@@ -121,27 +129,27 @@ def _layer(c, family, layer) -> Iterator[Piece]:
   for ours, there in (("attention_norm", c.pre_norms), ("attention_post_norm", c.post_norms),
                       ("mlp_norm", c.pre_norms), ("mlp_post_norm", c.post_norms)):
     if there:
-      yield from _norm(c, (*own, ours), slot, at + names[ours], c.d_model)
+      yield from _norm(c, (*own, ours), layer, at + names[ours], c.d_model)
 
 
-def _experts(c, names, at, path, slot) -> Iterator[Piece]:
+def _experts(c, names, at, path, layer) -> Iterator[Piece]:
   """The router of one layer, and its experts one by one."""
   d, f = (c.d_model,), (c.expert_d_ff,)
-  yield _piece((*path, "router", "kernel"), slot, f"{at}{names['router']}.weight", (c.experts,), d,
+  yield _piece(c, (*path, "router", "kernel"), layer, f"{at}{names['router']}.weight", (c.experts,), d,
                transpose=True)
   for expert in range(c.experts):
     for ours, outputs, inputs in (("gate", f, d), ("up", f, d), ("down", d, f)):
       name = f"{at}{names['experts']}.{expert}.{names['expert_' + ours]}.weight"
-      yield _piece((*path, ours, "kernel"), (*slot, expert), name, outputs, inputs, transpose=True)
+      yield _piece(c, (*path, ours, "kernel"), layer, name, outputs, inputs, expert=expert, transpose=True)
 
 
-def _norm(c, path, slot, name, size) -> Iterator[Piece]:
-  yield _piece((*path, "scale"), slot, name + ".weight", (size,))
+def _norm(c, path, layer, name, size) -> Iterator[Piece]:
+  yield _piece(c, (*path, "scale"), layer, name + ".weight", (size,))
   if c.norm == "layer":
-    yield _piece((*path, "bias"), slot, name + ".bias", (size,))
+    yield _piece(c, (*path, "bias"), layer, name + ".bias", (size,))
 
 
-def _piece(path, slot, name, outputs, inputs=(), groups=1, transpose=False):
+def _piece(c, path, layer, name, outputs, inputs=(), groups=1, *, expert=None, transpose=False):
   shape = (*inputs, *outputs) if transpose else (*outputs, *inputs)
-  return Piece(path, slot, shape, name, (0, math.prod(outputs) // groups), groups,
-               math.prod(inputs) if inputs else None, transpose)
+  return Piece(path, layer, expert, c.scan_layers and layer is not None, shape, name,
+               (0, math.prod(outputs) // groups), groups, math.prod(inputs) if inputs else None, transpose)
