@@ -155,10 +155,15 @@ def test_bfloat16_is_stored_and_read_bit_for_bit(tmp_path):
                                                              attn_implementation="eager").eval()
   np.testing.assert_allclose(published.our_logits(decoder_of(tmp_path / "out"), wide),
                              published.logits_of(narrow), atol=2e-4, rtol=0)
-  # Computed in bfloat16, logits of size 0.5 differ from those by rounding: 8 bits, a few times over.
-  half = decoder_of(tmp_path / "out", dtype="bfloat16", param_dtype="bfloat16")
-  np.testing.assert_allclose(published.our_logits(half, params), published.logits_of(narrow),
-                             atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "olmo2", "neox"])
+def test_in_bfloat16_logits_differ_by_rounding_a_few_times_over(name, tmp_path):
+  """Experts are left out: a rounding may send a token to another one, in transformers as here."""
+  expected = published.logits_of(published.saved(name, tmp_path))
+  decoder, params = load(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+  error = published.our_logits(decoder, params) - expected  # numbers of 8 bits
+  assert np.abs(error).max() < 0.06 * np.std(expected) and np.std(error) < 0.015 * np.std(expected)
 
 
 def test_the_text_part_of_a_model_that_reads_images_is_read_and_exported(tmp_path):
