@@ -386,7 +386,9 @@ def _rollouts(parts, phase, sampler):
       sampling=pieces.sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
       likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
-      pairs=parts.pair_builder, seed=parts.config.seed)
+      pairs=parts.pair_builder, seed=parts.config.seed,
+      schedules={name.removeprefix("rollout."): of for name, of in pieces.schedules(phase.settings).items()
+                 if name.startswith("rollout.")})
 
 
 def _scorer(config, phases, mesh):
@@ -423,15 +425,19 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
       {"transforms": [pieces.plain(spec) for spec in settings.optimizer.transforms]},
       lambda specs, where: _references(specs, where, settings, decoder, mesh, tokenizer)) if (
           kind != "evaluate") else []
+  scheduled = pieces.schedules(settings)
+  rate = scheduled.get("optimizer.learning_rate")
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
-      models=frozen.read(settings.reference, settings.frozen),
+      models=frozen.read(settings.reference, settings.frozen, scheduled.get("reference.decay")),
       advantage=[compose.build(pieces.plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
-      optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms),
+      optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms, rate),
       transforms=transforms,
-      learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
-      temperature=settings.rollout.temperature if sampled else 1.0,
+      learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps, rate),
+      temperature=(scheduled.get("rollout.temperature", settings.rollout.temperature) if sampled
+                   else 1.0),
+      updates_per_batch=settings.rollout.updates if sampled else 1,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
       asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))

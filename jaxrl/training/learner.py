@@ -27,6 +27,7 @@ from jaxrl.models import DecoderConfig
 from jaxrl.models import model_outputs
 from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
+from jaxrl.schedule import Schedule
 from jaxrl.training import frozen
 from jaxrl.training import streams
 from jaxrl.training.state import TrainState
@@ -45,7 +46,8 @@ class Learning:
     aggregations: of each term.
     optimizer: of the phase.
     learning_rate: its schedule, for the logs.
-    temperature: of the distribution whose log-probabilities are meant.
+    temperature: of the distribution whose log-probabilities are meant, or a schedule of it.
+    updates_per_batch: on samples of one temperature.
     vocabulary_chunk: logits exist for this much of the vocabulary at a time.
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
     streams: threads that share the micro-batches, on one device: see `streams.SideBySide`.
@@ -60,9 +62,10 @@ class Learning:
   aggregations: Sequence[aggregate.Aggregation]
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
-  temperature: float
+  temperature: float | Schedule
   vocabulary_chunk: int
   with_behaviour: bool
+  updates_per_batch: int = 1
   streams: int = 1
   models: Mapping[str, frozen.Refresh] = dataclasses.field(
       default_factory=lambda: {frozen.REFERENCE: frozen.Refresh()})
@@ -76,6 +79,12 @@ class Learning:
             for source, name in self._read}
     read |= {frozen.REFERENCE} if self.asks_reference else set()
     return frozen.kept(self.models, read & set(self.models))
+
+  def temperature_at(self, step: jax.Array) -> float | jax.Array:
+    """That of the samples which update `step` learns from."""
+    if not isinstance(self.temperature, Schedule):
+      return self.temperature
+    return self.temperature(step - step % self.updates_per_batch)
 
   @property
   def needs_values(self) -> bool:
@@ -252,17 +261,18 @@ def _outputs(learning, state, batch, part=0, parts=1):
   found = {}
   for source, params in {**state.frozen, frozen.OLD: state.params}.items():
     if names := learning.frozen_signals[source]:
-      outputs = _forward(learning, params, batch, names, state.reference, part, parts)
+      outputs = _forward(learning, params, batch, names, state, part, parts)
       found |= {f"{source}_{name}": x for name, x in outputs.items()}
   return found
 
 
-def _forward(learning, params, batch, names, reference, part, parts):
+def _forward(learning, params, batch, names, state, part, parts):
   """Named outputs of a forward pass over a part's micro-batches. -> {name: [all rows, length, ...]}"""
   def one(i):
     outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=names,
-                            logprobs="logprobs" in names, temperature=learning.temperature,
-                            vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
+                            logprobs="logprobs" in names,
+                            temperature=learning.temperature_at(state.step),
+                            vocabulary_chunk=learning.vocabulary_chunk, reference=state.reference)
     return {name: _by_unit(outputs.get(name), batch) for name in names}
 
   def all_rows(x, axes):  # the first of which say which token
@@ -383,7 +393,8 @@ def _loss(learning, params, rows, step, reference):
   """Loss of one micro-batch, its metrics, and the largest gap between sampler and trainer."""
   signals = learning.term_signals | ({"entropy"} if learning.with_behaviour else frozenset())
   outputs = model_outputs(learning.decoder, params, rows, signals=signals,
-                          logprobs=learning.reads_logprobs, temperature=learning.temperature,
+                          logprobs=learning.reads_logprobs,
+                          temperature=learning.temperature_at(step),
                           vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
   means = [rows.signals[_means_of(term)] for term in learning.terms]
   weights = [a.weight_at(step) * rows.signals[_weights_of(a)] for a in learning.aggregations]
