@@ -52,12 +52,15 @@ def get_config() -> ml_collections.ConfigDict:
       vocab_size=0,  # 0 is the tokenizer's; more leaves unused ids at its end
       layers=4, d_model=128, heads=4, kv_heads=2, head_dim=0, d_ff=384,
       layer_types=("full",), sliding_window=0,
-      rope_theta=10_000.0, rope_scaling=(), rope_local_theta=0.0,
-      norm_epsilon=1e-6, norm_offset=False, post_norms=False, qk_norm=False,
-      qkv_bias=False, output_bias=False, mlp_bias=False, query_scale=0.0, activation="silu",
+      rope_theta=10_000.0, rope_scaling=(), rope_local_theta=0.0, rope_fraction=1.0, rope_length=0,
+      norm="rms", norm_epsilon=1e-6, norm_offset=False, pre_norms=True, post_norms=False,
+      parallel_residual=False, qk_norm=False, qk_norm_across_heads=False,
+      qkv_bias=False, output_bias=False, mlp_bias=False, query_scale=0.0, activation="silu", gated_mlp=True,
+      mlp_types=("dense",), experts=0, experts_per_token=0, expert_d_ff=0, normalise_experts=False,
       tie_embeddings=True, scale_embeddings=False, attention_soft_cap=0.0, logit_soft_cap=0.0,
       attention="xla", scan_layers=False, remat="none",
       heads_on_top=(), critic=False,  # ("value", 1) is a value head on the policy; critic a model
+      score_bias=True,  # of those heads, the value aside
       verdict=(),  # two texts of one token, ("yes", "no"): their log-odds are a score of answers
       dtype="float32", param_dtype="float32")
   config.mesh = dict(

@@ -31,13 +31,14 @@ RULES = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": (),  # every device has a share of each
     "head_dim": (),
     "head": (),
     "layers": (),
     "length": (),
 }
 DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"),
-           ("kv_heads", "kv_heads"), ("d_ff", "mlp"))  # field of a model config, its logical axis
+           ("kv_heads", "kv_heads"), ("d_ff", "mlp"), ("expert_d_ff", "mlp"))  # field of a model config, its logical axis
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as dead
 MOST_STREAMS = 8  # each has a gradient of its own
@@ -91,7 +92,7 @@ def check_divisible(config: Any, mesh: Mesh) -> None:
   """Refuses a model that does not split evenly over a mesh.
 
   Args:
-    config: has the fields `d_model, vocab_size, heads, kv_heads, d_ff` (`models.DecoderConfig`).
+    config: has the fields of `DIVIDED` (`models.DecoderConfig`).
     mesh: of `make_mesh`.
 
   Raises:

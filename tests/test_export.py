@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jaxrl import config as configs
 from jaxrl import data, sharding
 from jaxrl.config import ConfigError
 from jaxrl.models import Decoder, token_logits
-from jaxrl.training import builders, inputs, pieces, run, sources
+from jaxrl.training import builders, inputs, pieces, refusals, run, sources
 from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.export import export
@@ -128,6 +129,36 @@ def test_a_run_with_a_source_continues_and_is_exported_without_it(trained, tmp_p
       np.asarray(params["params"]["embedding"].astype("bfloat16").astype("float32")))
 
 
+def three_grpo_updates(**changes):
+  config = config_of_run(layers=2, d_model=32, d_ff=48, qkv_bias=True)
+  config.phases = ("rl",)
+  config.rl.update(until=None, steps=3, optimizer=dict(learning_rate=1e-3))
+  config.rollout.update(prompts=4, episode=dict(name="group", samples=4), filter_zero_variance=False)
+  config.reward.criteria = [dict(name="jaxrl.rewards.verifiers:matches_format", pattern=".*1.*")]
+  config.objective = [dict(name="clipped_surrogate"), dict(name="kl", beta=0.1)]
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def updates_of(workdir):
+  """What was logged of every update, without what a clock says."""
+  clocks = ("seconds", "per_second", "compil", "time", "memory")
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [{k: v for k, v in line.items() if not any(clock in k for clock in clocks)} for line in lines]
+
+
+def test_training_goes_on_from_an_export_as_from_the_run_itself(trained, tmp_path):
+  workdir, out = trained
+  run.run(three_grpo_updates(start=str(workdir)), tmp_path / "whole", quiet=True)
+  run.run(three_grpo_updates(**{"model.source": str(out)}), tmp_path / "exported", quiet=True)
+  expected = updates_of(tmp_path / "whole")
+  assert [line["step"] for line in expected if "loss" in line] == [1, 2, 3]
+  assert all(line["gradient_norm"] > 0 for line in expected if "loss" in line)
+  assert updates_of(tmp_path / "exported") == expected
+  assert equal(parameters_of(tmp_path / "exported")[1], parameters_of(tmp_path / "whole")[1])
+  assert not equal(parameters_of(tmp_path / "whole")[1], parameters_of(workdir)[1])
+
+
 def refusal(config, workdir):
   with pytest.raises(ConfigError) as error:
     run.run(config, workdir, quiet=True)
@@ -169,6 +200,33 @@ def test_a_foreign_model_brings_its_tokenizer(tmp_path):
   assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
   assert pieces.sampling(mine.rollout, (parts.tokenizer.eos_id,)).stop_ids == (2, 7)
   parts.scorer.close()
+
+
+def test_a_run_says_which_tensors_of_images_it_leaves(tmp_path):
+  published.model_of_images().save_pretrained(tmp_path / "source")
+  data.CharacterTokenizer("0123456789+=").export(tmp_path / "source")
+  lines = []
+  mine = sources.filled(config_of_run(source=str(tmp_path / "source")), tmp_path / "run")
+  parts = builders.build_parts(mine, tmp_path / "run", lines.append, fresh=True)
+  assert parts.decoder.rope_local_theta == 50.0
+  assert any("reads images too; " in line and "vision_tower." in line for line in lines)
+  parts.scorer.close()
+
+
+def test_sequences_for_which_longrope_has_other_factors_are_refused(tmp_path):
+  config = transformers.Phi3Config(**published.SHAPE, original_max_position_embeddings=20,
+                                   rope_parameters=dict(published.LONG, partial_rotary_factor=0.75))
+  published.model(config).save_pretrained(tmp_path / "source")
+  data.CharacterTokenizer("0123456789+=").export(tmp_path / "source")
+  mine = config_of_run(source=str(tmp_path / "source"))
+  said = refusal(mine, tmp_path / "run")
+  assert "may have 32 tokens" in said and "those of more than 20 tokens" in said
+  assert "config.model.rope_length=32" in said
+  for fits in ({"model.rope_length": 32}, {"data.max_prompt_tokens": 4}):
+    mine.update_from_flattened_dict({"data.max_prompt_tokens": 16, "model.rope_length": 0, **fits})
+    filled = sources.filled(mine, tmp_path / "run")
+    phases = [types.SimpleNamespace(settings=filled)]
+    refusals.check_lengths(phases, inputs.decoder_config(filled.model, data.CharacterTokenizer()), filled.data)
 
 
 def test_export_refuses_what_cannot_be_written(trained, tmp_path, capsys):

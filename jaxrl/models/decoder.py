@@ -1,4 +1,4 @@
-"""One decoder-only transformer for the Llama, Qwen and Gemma dialects.
+"""One decoder-only transformer for the Llama, Qwen, Gemma, OLMo and GPT-NeoX dialects.
 
 A dialect is a setting of `DecoderConfig`, never another model file. The same parameters serve three
 calls: packed rows in training, prompts before sampling (both `Decoder.__call__`), and one token for
@@ -8,7 +8,6 @@ each sample of each prompt (`Decoder.decode`).
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import importlib.util
 
 import flax.linen as nn
 import jax
@@ -18,117 +17,12 @@ import numpy as np
 
 from jaxrl import sharding
 from jaxrl.models import cached_attention
+from jaxrl.models import experts
 from jaxrl.models import packed_attention
 from jaxrl.models import rope
 from jaxrl.models.cached_attention import DecodeStep, KeyValues, LayerCache, Rows
+from jaxrl.models.decoder_config import ACTIVATIONS, REMAT_POLICIES, THRESHOLDS, VALUE, DecoderConfig
 from jaxrl.models.packed_attention import PackedRows
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-THRESHOLDS = "thresholds"  # the head that is the same for all states
-ACTIVATIONS = {"silu": nn.silu, "gelu": functools.partial(nn.gelu, approximate=False),
-               "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-  """Shape and dialect of a decoder.
-
-  Attributes:
-    head_dim: 0 means `d_model // heads`.
-    layer_types: `full` or `sliding` per layer, repeated to cover all layers.
-    sliding_window: tokens visible to a `sliding` layer, the query included.
-    rope_scaling: items of `{"rope_type": "linear" | "llama3", ...}`, as in `rope.frequencies`.
-    rope_local_theta: RoPE base of `sliding` layers (Gemma 3); 0 means `rope_theta` and its scaling.
-    norm_offset: RMSNorm multiplies by `1 + scale` (Gemma) and not by `scale`.
-    post_norms: also normalise what attention and MLP return (Gemma 2 and 3).
-    qk_norm: RMSNorm over each head of queries and keys (Qwen 3, Gemma 3).
-    query_scale: factor on queries; 0 means `head_dim ** -0.5`.
-    scale_embeddings: multiply embeddings by `sqrt(d_model)` (Gemma).
-    attention_soft_cap, logit_soft_cap: `cap * tanh(x / cap)`; 0 is off (Gemma 2).
-    attention: `xla`, or `fused` (Tokamax, needs `pip install tokamax`), of packed rows.
-    scan_layers: one stacked set of layer parameters, compiled once for any depth.
-    remat: what the backward pass recomputes: `none`, `dots` (all but matrix products), `full`.
-    heads_on_top: scalar heads over the final hidden state, name -> number of outputs; `thresholds`
-      is a head whose numbers are the same for all states.
-    verdict: ids of two tokens, "yes" and "no": the difference of their logits is one more score.
-    critic: a second decoder beside the policy, with the head `value` (see `models.outputs`).
-    dtype, param_dtype: of activations and of parameters.
-  """
-
-  vocab_size: int
-  layers: int = 4
-  d_model: int = 128
-  heads: int = 4
-  kv_heads: int = 2
-  head_dim: int = 0
-  d_ff: int = 384
-  layer_types: tuple[str, ...] = ("full",)
-  sliding_window: int = 0
-  rope_theta: float = 10_000.0
-  rope_scaling: tuple[tuple[str, object], ...] = ()
-  rope_local_theta: float = 0.0
-  norm_epsilon: float = 1e-6
-  norm_offset: bool = False
-  post_norms: bool = False
-  qkv_bias: bool = False
-  output_bias: bool = False
-  mlp_bias: bool = False
-  qk_norm: bool = False
-  query_scale: float = 0.0
-  activation: str = "silu"
-  tie_embeddings: bool = True
-  scale_embeddings: bool = False
-  attention_soft_cap: float = 0.0
-  logit_soft_cap: float = 0.0
-  attention: str = "xla"
-  scan_layers: bool = False
-  remat: str = "none"
-  heads_on_top: tuple[tuple[str, int], ...] = ()
-  verdict: tuple[int, ...] = ()
-  critic: bool = False
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-
-  def __post_init__(self):
-    def check(ok, message):
-      if not ok:
-        raise ValueError(f"config.model: {message}")
-    for name in ("vocab_size", "layers", "d_model", "heads", "kv_heads", "d_ff"):
-      check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-    check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} does not divide "
-          f"heads={self.heads}")
-    check(self.head_dim or self.d_model % self.heads == 0, f"heads={self.heads} does not divide "
-          f"d_model={self.d_model}; set head_dim")
-    check(self.width % 2 == 0, f"head_dim={self.width} is odd, but RoPE rotates pairs")
-    check(self.remat in REMAT_POLICIES, f"remat={self.remat!r} is none of {list(REMAT_POLICIES)}")
-    check(self.attention in packed_attention.KERNELS, f"attention={self.attention!r} is none of "
-          f"{list(packed_attention.KERNELS)}")
-    check(self.attention == "xla" or importlib.util.find_spec("tokamax"),
-          "attention='fused' needs Tokamax: pip install tokamax, or leave 'xla'")
-    check(self.activation in ACTIVATIONS, f"activation={self.activation!r} is none of "
-          f"{list(ACTIVATIONS)}")
-    check(self.layer_types and set(self.layer_types) <= {"full", "sliding"},
-          f"layer_types={self.layer_types} must be `full` or `sliding`")
-    check(not self.verdict or len(set(self.verdict)) == 2 and 0 <= min(self.verdict)
-          and max(self.verdict) < self.vocab_size, f"verdict={self.verdict} must be two different tokens "
-          f"below vocab_size={self.vocab_size}")
-    check("sliding" not in self.layer_types or self.sliding_window > 0,
-          "layer_types has `sliding`, so sliding_window must be positive")
-
-  @property
-  def width(self) -> int:
-    """Dimension of one head."""
-    return self.head_dim or self.d_model // self.heads
-
-  @property
-  def is_sliding(self) -> tuple[bool, ...]:
-    """Per layer, whether its attention is windowed."""
-    kinds = self.layer_types
-    return tuple(kinds[i % len(kinds)] == "sliding" for i in range(self.layers))
 
 
 def partitioned(initializer, *axes):
@@ -150,6 +44,26 @@ class RMSNorm(nn.Module):
     shape, x32 = x.shape, sharding.flat(x.astype(jnp.float32))
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 ** 2, axis=-1, keepdims=True) + c.norm_epsilon)
     return (x32 * (scale.astype(jnp.float32) + c.norm_offset)).astype(c.dtype).reshape(shape)
+
+
+class LayerNorm(nn.Module):
+  """Normalisation to mean 0 and variance 1 over the last axis, computed in float32."""
+
+  config: DecoderConfig
+  axis: str = "embed"
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    scale, bias = (self.param(name, partitioned(init, self.axis), (x.shape[-1],), c.param_dtype)
+                   for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros)))
+    shape, x32 = x.shape, sharding.flat(x.astype(jnp.float32))
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 ** 2, axis=-1, keepdims=True) + c.norm_epsilon)
+    return (x32 * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(c.dtype).reshape(shape)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 class Projection(nn.Module):
@@ -238,8 +152,8 @@ class Attention(nn.Module):
     k = heads(outputs=("kv_heads", "head_dim"), shape=(c.kv_heads, c.width), name="key")(x)
     v = heads(outputs=("kv_heads", "head_dim"), shape=(c.kv_heads, c.width), name="value")(x)
     if c.qk_norm:
-      q = RMSNorm(c, "head_dim", name="query_norm")(q)
-      k = RMSNorm(c, "head_dim", name="key_norm")(k)
+      q = self._normalised(q, "query_norm", "heads")
+      k = self._normalised(k, "key_norm", "kv_heads")
     turns = _turns_of_layer(c, turns, sliding)
     q, k = rope.rotate(q, turns), rope.rotate(k, turns)
     q = q * (c.query_scale or c.width ** -0.5)
@@ -258,13 +172,22 @@ class Attention(nn.Module):
                      scale=0.5 / c.layers, name="output")(out)
     return out, KeyValues(k, v)
 
+  def _normalised(self, x, name, axis):
+    """Queries or keys, normalised by head or over all of them."""
+    if not self.config.qk_norm_across_heads:
+      return RMSNorm(self.config, "head_dim", name=name)(x)
+    return RMSNorm(self.config, axis, name=name)(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
 
 def _turns(c: DecoderConfig, positions):
   """Rotations at every position: of full layers, and of sliding ones where they differ."""
-  both = [rope.frequencies(c.width, c.rope_theta, dict(c.rope_scaling))]
-  if c.rope_local_theta:
-    both.append(rope.frequencies(c.width, c.rope_local_theta, {}))
-  return [rope.turns(positions, frequency) for frequency in both]
+  scaling = dict(c.rope_scaling)
+  full = rope.turns(positions, rope.frequencies(c.rotated, c.rope_theta, scaling, c.rope_length))
+  if (factor := rope.attention_factor(scaling)) != 1:
+    full = jax.tree.map(lambda turn: factor * turn, full)
+  if not c.rope_local_theta:
+    return [full]
+  return [full, rope.turns(positions, rope.frequencies(c.rotated, c.rope_local_theta, {}))]
 
 
 def _turns_of_layer(c: DecoderConfig, turns, sliding):
@@ -281,7 +204,7 @@ def _window(c: DecoderConfig, sliding):
 
 
 class MLP(nn.Module):
-  """Gated feed-forward layer: `down(activation(gate(x)) * up(x))`."""
+  """Feed-forward layer: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
 
   config: DecoderConfig
 
@@ -289,25 +212,66 @@ class MLP(nn.Module):
   def __call__(self, x):
     c = self.config
     wide = functools.partial(Projection, c, ("embed",), ("mlp",), (c.d_ff,), c.mlp_bias)
-    hidden = ACTIVATIONS[c.activation](wide(name="gate")(x)) * wide(name="up")(x)
+    activation = ACTIVATIONS[c.activation]
+    hidden = (activation(wide(name="gate")(x)) * wide(name="up")(x) if c.gated_mlp else
+              activation(wide(name="up")(x)))
     return Projection(c, ("mlp",), ("embed",), (c.d_model,), c.mlp_bias, scale=0.5 / c.layers,
                       name="down")(hidden)
+
+
+class Experts(nn.Module):
+  """Several gated MLPs, a few of which each token is sent to, see `models.experts`."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    logits = Projection(c, ("embed",), ("experts",), (c.experts,), name="router")(x)
+    chosen, weights = experts.route(logits, c.experts_per_token, normalise=c.normalise_experts)
+    wide = functools.partial(ExpertKernel, c, ("embed", "mlp"), (c.d_model, c.expert_d_ff))
+    down = ExpertKernel(c, ("mlp", "embed"), (c.expert_d_ff, c.d_model), 0.5 / c.layers, name="down")
+    return experts.mixture(x, chosen, weights.astype(c.dtype), wide(name="gate")(), wide(name="up")(), down(),
+                           activation=ACTIVATIONS[c.activation])
+
+
+class ExpertKernel(nn.Module):
+  """The matrices of all experts. [experts, inputs, outputs]"""
+
+  config: DecoderConfig
+  axes: tuple[str, str]
+  shape: tuple[int, int]
+  scale: float = 1.0  # of the initial variance
+
+  @nn.compact
+  def __call__(self):
+    c = self.config
+    init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal", batch_axis=0)
+    kernel = self.param("kernel", partitioned(init, "experts", *self.axes), (c.experts, *self.shape),
+                        c.param_dtype).astype(c.dtype)
+    if self.has_variable("scales", "kernel"):  # of integers, see sampling.precision
+      kernel = kernel * self.get_variable("scales", "kernel").astype(c.dtype)[:, None]
+    return kernel
 
 
 class Block(nn.Module):
   """Attention and MLP with residual connections; returns `(x, KeyValues)` as `nn.scan` wants."""
 
   config: DecoderConfig
+  sparse: bool = False
 
   @nn.compact
   def __call__(self, x, turns, packed, step, cache, sliding):
     c = self.config
-    norm = functools.partial(RMSNorm, c)
+
+    def norm(name, x, wanted):
+      return NORMS[c.norm](c, name=name)(x) if wanted else x
     out, key_values = Attention(c, name="attention")(
-        norm(name="attention_norm")(x), turns, packed, cache, step, sliding)
-    x = x + (norm(name="attention_post_norm")(out) if c.post_norms else out)
-    out = MLP(c, name="mlp")(norm(name="mlp_norm")(x))
-    x = x + (norm(name="mlp_post_norm")(out) if c.post_norms else out)
+        norm("attention_norm", x, c.pre_norms), turns, packed, cache, step, sliding)
+    attended = x + norm("attention_post_norm", out, c.post_norms)
+    read = norm("mlp_norm", x if c.parallel_residual else attended, c.pre_norms)
+    out = Experts(c, name="experts")(read) if self.sparse else MLP(c, name="mlp")(read)
+    x = attended + norm("mlp_post_norm", out, c.post_norms)
     # Without this, XLA may split activations by `fsdp` like the parameters, not by rows.
     return sharding.constrain(x, "rows", "length", None) if cache is None else x, key_values
 
@@ -320,9 +284,9 @@ def _rematerialised(c: DecoderConfig) -> type[nn.Module]:
 
 
 @functools.lru_cache(maxsize=32)
-def _block(c: DecoderConfig) -> Callable:
+def _block(c: DecoderConfig, sparse: bool) -> Callable:
   """`(variables, *arguments) -> (x, KeyValues)`: one function, so that layers are traced once."""
-  block = _rematerialised(c)(c, parent=None)
+  block = _rematerialised(c)(c, sparse, parent=None)
   return jax.jit(lambda variables, *args: block.apply(variables, *args), static_argnums=6)
 
 
@@ -343,14 +307,14 @@ class Decoder(nn.Module):
           _rematerialised(c), variable_axes={"params": 0, "scales": 0}, split_rngs={"params": True},
           length=c.layers,
           in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
-          metadata_params={nn.PARTITION_NAME: "layers"})(c)
+          metadata_params={nn.PARTITION_NAME: "layers"})(c, all(c.is_sparse))
     else:
-      self.blocks = [Block(c) for _ in range(c.layers)]
-    self.final_norm = RMSNorm(c)
+      self.blocks = [Block(c, sparse) for sparse in c.is_sparse]
+    self.final_norm = NORMS[c.norm](c)
     exact = dataclasses.replace(c, dtype="float32")  # a value in bfloat16 has three digits
     self.tops = {name: Constant(exact, outputs, name=f"{name}_head") if name == THRESHOLDS else
-                 Projection(exact, ("embed",), ("head",), (outputs,), use_bias=True, scale=1e-4,
-                            name=f"{name}_head")
+                 Projection(exact, ("embed",), ("head",), (outputs,), scale=1e-4, name=f"{name}_head",
+                            use_bias=c.score_bias or name == VALUE)
                  for name, outputs in c.heads_on_top}
 
   def __call__(self, tokens: Int[Array, "units length"], positions: Int[Array, "units length"],
@@ -418,7 +382,8 @@ class Decoder(nn.Module):
     else:
       key_values = []
       for i, block in enumerate(self.blocks):
-        run = block if self.is_initializing() else functools.partial(_block(c), block.variables)
+        run = block if self.is_initializing() else functools.partial(
+            _block(c, c.is_sparse[i]), block.variables)
         x, kv = run(x, turns, packed, step, cache and cache[i], c.is_sliding[i])
         key_values.append(kv)
     return self.final_norm(x), key_values

@@ -13,7 +13,8 @@ def names_of(path: Sequence) -> tuple[str, ...]:
 
 
 def matrix_shape(names: Sequence[str], shape: Sequence[int]) -> tuple[int, int, int] | None:
-  """How a parameter is seen as matrices `[layers, inputs, outputs]`; None if it is none.
+  """How a parameter is seen as matrices `[layers, inputs, outputs]`; None if it is none. Those of
+  experts count as layers.
 
   Args:
     names: along its path, see `names_of`.
@@ -23,7 +24,12 @@ def matrix_shape(names: Sequence[str], shape: Sequence[int]) -> tuple[int, int, 
     return 1, *shape
   if names[-1] != "kernel":
     return None
-  layers = shape[0] if "blocks" in names else 1
-  own = shape[1:] if "blocks" in names else shape
+  first = ("blocks" in names) + is_of_experts(names)
+  layers, own = int(np.prod(shape[:first])), shape[first:]
   inputs = 2 if tuple(names[-3:-1]) == ("attention", "output") else 1
   return layers, int(np.prod(own[:inputs])), int(np.prod(own[inputs:]))
+
+
+def is_of_experts(names: Sequence[str]) -> bool:
+  """Whether a parameter holds the matrices of several experts, one after the other."""
+  return "experts" in names and "router" not in names

@@ -15,13 +15,13 @@ from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
 from jaxrl.models import distributions
 from jaxrl.models.decoder import Decoder, DecoderConfig
+from jaxrl.models.decoder_config import VALUE as VALUE_HEAD
 from jaxrl.models.logprobs import token_logits, token_logprobs
 
 DIVERGENCE = "reference_kl"  # the signal of two models
 MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "action_values", "scores", "yes_logprobs",
                  *distributions.SIGNALS)
 VALUES = ("values", "action_values")  # of the critic, if the config has one
-VALUE_HEAD = "value"  # of `heads_on_top`; the others are scores
 
 
 def init_parameters(config: DecoderConfig, key: Array) -> PyTree:

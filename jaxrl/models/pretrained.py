@@ -1,10 +1,11 @@
 """Directories of published models, in and out: `config.json`, safetensors and what lies beside them.
 
 Tensors go one at a time from a file to the devices, and back; PyTorch is never needed. What each is
-called is the business of `families`.
+called is the business of `families` and `tensor_names`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import functools
 import json
 import os
 import pathlib
@@ -23,8 +24,8 @@ import safetensors.numpy
 
 from jaxrl import sharding
 from jaxrl.models import families
-from jaxrl.models.decoder import DecoderConfig
-from jaxrl.models.families import Piece
+from jaxrl.models import tensor_names
+from jaxrl.models.decoder_config import DecoderConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,7 +34,8 @@ WEIGHTS = ("*.safetensors",)
 UNWANTED = ("*/*", "consolidated*")  # the same weights in other formats
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # computed here from the config
+# Computed here from the config: of RoPE, and masks in the first files of GPT-NeoX.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
 MAX_SHARD_BYTES = 5 * 10 ** 9
 
 
@@ -106,13 +108,16 @@ def read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- in
 
 
-def check(directory: pathlib.Path, decoder: DecoderConfig) -> None:
+def check(directory: pathlib.Path, decoder: DecoderConfig) -> list[str]:
   """Refuses files that do not hold the tensors of a decoder, from their headers alone.
+
+  Returns:
+    The names of tensors that are of no use to a text model: those that read images.
 
   Raises:
     ValueError: names tensors that are missing, unused, or of another shape or type.
   """
-  _plan(directory, decoder)
+  return _plan(directory, decoder)[2]
 
 
 def load_parameters(directory: pathlib.Path, decoder: DecoderConfig, abstract: PyTree) -> PyTree:
@@ -133,28 +138,33 @@ def load_parameters(directory: pathlib.Path, decoder: DecoderConfig, abstract: P
     ValueError: as `check`; or a matrix of logits that is said to be tied and differs from the
       embedding.
   """
-  table, files = _plan(directory, decoder)
+  table, files, _ = _plan(directory, decoder)
   wanted = {path: leaf for path, leaf in traverse_util.flatten_dict(abstract["params"]).items()}
   found: dict[tuple[str, ...], Any] = {}
   for file, names in files.items():
     with safetensors.safe_open(file, framework="numpy") as tensors:
       for name in names:
         for piece in table[name]:
-          rows = tensors.get_slice(name)[piece.rows[0]:piece.rows[1]]
           leaf = wanted[piece.path]
-          value = _ours(rows, piece, leaf.dtype)
-          if not decoder.scan_layers or piece.layer is None:
+          value = _ours(tensors.get_slice(name), piece, leaf.dtype)
+          if not piece.slot:
             found[piece.path] = _send(value, leaf.sharding)
           else:
-            found[piece.path] = _put_layer(found.get(piece.path), value, piece.layer, leaf)
+            found[piece.path] = _put(found.get(piece.path), value, piece.slot, leaf)
   bias = (f"{families.SCORE}_head", "bias")
   if bias in wanted and families.has_score(decoder) and (bias[0], "kernel") in found:
     found[bias] = _send(np.zeros(wanted[bias].shape, wanted[bias].dtype), wanted[bias].sharding)
   return {"params": traverse_util.unflatten_dict(found)}
 
 
-def _ours(rows, piece, dtype):
+def _ours(tensor, piece, dtype):
   """Rows of a published tensor as a parameter here, in memory of its own."""
+  first, last = piece.rows
+  if piece.groups == 1:
+    rows = tensor[first:last]
+  else:
+    rows = tensor[:]
+    rows = rows.reshape(piece.groups, -1, *rows.shape[1:])[:, first:last].reshape(-1, *rows.shape[1:])
   rows = rows.T if piece.transpose else rows
   return np.array(rows, dtype, order="C").reshape(piece.shape)
 
@@ -165,39 +175,40 @@ def _send(value, where):
   return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
-def _put_layer(stack, value, layer, leaf):
-  """A stack of layers with one of them filled in, in the same buffers."""
+def _put(stack, value, slot, leaf):
+  """A stack of layers or experts with one of them filled in, in the same buffers."""
   if stack is None:
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-  # A layer is split as the stack is, whose first axis is whole everywhere.
+  # One is split as the stack is, whose first axes are whole everywhere.
   where = leaf.sharding
   if isinstance(where, jax.sharding.NamedSharding):
-    where = jax.NamedSharding(where.mesh, jax.P(*where.spec[1:]))
-  return _set_layer(stack, _send(value, where), layer)
+    where = jax.NamedSharding(where.mesh, jax.P(*where.spec[len(slot):]))
+  return _set(stack, _send(value, where), slot)
 
 
 @jax.jit
-def _layer_of(stack, layer):
-  return stack[layer]
+def _one_of(stack, slot):
+  return stack[slot]
 
 
-def _set(stack, value, layer):
-  return jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+@functools.partial(jax.jit, donate_argnums=0)
+def _set(stack, value, slot):
+  start = (*slot, *[0] * value.ndim)
+  return jax.lax.dynamic_update_slice(stack, value.reshape((1,) * len(slot) + value.shape), start)
 
 
-_set_layer = jax.jit(_set, donate_argnums=0)
-
-
-def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathlib.Path, list[str]]]:
-  """The table of tensors, and in which file each one lies; all checked."""
+def _plan(directory, decoder):
+  """The table of tensors, in which file each one lies, and which are of other parts; all checked."""
   hf = read_json(directory, CONFIG)
   architecture = families.architecture_of(hf)
-  table = families.tensors(decoder, architecture)
+  table = tensor_names.tensors(decoder, architecture)
   headers = _headers(directory)
-  unused = [name for name in headers if name not in table and not BUFFERS.search(name)]
-  tied = "lm_head.weight"
-  if decoder.tie_embeddings and tied in unused and architecture.endswith("ForCausalLM"):
-    _check_tied(headers, tied, "model.embed_tokens.weight")
+  ignored = [name for name in headers if name.startswith(tensor_names.ignored(architecture))]
+  unused = [name for name in headers if name not in table and not BUFFERS.search(name)
+            and name not in ignored]
+  tied = tensor_names.unembedding_of(architecture)
+  if decoder.tie_embeddings and tied in unused and not architecture.endswith("ForSequenceClassification"):
+    _check_tied(headers, tied, tensor_names.embedding_of(architecture))
     unused.remove(tied)
   missing = [name for name in table if name not in headers]
   problems = [f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
@@ -206,9 +217,9 @@ def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathli
     if name not in headers:
       continue
     _, shape, kind = headers[name]
-    if shape != families.shape_of(pieces):
+    if shape != tensor_names.shape_of(pieces):
       problems.append(f"{name} has shape {list(shape)}, but config.json means "
-                      f"{list(families.shape_of(pieces))}")
+                      f"{list(tensor_names.shape_of(pieces))}")
     elif kind not in FLOATS:
       problems.append(f"{name} has numbers of type {kind}; {', '.join(FLOATS)} can be read")
   if problems:
@@ -218,7 +229,7 @@ def _plan(directory, decoder) -> tuple[dict[str, tuple[Piece, ...]], dict[pathli
   files: dict[pathlib.Path, list[str]] = {}
   for name in table:
     files.setdefault(headers[name][0], []).append(name)
-  return table, files
+  return table, files, ignored
 
 
 def _some(names):
@@ -301,8 +312,8 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
   bias = leaves.get((f"{families.SCORE}_head", "bias"))
   if families.has_score(decoder) and bias is not None and np.any(np.asarray(bias)):
     raise ValueError(f"the score has a bias of {float(np.asarray(bias).reshape(-1)[0]):g}, which published "
-                     "reward models cannot hold; it shifts all scores alike, so train it with a centring "
-                     "term, or set it to 0 where only differences matter")
+                     "reward models cannot hold: train with config.model.score_bias=False; it shifts all "
+                     "scores alike, so where only differences matter it may be set to 0")
   tokens = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
   kept = {k: v for k, v in (imported or {}).items() if k in tokens and v is not None}
   hf |= {**tokens, **kept, "dtype": dtype, "torch_dtype": dtype}
@@ -316,8 +327,8 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
     _write_json(partial / GENERATION, dict(generation) if generation else tokens)
     tokenizer.export(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    _write_tensors(leaves, families.tensors(decoder, hf["architectures"][0]), partial, dtype,
-                   decoder.scan_layers, max_shard_bytes)
+    _write_tensors(leaves, tensor_names.tensors(decoder, hf["architectures"][0]), partial, dtype,
+                   max_shard_bytes)
     if directory.exists():
       directory.rmdir()
     partial.rename(directory)
@@ -350,15 +361,15 @@ def _write_json(path, content):
   path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(leaves, table, directory, dtype, stacked, max_shard_bytes):
+def _write_tensors(leaves, table, directory, dtype, max_shard_bytes):
   """Files of at most so many bytes each, with an index if there are several."""
   size = np.dtype(jnp.dtype(dtype)).itemsize
-  bytes_of = {name: int(np.prod(families.shape_of(pieces))) * size for name, pieces in table.items()}
+  bytes_of = {name: int(np.prod(tensor_names.shape_of(pieces))) * size for name, pieces in table.items()}
   shards = list(_shared_out(bytes_of, max_shard_bytes))
   index = {}
   for number, names in enumerate(shards, start=1):
     file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    tensors = {name: _theirs(leaves, table[name], dtype, stacked) for name in names}
+    tensors = {name: _theirs(leaves, table[name], dtype) for name in names}
     safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
     index |= {name: file for name in names}
   if len(shards) > 1:
@@ -377,16 +388,15 @@ def _shared_out(bytes_of: Mapping[str, int], limit: int) -> Iterator[Sequence[st
   yield names
 
 
-def _theirs(leaves, pieces, dtype, stacked):
+def _theirs(leaves, pieces, dtype):
   """The published tensor that is made of these pieces."""
   parts = []
   for piece in pieces:
     leaf = leaves[piece.path]
-    if stacked and piece.layer is not None:
-      leaf = _layer_of(leaf, piece.layer)
+    if piece.slot:
+      leaf = _one_of(leaf, piece.slot)
     value = np.asarray(sharding.to_host(leaf)).astype(jnp.dtype(dtype))
-    rows = piece.rows[1] - piece.rows[0]
     if piece.transpose:
-      value = value.reshape(-1, rows).T
-    parts.append(value.reshape(rows) if piece.columns is None else value.reshape(rows, piece.columns))
-  return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+      value = value.reshape(piece.columns, -1).T
+    parts.append(value.reshape(piece.groups, piece.rows[1] - piece.rows[0], -1))
+  return np.ascontiguousarray(np.concatenate(parts, axis=1)).reshape(tensor_names.shape_of(pieces))

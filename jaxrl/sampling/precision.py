@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl.models.cached_attention import KeyValues
+from jaxrl.models.matrices import is_of_experts
 
 DTYPES = ("", "float32", "bfloat16", "int8")  # "" is the model's own
 
@@ -53,7 +54,7 @@ def reduced(params, *, dtype: str):
     if names[-1] != "kernel":
       return x.astype(jnp.bfloat16)
     inputs = 2 if names[-2] == "output" else 1  # heads and their width
-    stacked = int(names[0] == "blocks")  # layers in front
+    stacked = (names[0] == "blocks") + is_of_experts(names)  # layers, experts in front
     integers, scale = quantise(x, tuple(range(stacked, stacked + inputs)))
     at = scales
     for name in names[:-1]:

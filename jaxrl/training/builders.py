@@ -138,10 +138,13 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     refusals.check_phase(phase, mesh, held_out["validation"], pairs["validation"])
   shapes = {phase.name: make_shape(phase, decoder, mesh, *sizes_of(
       phase, builder, pair_builder, splits["train"])) for phase in phases if phase.kind != "evaluate"}
+  refusals.check_lengths(phases, decoder, config.data)
   refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
   if fresh and sources.begins(config):
-    pretrained.check(pretrained.resolve(config.model.source), decoder)
+    if unread := pretrained.check(pretrained.resolve(config.model.source), decoder):
+      report(f"{config.model.source} reads images too; {len(unread)} tensors of that are left: "
+             + ", ".join(unread[:4]) + (", ..." if len(unread) > 4 else ""))
   elif fresh:
     rng = jax.random.key_data(jax.random.key(config.seed))
     initializing.compile(lambda: states.initializer(decoder, mesh).lower(rng).compile())

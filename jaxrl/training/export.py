@@ -48,7 +48,7 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
   kept = {name: pretrained.read_json(place / sources.KEPT, name)
           for name in (pretrained.CONFIG, pretrained.GENERATION) if (place / sources.KEPT / name).exists()}
   how = dict(dtype=dtype or config.model.param_dtype, imported=kept.get(pretrained.CONFIG),
-             max_positions=_longest(config))
+             max_positions=inputs.longest(config.data, config.rollout))
   hf = pretrained.check_exportable(decoder, output, **how)
   host = sharding.make_mesh(devices=_host_device())
   wanted = {"params": states.abstract_parameters(decoder, host)["params"]}  # without a critic
@@ -62,13 +62,6 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
   left += ["the matrix of logits"] * (families.has_score(decoder) and not decoder.tie_embeddings)
   return [f"{output}: {hf['architectures'][0]} in {how['dtype']}",
           *[f"not written, for no published architecture has it: {what}" for what in left]]
-
-
-def _longest(config):
-  """Tokens of the longest sequence that a run was made for; 0 if it has no limit."""
-  d = config.data
-  limited = d.max_prompt_tokens and d.max_completion_tokens
-  return d.max_prompt_tokens + max(d.max_completion_tokens, config.rollout.max_tokens) if limited else 0
 
 
 def _host_device():

@@ -163,11 +163,20 @@ def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> Decod
   if fields["vocab_size"] < tokens:
     raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
                      f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
-  for name in ("rope_scaling", "heads_on_top"):
-    fields[name] = tuple(map(tuple, fields[name]))
-  fields["layer_types"] = tuple(fields["layer_types"])
+  fields = {name: _as_tuples(value) for name, value in fields.items()}
   fields["verdict"] = tuple(_token_of(text, tokenizer) for text in fields.get("verdict", ()))
   return DecoderConfig(**fields)
+
+
+def longest(data: Mapping[str, Any], rollout: Mapping[str, Any]) -> int:
+  """Tokens of the longest sequence that a run is made for; 0 if it has no limit."""
+  limited = data["max_prompt_tokens"] and data["max_completion_tokens"]
+  return (data["max_prompt_tokens"] + max(data["max_completion_tokens"], rollout["max_tokens"])
+          if limited else 0)
+
+
+def _as_tuples(value):
+  return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _token_of(text, tokenizer):

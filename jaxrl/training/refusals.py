@@ -14,6 +14,8 @@ from jaxrl.batch import PREFERENCE, Trajectory
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
 from jaxrl.models import outputs
+from jaxrl.models import rope_configs
+from jaxrl.training import inputs
 from jaxrl.training import pieces
 from jaxrl.training import state as states
 from jaxrl.training import transfer
@@ -114,6 +116,23 @@ def check_frozen(phases: Sequence[Any]) -> None:
       raise ValueError(f"config.frozen.{name} describes a model that nothing reads: no term and no piece "
                        f"of credit declares a signal of it, such as '{name}_logprobs', and no model that is "
                        "read follows it; leave it out")
+
+
+def check_lengths(phases: Sequence[Any], decoder: DecoderConfig, data: ml_collections.ConfigDict) -> None:
+  """Refuses sequences for which `longrope` has other factors than those that turn all of them."""
+  scaling = dict(decoder.rope_scaling)
+  if scaling.get("rope_type") != "longrope":
+    return
+  original = scaling[rope_configs.ORIGINAL]
+  lengths = [inputs.longest(data, phase.settings.rollout) for phase in phases]
+  longest = 0 if 0 in lengths else max(lengths)
+  if not longest or longest > max(original, decoder.rope_length):
+    raise ValueError(
+        f"sequences of this run may have {longest or 'any number of'} tokens (config.data.max_prompt_tokens + "
+        "the larger of config.data.max_completion_tokens and config.rollout.max_tokens), but this model turns "
+        f"those of more than {original} tokens by long_factor and others by short_factor, and a run has one "
+        f"table for all: stay at {original}, or set config.model.rope_length={longest or '(the longest)'}, so "
+        "that long_factor is for all of them")
 
 
 def check_ahead(phases: Sequence[Any], decoder: DecoderConfig, mesh: jax.sharding.Mesh,

@@ -198,7 +198,7 @@ def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
 def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):
   """Tokens of a micro-batch on one device."""
   if chips.platform() == "cpu":
-    return max(256, CPU_BLOCK // decoder.d_ff)
+    return max(256, CPU_BLOCK // decoder.mlp_width)
   limit = chips.memory_bytes(jax.local_devices()[0]) or 16 << 30
   room = HALF * max(limit - kept_bytes, limit // 8)
   return max(256, int(room / _bytes_per_token(settings, decoder, layout, mesh.shape["tensor"])))
@@ -207,7 +207,7 @@ def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):
 def _bytes_per_token(settings, decoder, layout, tensor):
   """Activations that the backward pass needs of one token, roughly."""
   c, size = decoder, np.dtype(jax.numpy.dtype(decoder.dtype)).itemsize
-  inside = (3 * c.d_ff + 3 * (c.heads + c.kv_heads) * c.width) / tensor + 4 * c.d_model
+  inside = (3 * c.mlp_width + 3 * (c.heads + c.kv_heads) * c.width) / tensor + 4 * c.d_model
   kept = {"none": c.layers * (inside + 2 * c.d_model),
           "dots": c.layers * (inside + 2 * c.d_model) / 2,
           "full": c.layers * c.d_model + inside}[c.remat]

@@ -21,6 +21,17 @@ WINDOWED = DecoderConfig(
     post_norms=True, scale_embeddings=True, rope_local_theta=30.0, rope_theta=100.0,
     rope_scaling=(("rope_type", "linear"), ("factor", 2.0)), activation="gelu_tanh")
 
+PARALLEL = DecoderConfig(
+    vocab_size=31, layers=2, d_model=24, heads=3, kv_heads=3, d_ff=40, norm="layer", parallel_residual=True,
+    rope_fraction=0.5, gated_mlp=False, qkv_bias=True, output_bias=True, mlp_bias=True, activation="gelu")
+SPARSE = DecoderConfig(
+    vocab_size=31, layers=2, d_model=24, heads=4, kv_heads=2, d_ff=40, pre_norms=False, post_norms=True,
+    qk_norm=True, qk_norm_across_heads=True, mlp_types=("experts",), experts=6, experts_per_token=2,
+    expert_d_ff=10, rope_scaling=(("rope_type", "yarn"), ("factor", 4.0),
+                                  ("original_max_position_embeddings", 16)))
+NAMES = {"plain": PLAIN, "windowed": WINDOWED, "parallel": PARALLEL, "sparse": SPARSE}
+every = pytest.mark.parametrize("config", NAMES.values(), ids=NAMES)
+
 
 def with_(config, **changes):
   return DecoderConfig(**{**vars(config), **changes})
@@ -65,7 +76,7 @@ def one_per_row(sequences, rows, length):
   return arrays
 
 
-@pytest.mark.parametrize("config", [PLAIN, WINDOWED], ids=["plain", "windowed"])
+@every
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8))
 def test_packed_forward_equals_each_sequence_alone(config, lengths):
@@ -96,7 +107,7 @@ def test_a_window_hides_what_lies_before_it():
   assert (changed.max(axis=-1)[0] > 1e-6).tolist() == [False, False, True, True, True] + [False] * 3
 
 
-@pytest.mark.parametrize("config", [PLAIN, WINDOWED], ids=["plain", "windowed"])
+@every
 def test_scanned_layers_equal_unrolled_ones(config):
   params, [tokens] = parameters(config), sequences([10])
   expected, expected_kv = run(config, params, *alone(tokens))
@@ -147,7 +158,8 @@ MIXED_UP = np.array([1, 0, 1, 1]), Rows(  # the only row of prompt 0 fills up it
 
 @pytest.mark.parametrize("config, scan_layers, rows", [
     (PLAIN, False, IN_ORDER), (WINDOWED, False, IN_ORDER), (WINDOWED, True, IN_ORDER),
-    (WINDOWED, False, MIXED_UP)], ids=["plain", "windowed", "scanned", "any order"])
+    (WINDOWED, False, MIXED_UP), (PARALLEL, True, IN_ORDER), (SPARSE, True, IN_ORDER)],
+    ids=["plain", "windowed", "scanned", "any order", "parallel", "sparse"])
 def test_decoding_equals_the_packed_forward_pass(config, scan_layers, rows):
   """Two prompts of different lengths, several samples each; windows reach across the border."""
   owners, rows = rows
@@ -215,7 +227,10 @@ def test_llama3_scaling_keeps_fast_and_slows_slow_rotations():
 
 @pytest.mark.parametrize("scaling, message", [
     (dict(rope_type="linear"), "of type 'linear' needs 'factor'"),
-    (dict(rope_type="yarn", factor=2.0), "rope_type='yarn' is none of linear, llama3")])
+    (dict(rope_type="yarn", factor=2.0), "of type 'yarn' needs 'original_max_position_embeddings'"),
+    (dict(rope_type="longrope", short_factor=(1.0, 2.0), long_factor=(), original_max_position_embeddings=9),
+     "of type 'longrope' has 2 factors, but 4 pairs are rotated"),
+    (dict(rope_type="dynamic", factor=2.0), "rope_type='dynamic' is none of linear, llama3, yarn, longrope")])
 def test_rope_scaling_that_is_unknown_or_incomplete_is_refused(scaling, message):
   with pytest.raises(ValueError, match=message):
     rope.frequencies(8, 1e4, scaling)
@@ -224,7 +239,17 @@ def test_rope_scaling_that_is_unknown_or_incomplete_is_refused(scaling, message)
 @pytest.mark.parametrize("changes, message", [
     (dict(kv_heads=3), "kv_heads=3 does not divide heads=4"),
     (dict(d_model=26), "heads=4 does not divide d_model=26; set head_dim"),
-    (dict(head_dim=7), "head_dim=7 is odd"),
+    (dict(head_dim=7), "head_dim=7 with rope_fraction=1.0 would rotate 7 numbers"),
+    (dict(rope_fraction=0.2), "would rotate 1 numbers"),
+    (dict(norm="batch"), "norm='batch' is none of"),
+    (dict(norm="layer", norm_offset=True), "norm_offset is of norm='rms'"),
+    (dict(pre_norms=False), "set post_norms"),
+    (dict(qk_norm_across_heads=True), "needs qk_norm=True"),
+    (dict(mlp_types=("moe",)), "must be `dense` or `experts`"),
+    (dict(mlp_types=("experts",), experts=2, experts_per_token=3, expert_d_ff=4), "experts_per_token=3 between"),
+    (dict(mlp_types=("experts",), experts=2, experts_per_token=1, expert_d_ff=4, mlp_bias=True), "have no biases"),
+    (dict(mlp_types=("dense", "experts"), experts=2, experts_per_token=1, expert_d_ff=4, scan_layers=True),
+     "mixes two kinds: set scan_layers=False"),
     (dict(remat="some"), "remat='some' is none of"),
     (dict(activation="relu6"), "activation='relu6' is none of"),
     (dict(layer_types=("local",)), "must be `full` or `sliding`"),

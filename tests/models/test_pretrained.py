@@ -35,6 +35,10 @@ def equal(a, b):
              for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
+# In a config of ours fused tensors become separate ones, and gelu_new becomes gelu_pytorch_tanh.
+ROUNDED = ("phi3_fused", "neox_sequential_tied")
+
+
 @pytest.mark.parametrize("name", published.CONFIGS)
 def test_logits_equal_and_export_gives_them_back(name, tmp_path):
   theirs = published.saved(name, tmp_path / "in")
@@ -48,9 +52,8 @@ def test_logits_equal_and_export_gives_them_back(name, tmp_path):
   for place in ("own", "kept"):
     assert equal(load(tmp_path / place)[1], params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / place, attn_implementation="eager")
-    # Fused tensors become separate ones in a config of ours, and their products differ by rounding.
     np.testing.assert_allclose(published.logits_of(again.eval()), expected, rtol=0,
-                               atol=1e-6 if name == "phi3_fused" else 0)
+                               atol=2e-6 if place == "own" and name in ROUNDED else 0)
   read = config_of(tmp_path / "in")
   assert {k: v for k, v in config_of(tmp_path / "kept").items() if k in read} == read
 
@@ -63,7 +66,7 @@ def test_score_of_a_reward_model_equals(name, tmp_path):
     expected = theirs(torch.tensor(published.tokens())).logits.numpy()  # of the last token
   hidden = published.hidden_of(decoder, params)
   scores = Decoder(decoder).apply(params, "score", hidden, method="head")
-  assert np.std(expected) > 0.01
+  assert np.std(expected) > 0.004
   np.testing.assert_allclose(scores[:, -1], expected, atol=2e-4, rtol=0)
 
   save(params, decoder, tmp_path / "out", max_positions=128)
@@ -73,16 +76,26 @@ def test_score_of_a_reward_model_equals(name, tmp_path):
     np.testing.assert_array_equal(again(torch.tensor(published.tokens())).logits.numpy(), expected)
 
 
+def test_a_score_may_have_no_bias_as_published_ones(tmp_path):
+  published.saved("llama", tmp_path / "in", scores=True)
+  decoder, params = load(tmp_path / "in", score_bias=False)
+  assert list(params["params"]["score_head"]) == ["kernel"]
+  save(params, decoder, tmp_path / "out")
+  assert equal(load(tmp_path / "out", score_bias=False)[1], params)
+  with_bias = load(tmp_path / "out")[1]["params"]["score_head"]
+  assert np.asarray(with_bias["bias"]).tolist() == [0.0]
+
+
 def test_score_with_a_bias_is_not_exported(tmp_path):
   published.saved("llama", tmp_path / "in", scores=True)
   decoder, params = load(tmp_path / "in")
   params["params"]["score_head"]["bias"] = params["params"]["score_head"]["bias"] + 0.5
-  with pytest.raises(ValueError, match="bias of 0.5"):
+  with pytest.raises(ValueError, match="bias of 0.5.*config.model.score_bias=False"):
     save(params, decoder, tmp_path / "out")
   assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize("name", ["llama_linear_biases", "gemma3", "phi3_fused"])
+@pytest.mark.parametrize("name", ["llama_linear_biases", "gemma3", "phi3_fused", "neox", "qwen3_moe"])
 def test_stacked_layers_hold_the_same(name, tmp_path):
   theirs = published.saved(name, tmp_path / "in")
   decoder, params = load(tmp_path / "in", scan_layers=True)
@@ -142,10 +155,45 @@ def test_bfloat16_is_stored_and_read_bit_for_bit(tmp_path):
                                                              attn_implementation="eager").eval()
   np.testing.assert_allclose(published.our_logits(decoder_of(tmp_path / "out"), wide),
                              published.logits_of(narrow), atol=2e-4, rtol=0)
-  # Computed in bfloat16, logits of size 0.5 differ from those by rounding: 8 bits, a few times over.
-  half = decoder_of(tmp_path / "out", dtype="bfloat16", param_dtype="bfloat16")
-  np.testing.assert_allclose(published.our_logits(half, params), published.logits_of(narrow),
-                             atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "olmo2", "neox"])
+def test_in_bfloat16_logits_differ_by_rounding_a_few_times_over(name, tmp_path):
+  """Experts are left out: a rounding may send a token to another one, in transformers as here."""
+  expected = published.logits_of(published.saved(name, tmp_path))
+  decoder, params = load(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+  error = published.our_logits(decoder, params) - expected  # numbers of 8 bits
+  assert np.abs(error).max() < 0.06 * np.std(expected) and np.std(error) < 0.015 * np.std(expected)
+
+
+def test_the_text_part_of_a_model_that_reads_images_is_read_and_exported(tmp_path):
+  theirs = published.model_of_images()
+  theirs.save_pretrained(tmp_path / "in")
+  expected = published.logits_of(theirs)
+  decoder, params = load(tmp_path / "in")
+  np.testing.assert_allclose(published.our_logits(decoder, params), expected, atol=2e-4, rtol=0)
+  left = pretrained.check(tmp_path / "in", decoder)
+  stored = safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
+  assert sorted(left) == sorted(name for name in stored if not name.startswith("language_model."))
+  assert {name.split(".")[0] for name in left} == {"vision_tower", "multi_modal_projector"}
+
+  save(params, decoder, tmp_path / "out", imported=config_of(tmp_path / "in"))
+  assert config_of(tmp_path / "out")["architectures"] == ["Gemma3ForCausalLM"]
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+  np.testing.assert_array_equal(published.logits_of(again.eval()), expected)
+  assert equal(load(tmp_path / "out")[1], params)
+
+  altered(tmp_path / "in", lambda t: t.update({"audio_tower.weight": np.ones(3, np.float32)}))
+  with pytest.raises(ValueError, match="audio_tower.weight would not be used"):
+    load(tmp_path / "in")
+
+
+def test_masks_in_files_of_the_first_pythia_models_are_not_read(tmp_path):
+  published.saved("neox", tmp_path)
+  params, at = load(tmp_path)[1], "gpt_neox.layers.0.attention."
+  altered(tmp_path, lambda t: t.update({at + "bias": np.ones((1, 1, 4, 4), bool), at + "masked_bias": np.ones(()),
+                                        at + "rotary_emb.inv_freq": np.ones(2)}))
+  assert equal(load(tmp_path)[1], params)
 
 
 def altered(directory, change):

@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jaxrl.models import rope
+from jaxrl.models import rope, rope_configs
 
 
 @pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 4.0}])
@@ -26,3 +28,27 @@ def test_rotating_is_multiplying_pairs_by_complex_numbers():
   turned = ((x[..., :4] + 1j * x[..., 4:])
             * np.exp(1j * positions[..., None] * frequency.astype(np.float64))[:, :, None])
   np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], -1), atol=2e-6)
+
+
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=512)
+LONG = dict(rope_type="longrope", original_max_position_embeddings=512,
+            short_factor=np.linspace(1, 2, 16).tolist(), long_factor=np.linspace(1, 40, 16).tolist())
+
+
+@pytest.mark.parametrize("theta", [50.0, 10_000.0, 1e6])
+@pytest.mark.parametrize("scaling", [
+    dict(rope_type="linear", factor=3.0),
+    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+         original_max_position_embeddings=512),
+    YARN, dict(YARN, attention_factor=1.7), dict(YARN, mscale=1.3, mscale_all_dim=0.4), dict(YARN, mscale=1.3),
+    dict(YARN, beta_fast=20.0, beta_slow=2.0), dict(YARN, truncate=False), dict(YARN, factor=1.0),
+    LONG, dict(LONG, factor=3.0), dict(LONG, attention_factor=1.2)])
+def test_scalings_are_those_of_transformers(scaling, theta):
+  for length in (512, 513):
+    config = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=4, max_position_embeddings=4096,
+        rope_parameters=dict(scaling, rope_theta=theta))
+    expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, seq_len=length)
+    ours = dict(rope_configs.read(dict(config.to_dict()), rope_configs.Spelling())["rope_scaling"])
+    np.testing.assert_allclose(rope.frequencies(32, theta, ours, length), expected, rtol=2e-6)
+    assert rope.attention_factor(ours) == pytest.approx(factor, rel=1e-12)
