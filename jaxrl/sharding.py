@@ -32,6 +32,7 @@ RULES = {
     "mlp": ("tensor",),
     "head_dim": (),
     "head": (),
+    "rank": (),
     "layers": (),
     "length": (),
 }

@@ -17,9 +17,11 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from jaxrl import sharding
+from jaxrl.models import adapters
 from jaxrl.models import cached_attention
 from jaxrl.models import packed_attention
 from jaxrl.models import rope
+from jaxrl.models.adapters import Adapter
 from jaxrl.models.cached_attention import DecodeStep, KeyValues, LayerCache, Rows
 from jaxrl.models.packed_attention import PackedRows
 
@@ -56,6 +58,7 @@ class DecoderConfig:
       is a head whose numbers are the same for all states.
     verdict: ids of two tokens, "yes" and "no": the difference of their logits is one more score.
     critic: a second decoder beside the policy, with the head `value` (see `models.outputs`).
+    adapters: low-rank additions to matrices of the blocks, which are trained instead of them.
     dtype, param_dtype: of activations and of parameters.
   """
 
@@ -90,6 +93,7 @@ class DecoderConfig:
   heads_on_top: tuple[tuple[str, int], ...] = ()
   verdict: tuple[int, ...] = ()
   critic: bool = False
+  adapters: tuple[Adapter, ...] = ()
   dtype: str = "float32"
   param_dtype: str = "float32"
 
@@ -118,6 +122,7 @@ class DecoderConfig:
           f"below vocab_size={self.vocab_size}")
     check("sliding" not in self.layer_types or self.sliding_window > 0,
           "layer_types has `sliding`, so sliding_window must be positive")
+    adapters.check_layers(self.adapters, self.layers)
 
   @property
   def width(self) -> int:
@@ -173,6 +178,8 @@ class Projection(nn.Module):
     y = _contract(n, x, kernel.astype(c.dtype))
     if self.has_variable("scales", "kernel"):  # of integers, see sampling.precision
       y = y * self.get_variable("scales", "kernel").astype(c.dtype)
+    for adapter in adapters.of_module(self, c.adapters):
+      y = y + adapters.LowRank(adapter, self.inputs, self.outputs, self.shape, c.dtype, name=adapter.name)(x)
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, *self.outputs), self.shape,
                         c.param_dtype)
