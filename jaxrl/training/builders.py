@@ -26,6 +26,7 @@ from jaxrl.batch import Task
 from jaxrl.batch import TUPLE
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import critic_from_policy
 from jaxrl.models import pretrained
 from jaxrl.models.outputs import VALUES
@@ -127,6 +128,8 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)
+  if decoder.adapters:
+    adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
   builder = inputs.builder(config, tokenizer)
   phases = [_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
   refusals.check_frozen(phases)
@@ -214,9 +217,11 @@ def _fresh_state(parts, phase, params, rng):
                    and not _taught_critic(parts.config.start))
 
   def start(params, rng):
-    params = critic_from_policy(params) if critic_begins else params
-    return states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
-                              frozen=learning.kept)
+    params = critic_from_policy(parts.decoder, params) if critic_begins else params
+    state = states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
+                               frozen=learning.kept, part=learning.part(params))
+    return state.replace(frozen={name: own if learning.models[name].adapted else adapters.off(own)
+                                 for name, own in state.frozen.items()})
   return jax.jit(start, out_shardings=shardings)(params, rng)
 
 
@@ -431,7 +436,7 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
       temperature=settings.rollout.temperature if sampled else 1.0,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
-      asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
+      trains=tuple(settings.optimizer.adapters), asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
 
 
@@ -470,7 +475,7 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   def bytes_of(tree, itemsize=0):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
                for x in jax.tree.leaves(tree))
-  kept = bytes_of(state) + 2 * bytes_of(state.params, 4)  # sum of gradients, and the next of them
+  kept = bytes_of(state) + 2 * bytes_of(phase.learning.part(state.params), 4)  # sum of gradients, and the next of them
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared if phase.kind in PAIRED else ())
@@ -512,7 +517,7 @@ def _rehearsal(phase, mesh, shape):
 
 def _abstract_state(learning, mesh):
   return states.abstract_state(learning.decoder, mesh, learning.optimizer,
-                               frozen=learning.kept, carried=learning.carried)
+                               frozen=learning.kept, carried=learning.carried, trains=learning.trains)
 
 
 def _empty_batch(phase, shape):

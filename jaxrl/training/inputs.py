@@ -15,6 +15,7 @@ from jaxrl import data
 from jaxrl import tasks
 from jaxrl.data import transforms
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import pretrained
 from jaxrl.training.shapes import PAIRED
 
@@ -165,6 +166,7 @@ def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> Decod
                      f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
   for name in ("rope_scaling", "heads_on_top"):
     fields[name] = tuple(map(tuple, fields[name]))
+  fields["adapters"] = adapters.read(fields.get("adapters", {}))
   fields["layer_types"] = tuple(fields["layer_types"])
   fields["verdict"] = tuple(_token_of(text, tokenizer) for text in fields.get("verdict", ()))
   return DecoderConfig(**fields)
