@@ -78,9 +78,9 @@ def read(specs: Mapping[str, Any]) -> tuple[Adapter, ...]:
                        f"{' and '.join(RESERVED)}")
     if not hasattr(spec, "items"):
       raise ValueError(f"{where}={spec!r}, but it is a section: dict(rank=..., alpha=..., targets=...)")
-    if unknown := [field for field in spec if field not in fields]:
-      raise ValueError(f"{where} has no field {unknown[0]!r}{nearest(unknown[0], fields)}")
-    own = dict(spec)
+    if unknown := [field for field in spec if field not in (*fields, "source")]:
+      raise ValueError(f"{where} has no field {unknown[0]!r}{nearest(unknown[0], [*fields, 'source'])}")
+    own = {field: value for field, value in spec.items() if field != "source"}  # it has filled the others in
     own["layers"] = _layers(own.get("layers", ()), where)
     found.append(_checked(Adapter(name, **own), where))
   return tuple(found)

@@ -46,7 +46,6 @@ from jaxrl.training import sources
 from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
-from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
@@ -128,6 +127,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)
+  sources.check_start(config, decoder)
   if decoder.adapters:
     adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
   builder = inputs.builder(config, tokenizer)
@@ -177,18 +177,18 @@ def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> stat
 
 def _parameters_of(parts, phase, run):
   """The last parameters of a run; of '', those that the latest training before the phase began with."""
-  seed, start, source = parts.config.seed, run or parts.config.start, parts.config.model.source
+  config, start = parts.config, run or parts.config.start
   if not run and not phase.index:
     if not start:
       raise configs.ConfigError(f"phase {phase.name} is the first of a run without config.start, so no "
                                 "training came before it: name a run in config.start")
-    before = configs.of_run(pathlib.Path(start))
-    seed, start, source = before.seed, before.start, before.model.source
-  rng = jax.random.key_data(jax.random.key(seed))
-  if source and not start:
-    return sources.parameters(source, parts.decoder, rng, parts.mesh)
+    config = configs.of_run(pathlib.Path(start))
+    start = config.start
+  rng = jax.random.key_data(jax.random.key(config.seed))
+  if config.model.source and not start:
+    return sources.parameters(config.model.source, parts.decoder, rng, parts.mesh, sources.of_adapters(config))
   params = states.initial_parameters(parts.decoder, rng, parts.mesh)
-  return read_parameters(pathlib.Path(start) / "checkpoints", params) if start else params
+  return sources.continued(start, parts.decoder, params, parts.mesh) if start else params
 
 
 def _measuring(parts, phase, params, rng):
