@@ -62,6 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
       heads_on_top=(), critic=False,  # ("value", 1) is a value head on the policy; critic a model
       score_bias=True,  # of those heads, the value aside
       verdict=(),  # two texts of one token, ("yes", "no"): their log-odds are a score of answers
+      adapters=dict(),  # trained instead of all else but heads and critic, by name, as dict(default=
+      # dict(rank=8, alpha=16, targets="attention|mlp", layers=(), rank_stabilized=False)); see models.adapters
       dtype="float32", param_dtype="float32")
   config.mesh = dict(
       data=-1, fsdp=1, tensor=1,  # -1: all devices that are left
@@ -78,6 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
       b1=0.9, b2=0.95, epsilon=1e-8,
       weight_decay=0.0,  # of matrices, with adamw and lion
       clip_norm=1.0,  # largest global norm of a gradient; 0 is off
+      adapters=(),  # those of model.adapters that are trained; () is all
       transforms=[],  # of gradients and updates: pieces of jaxrl.transforms
       max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
   config.batch = dict(
@@ -117,7 +120,8 @@ def get_config() -> ml_collections.ConfigDict:
       every=0,  # updates after which the reference follows the policy; 0 is never
       decay=0.0,  # share of itself that it keeps then: 0 is a copy, 0.99 a moving average
       follows="policy",  # or a model of config.frozen
-      lag=False)  # follow the policy as it was before the update
+      lag=False,  # follow the policy as it was before the update
+      adapted=True)  # False begins with the trained adapters switched off: as the base
   config.frozen = dict()  # more such models by name, as dict(average=dict(every=1, decay=0.99)), whose
   # signals (`average_logprobs`) a piece reads; see training.frozen
 

@@ -83,7 +83,8 @@ def _export(options):
   try:
     with _loading():
       from jaxrl.training import export
-    for line in export.export(options.workdir, options.output, dtype=options.dtype):
+    for line in export.export(options.workdir, options.output, dtype=options.dtype,
+                              merge_adapters=options.merge_adapters):
       print(line)
   except KeyboardInterrupt:
     _fail("interrupted; nothing was written", code=128 + signal.SIGINT)
@@ -326,7 +327,9 @@ def _parser():
   export.add_argument("--workdir", required=True, metavar="RUN", help="of the run that trained it")
   export.add_argument("--output", required=True, metavar="DIR", help="a new directory")
   export.add_argument("--dtype", default="", metavar="TYPE",
-                      help="of the numbers: float32, bfloat16 or float16 (the run's own)")
+                      help="of the numbers: float32, bfloat16 or float16 (the run's own; of adapters float32)")
+  export.add_argument("--merge-adapters", action="store_true",
+                      help="write the whole model with its adapters in it, not these alone as PEFT reads them")
   for command in (methods, reproduce):
     command.add_argument("--results", default="results", metavar="DIR",
                          help="where outcomes are (results)")

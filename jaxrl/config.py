@@ -31,7 +31,7 @@ SHARED = ("seed", "phases", "start", "data", "tokenizer", "model", "mesh", "comp
 # Where any field may be added: knobs, texts and arguments, which whoever reads them checks.
 OPEN = re.compile(r"config(\.\w+)?\.(data\.task|data\.held_out_task|rollout\.templates|"
                   r"rollout\.episode|evaluate\.episode|reward\.aggregate(\.weights)?|"
-                  r"frozen(\.\w+)?)|.*\[\d+\]")
+                  r"frozen(\.\w+)?|adapters(\.\w+)?)|.*\[\d+\]")
 
 
 class ConfigError(ValueError):

@@ -34,6 +34,7 @@ RULES = {
     "experts": (),  # every device has a share of each
     "head_dim": (),
     "head": (),
+    "rank": (),
     "layers": (),
     "length": (),
 }

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from jaxrl import sharding
+from jaxrl.models import adapters
 from jaxrl.models import cached_attention
 from jaxrl.models import experts
 from jaxrl.models import packed_attention
@@ -87,6 +88,8 @@ class Projection(nn.Module):
     y = _contract(n, x, kernel.astype(c.dtype))
     if self.has_variable("scales", "kernel"):  # of integers, see sampling.precision
       y = y * self.get_variable("scales", "kernel").astype(c.dtype)
+    for adapter in adapters.of_module(self, c.adapters):
+      y = y + adapters.LowRank(adapter, self.inputs, self.outputs, self.shape, c.dtype, name=adapter.name)(x)
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, *self.outputs), self.shape,
                         c.param_dtype)

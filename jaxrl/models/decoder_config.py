@@ -7,7 +7,9 @@ import importlib.util
 import flax.linen as nn
 import jax
 
+from jaxrl.models import adapters
 from jaxrl.models import packed_attention
+from jaxrl.models.adapters import Adapter
 
 REMAT_POLICIES = {
     "none": None,
@@ -57,6 +59,7 @@ class DecoderConfig:
     score_bias: whether these heads, the value aside, have a bias; published reward models have none.
     verdict: ids of two tokens, "yes" and "no": the difference of their logits is one more score.
     critic: a second decoder beside the policy, with the head `value` (see `models.outputs`).
+    adapters: low-rank additions to matrices of the blocks, which are trained instead of them.
     dtype, param_dtype: of activations and of parameters.
   """
 
@@ -104,6 +107,7 @@ class DecoderConfig:
   score_bias: bool = True
   verdict: tuple[int, ...] = ()
   critic: bool = False
+  adapters: tuple[Adapter, ...] = ()
   dtype: str = "float32"
   param_dtype: str = "float32"
 
@@ -147,6 +151,7 @@ class DecoderConfig:
           f"below vocab_size={self.vocab_size}")
     check("sliding" not in self.layer_types or self.sliding_window > 0,
           "layer_types has `sliding`, so sliding_window must be positive")
+    adapters.check_layers(self.adapters, self.layers)
 
   @property
   def width(self) -> int:

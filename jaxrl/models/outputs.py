@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
+from jaxrl.models import adapters
 from jaxrl.models import distributions
 from jaxrl.models.decoder import Decoder, DecoderConfig
 from jaxrl.models.decoder_config import VALUE as VALUE_HEAD
@@ -32,7 +33,8 @@ def init_parameters(config: DecoderConfig, key: Array) -> PyTree:
   tokens = jnp.zeros((1, 2), jnp.int32)
 
   def init(config, key):
-    return Decoder(config).init(key, tokens, tokens, jnp.ones_like(tokens))["params"]
+    params = Decoder(config).init(key, tokens, tokens, jnp.ones_like(tokens))["params"]
+    return adapters.without_other_layers(params, config.adapters)
   if not config.critic:
     return {"params": init(config, key)}
   return {"params": init(config, key), "critic": init(critic_of(config), jax.random.fold_in(key, 1))}
@@ -45,13 +47,13 @@ def is_signal(name: str) -> bool:
 
 def critic_of(config: DecoderConfig) -> DecoderConfig:
   """The decoder whose only head is the value: that of `config.critic`."""
-  return dataclasses.replace(config, critic=False, tie_embeddings=True,
+  return dataclasses.replace(config, critic=False, adapters=(), tie_embeddings=True,
                              heads_on_top=((VALUE_HEAD, 1),))
 
 
-def critic_from_policy(params: PyTree) -> PyTree:
-  """The parameters with a critic that begins as the policy, its head aside."""
-  policy, critic = params["params"], params["critic"]
+def critic_from_policy(config: DecoderConfig, params: PyTree) -> PyTree:
+  """The parameters with a critic that begins as the policy, adapters included and its head aside."""
+  policy, critic = adapters.merged(params["params"], config.adapters), params["critic"]
   copied = {name: jax.tree.map(jnp.copy, policy[name]) if name in policy else own
             for name, own in critic.items()}
   return {**params, "critic": copied}

@@ -5,6 +5,7 @@ called is the business of `families` and `tensor_names`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import functools
 import json
 import os
@@ -148,12 +149,12 @@ def load_parameters(directory: pathlib.Path, decoder: DecoderConfig, abstract: P
           leaf = wanted[piece.path]
           value = _ours(tensors.get_slice(name), piece, leaf.dtype)
           if not piece.slot:
-            found[piece.path] = _send(value, leaf.sharding)
+            found[piece.path] = send(value, leaf.sharding)
           else:
             found[piece.path] = _put(found.get(piece.path), value, piece.slot, leaf)
   bias = (f"{families.SCORE}_head", "bias")
   if bias in wanted and families.has_score(decoder) and (bias[0], "kernel") in found:
-    found[bias] = _send(np.zeros(wanted[bias].shape, wanted[bias].dtype), wanted[bias].sharding)
+    found[bias] = send(np.zeros(wanted[bias].shape, wanted[bias].dtype), wanted[bias].sharding)
   return {"params": traverse_util.unflatten_dict(found)}
 
 
@@ -169,7 +170,8 @@ def _ours(tensor, piece, dtype):
   return np.array(rows, dtype, order="C").reshape(piece.shape)
 
 
-def _send(value, where):
+def send(value: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
+  """An array of the host on the devices that want it."""
   if where is None:
     return jax.device_put(value)
   return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
@@ -183,7 +185,7 @@ def _put(stack, value, slot, leaf):
   where = leaf.sharding
   if isinstance(where, jax.sharding.NamedSharding):
     where = jax.NamedSharding(where.mesh, jax.P(*where.spec[len(slot):]))
-  return _set(stack, _send(value, where), slot)
+  return _set(stack, send(value, where), slot)
 
 
 @jax.jit
@@ -318,17 +320,24 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
   kept = {k: v for k, v in (imported or {}).items() if k in tokens and v is not None}
   hf |= {**tokens, **kept, "dtype": dtype, "torch_dtype": dtype}
   hf.pop("_name_or_path", None)
+  with writing(directory) as partial:
+    write_json(partial / CONFIG, hf)
+    write_json(partial / GENERATION, dict(generation) if generation else tokens)
+    tokenizer.export(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    _write_tensors(leaves, tensor_names.tensors(decoder, hf["architectures"][0]), partial, dtype,
+                   max_shard_bytes)
+
+
+@contextlib.contextmanager
+def writing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A directory to write into, which becomes `directory` (not there yet, or empty) once all is written."""
   directory.parent.mkdir(parents=True, exist_ok=True)
   partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial",
                                           dir=directory.parent))
   try:
     partial.chmod(0o777 & ~_umask())
-    _write_json(partial / CONFIG, hf)
-    _write_json(partial / GENERATION, dict(generation) if generation else tokens)
-    tokenizer.export(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    _write_tensors(leaves, tensor_names.tensors(decoder, hf["architectures"][0]), partial, dtype,
-                   max_shard_bytes)
+    yield partial
     if directory.exists():
       directory.rmdir()
     partial.rename(directory)
@@ -357,7 +366,8 @@ def _umask():
   return found
 
 
-def _write_json(path, content):
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+  """Writes a JSON file as it is read best."""
   path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -373,7 +383,7 @@ def _write_tensors(leaves, table, directory, dtype, max_shard_bytes):
     safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
     index |= {name: file for name in names}
   if len(shards) > 1:
-    _write_json(directory / INDEX, {"metadata": {"total_size": sum(bytes_of.values())},
+    write_json(directory / INDEX, {"metadata": {"total_size": sum(bytes_of.values())},
                                     "weight_map": index})
 
 

@@ -197,7 +197,7 @@ def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
     rehearsal = builders.rehearsal(phase, mesh, shape)
     count = rehearsal.batch.tokens.shape[0] // shape.micro_batch_rows
     streams = min(phase.learning.streams, count)
-    gradients = builders.gradient_bytes(state) * (2 if count > streams else 1) * streams
+    gradients = builders.gradient_bytes(phase.learning, state) * (2 if count > streams else 1) * streams
     held["batch"] = sharding.bytes_of(rehearsal.batch)
     with jax.set_mesh(mesh):
       signals, update = (

@@ -26,6 +26,7 @@ from jaxrl.batch import Task
 from jaxrl.batch import TUPLE
 from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import critic_from_policy
 from jaxrl.models import pretrained
 from jaxrl.models.outputs import VALUES
@@ -45,7 +46,6 @@ from jaxrl.training import sources
 from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
-from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
@@ -127,6 +127,9 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)
   sharding.check_divisible(decoder, mesh)
+  sources.check_start(config, decoder)
+  if decoder.adapters:
+    adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
   builder = inputs.builder(config, tokenizer)
   phases = [make_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
   refusals.check_frozen(phases)
@@ -177,18 +180,18 @@ def start_state(parts: Parts, phase: Phase, params: Any, rng: jax.Array) -> stat
 
 def _parameters_of(parts, phase, run):
   """The last parameters of a run; of '', those that the latest training before the phase began with."""
-  seed, start, source = parts.config.seed, run or parts.config.start, parts.config.model.source
+  config, start = parts.config, run or parts.config.start
   if not run and not phase.index:
     if not start:
       raise configs.ConfigError(f"phase {phase.name} is the first of a run without config.start, so no "
                                 "training came before it: name a run in config.start")
-    before = configs.of_run(pathlib.Path(start))
-    seed, start, source = before.seed, before.start, before.model.source
-  rng = jax.random.key_data(jax.random.key(seed))
-  if source and not start:
-    return sources.parameters(source, parts.decoder, rng, parts.mesh)
+    config = configs.of_run(pathlib.Path(start))
+    start = config.start
+  rng = jax.random.key_data(jax.random.key(config.seed))
+  if config.model.source and not start:
+    return sources.parameters(config.model.source, parts.decoder, rng, parts.mesh, sources.of_adapters(config))
   params = states.initial_parameters(parts.decoder, rng, parts.mesh)
-  return read_parameters(pathlib.Path(start) / "checkpoints", params) if start else params
+  return sources.continued(start, parts.decoder, params, parts.mesh) if start else params
 
 
 def _measuring(parts, phase, params, rng):
@@ -217,9 +220,11 @@ def _fresh_state(parts, phase, params, rng):
                    and not _taught_critic(parts.config.start))
 
   def start(params, rng):
-    params = critic_from_policy(params) if critic_begins else params
-    return states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
-                              frozen=learning.kept)
+    params = critic_from_policy(parts.decoder, params) if critic_begins else params
+    state = states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
+                               frozen=learning.kept, part=learning.part(params))
+    return state.replace(frozen={name: own if learning.models[name].adapted else adapters.off(own)
+                                 for name, own in state.frozen.items()})
   return jax.jit(start, out_shardings=shardings)(params, rng)
 
 
@@ -446,6 +451,7 @@ def make_phase(config: ml_collections.ConfigDict, index: int, name: str, decoder
       updates_per_batch=settings.rollout.updates if sampled else 1,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
+      trains=tuple(settings.optimizer.adapters),
       asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
 
@@ -487,15 +493,15 @@ def make_shape(phase: Phase, decoder: DecoderConfig, mesh: jax.sharding.Mesh, si
   """The shape of a phase's batches; `sizes` and `shared` as in `shape_of`."""
   state = state_of(phase.learning, mesh)
 
-  kept = sharding.bytes_of(state) + 2 * gradient_bytes(state)  # their sum, and the next of them
+  kept = sharding.bytes_of(state) + 2 * gradient_bytes(phase.learning, state)  # their sum, and the next of them
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared)
 
 
-def gradient_bytes(state: states.TrainState) -> int:
+def gradient_bytes(learning: learner.Learning, state: states.TrainState) -> int:
   """Of a gradient on one device, float32; the state may be abstract."""
-  return sharding.bytes_of(state.params, 4)
+  return sharding.bytes_of(learning.part(state.params), 4)
 
 
 def _prompts_of(made):
@@ -536,7 +542,7 @@ def rehearsal(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
 def state_of(learning: learner.Learning, mesh: jax.sharding.Mesh) -> states.TrainState:
   """Shapes, types and shardings of a phase's state."""
   return states.abstract_state(learning.decoder, mesh, learning.optimizer,
-                               frozen=learning.kept, carried=learning.carried)
+                               frozen=learning.kept, carried=learning.carried, trains=learning.trains)
 
 
 def _empty_batch(phase, shape):

@@ -30,7 +30,8 @@ from jaxrl.training.fingerprint import fingerprint
 
 DAMAGED, REPLACED = ".damaged", ".replaced"
 SHARED_FROM = 2 ** 20  # bytes of an array that a device writes, where several devices hold the same
-NEW_PARAMETERS = re.compile(r"^params/critic/|_head/")  # what a run may add to those of another
+NEW_PARAMETERS = re.compile(r"^params/critic/|_head/|/lora_[ab]$")  # what a run may add to those of another
+ADAPTER = re.compile(r"/lora_[ab]$")
 # A restore that fails for lack of these says nothing about the files.
 NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied", "Too many open files")
 
@@ -308,11 +309,12 @@ def read_parameters(directory: str | pathlib.Path, params: Any) -> Any:
 
   Args:
     directory: the `checkpoints` of another run; nothing in it is changed.
-    params: parameters on the mesh, which say what is wanted and where. Heads and a critic that the
-      other run did not have stay as they are here.
+    params: parameters on the mesh, which say what is wanted and where. Heads, adapters and a critic
+      that the other run did not have stay as they are here.
 
   Raises:
-    CheckpointError: there is none, it is damaged, or it is of another model.
+    CheckpointError: there is none, it is damaged, or it is of another model, or has an adapter that is
+      not wanted.
   """
   orbax_noise.silence_logs()
   directory = pathlib.Path(directory).absolute()
@@ -329,6 +331,11 @@ def read_parameters(directory: str | pathlib.Path, params: Any) -> Any:
   stored = {path: leaf for path, leaf in leaves.items()
             if _name(path) in saved or not NEW_PARAMETERS.search(_name(path))}
   wanted = _describe(stored)
+  if lost := sorted({name.split("/")[-2] for name in saved if ADAPTER.search(name)}
+                    - {name.split("/")[-2] for name in wanted if ADAPTER.search(name)}):
+    raise CheckpointError(f"{place} has the adapters {', '.join(lost)}, without which it is another model: list "
+                          "them in config.model.adapters as that run did, or merge them: jaxrl export "
+                          "--merge-adapters")
   if any(saved.get(name) != text for name, text in wanted.items()):
     differing = [f"{name}: {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here"
                  for name in sorted(wanted) if saved.get(name) != wanted.get(name)]

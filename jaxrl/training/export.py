@@ -11,7 +11,9 @@ import jax
 from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
+from jaxrl.models import adapters
 from jaxrl.models import families
+from jaxrl.models import peft
 from jaxrl.models import pretrained
 from jaxrl.training import inputs
 from jaxrl.training import sources
@@ -20,15 +22,20 @@ from jaxrl.training.checkpoints import read_parameters
 
 
 def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str = "",
-           max_shard_bytes: int = pretrained.MAX_SHARD_BYTES) -> list[str]:
+           merge_adapters: bool = False, max_shard_bytes: int = pretrained.MAX_SHARD_BYTES) -> list[str]:
   """Writes the newest checkpoint of a run with everything that `from_pretrained` wants.
+
+  Of a model with adapters these alone are written, as PEFT reads them: in `output` the only one, or that
+  called `default`, others in directories of their own below. The base is the published model that the run
+  began with; one that has been trained here is written too, to `output/base`.
 
   Parameters are read into the host's memory.
 
   Args:
     workdir: of the run.
     output: a directory that is not there yet, or is empty.
-    dtype: of the stored numbers; "" is that of the run's parameters.
+    dtype: of the stored numbers; "" is that of the run's parameters, of adapters float32.
+    merge_adapters: write the whole model, with the adapters in its matrices.
 
   Returns:
     Lines that say what was written, and what of the model was not.
@@ -47,21 +54,51 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
   decoder = inputs.decoder_config(config.model, tokenizer)
   kept = {name: pretrained.read_json(place / sources.KEPT, name)
           for name in (pretrained.CONFIG, pretrained.GENERATION) if (place / sources.KEPT / name).exists()}
+  if merge_adapters and not decoder.adapters:
+    raise ValueError(f"--merge-adapters, but the run {workdir} has no adapters: leave it out")
   how = dict(dtype=dtype or config.model.param_dtype, imported=kept.get(pretrained.CONFIG),
              max_positions=inputs.longest(config.data, config.rollout))
   hf = pretrained.check_exportable(decoder, output, **how)
+  apart = () if merge_adapters else decoder.adapters
+  for adapter in apart:
+    peft.check_exportable(decoder, adapter, hf["architectures"][0])
   host = sharding.make_mesh(devices=_host_device())
   wanted = {"params": states.abstract_parameters(decoder, host)["params"]}  # without a critic
   params = read_parameters(place / "checkpoints", wanted)
   summary = place / "summary.json"
   card = model_card(hf, config, json.loads(summary.read_text()) if summary.exists() else {})
-  pretrained.save(params, decoder, output, tokenizer=tokenizer, card=card,
-                  generation=kept.get(pretrained.GENERATION), max_shard_bytes=max_shard_bytes, **how)
+  how |= dict(tokenizer=tokenizer, card=card, generation=kept.get(pretrained.GENERATION),
+              max_shard_bytes=max_shard_bytes)
+  if apart:
+    return _export_adapters(params, decoder, hf["architectures"][0], output, config, dtype or "float32", how)
+  pretrained.save(adapters.merged(params, decoder.adapters), decoder, output, **how)
   left = ["the critic"] * decoder.critic + [f"the head {families.VALUE!r}"] * (
       families.VALUE in dict(decoder.heads_on_top))
   left += ["the matrix of logits"] * (families.has_score(decoder) and not decoder.tie_embeddings)
   return [f"{output}: {hf['architectures'][0]} in {how['dtype']}",
           *[f"not written, for no published architecture has it: {what}" for what in left]]
+
+
+def _export_adapters(params, decoder, architecture, output, config, dtype, how):
+  """Writes adapters, and their base if nobody else has it."""
+  own = not sources.begins(config)
+  base = str(output / peft.OWN_BASE) if own else config.model.source
+  names = [adapter.name for adapter in decoder.adapters]
+  root, lines = "default" if "default" in names else names[0] if len(names) == 1 else "", []
+  with pretrained.writing(output) as partial:
+    for adapter in decoder.adapters:
+      place = partial / ("" if adapter.name == root else adapter.name)
+      place.mkdir(exist_ok=True)
+      peft.save(params, decoder, adapter, architecture, place, base=base, dtype=dtype)
+      lines.append(f"{output / place.relative_to(partial)}: adapter {adapter.name!r} of rank {adapter.rank} in "
+                   f"{dtype}, for {base}")
+    how["tokenizer"].export(partial)
+    (partial / "README.md").write_text(how["card"].replace(
+        "library_name: transformers", "library_name: peft", 1), encoding="utf-8")
+    if own:
+      pretrained.save(params, decoder, partial / peft.OWN_BASE, **how)
+      lines.append(f"{base}: {architecture} in {how['dtype']}, the base")
+  return lines
 
 
 def _host_device():

@@ -9,7 +9,8 @@ with, receives no gradient, and follows the policy, or another frozen model, eve
                 start=dict())                                       # the policy of the phase's start
 
 A piece reads what one says as the signal `NAME_SIGNAL`, such as `average_logprobs`, exactly as
-`reference_logprobs`. A model is kept only in phases where a piece reads it, or a model that follows it.
+`reference_logprobs`. In a model with adapters a frozen model is a copy of what the phase trains, over the
+one base, and one with `adapted=False` begins as the base. A model is kept only in phases where a piece reads it, or a model that follows it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,12 +40,14 @@ class Refresh:
     follows: the policy, or another frozen model, as it is before it is refreshed itself: models that
       are refreshed by the same update form a shift register.
     lag: follow the policy as it was before the update (Humanline, arXiv:2509.24207).
+    adapted: False begins with the adapters that the phase trains switched off.
   """
 
   every: int = 0
   decay: float | Schedule = 0.0
   follows: str = POLICY
   lag: bool = False
+  adapted: bool = True
 
 
 def read(reference: Mapping[str, Any], frozen: Mapping[str, Any], decay: Schedule | None = None
@@ -135,8 +138,9 @@ def _refresh_of(fields, where):
   if isinstance(rule.decay, bool) or not (isinstance(rule.decay, int | float) and 0 <= rule.decay < 1):
     raise ValueError(f"{where}.decay={rule.decay!r} must be at least 0 and below 1: the share of itself "
                      "that the model keeps; with every=0 it stays as it is")
-  if not isinstance(rule.lag, bool):
-    raise ValueError(f"{where}.lag={rule.lag!r} must be True or False")
+  for field in ("lag", "adapted"):
+    if not isinstance(getattr(rule, field), bool):
+      raise ValueError(f"{where}.{field}={getattr(rule, field)!r} must be True or False")
   return rule
 
 

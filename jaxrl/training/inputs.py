@@ -15,6 +15,7 @@ from jaxrl import data
 from jaxrl import tasks
 from jaxrl.data import transforms
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import pretrained
 from jaxrl.training.shapes import PAIRED
 
@@ -163,6 +164,7 @@ def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> Decod
   if fields["vocab_size"] < tokens:
     raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
                      f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
+  fields["adapters"] = adapters.read(fields.get("adapters", {}))
   fields = {name: _as_tuples(value) for name, value in fields.items()}
   fields["verdict"] = tuple(_token_of(text, tokenizer) for text in fields.get("verdict", ()))
   return DecoderConfig(**fields)

@@ -24,6 +24,7 @@ from jaxrl.advantages.chain import initial_carried
 from jaxrl.batch import BY_ROWS
 from jaxrl.batch import TokenBatch
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import model_outputs
 from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
@@ -54,6 +55,7 @@ class Learning:
     models: frozen ones that pieces may read, by name, and how they follow the policy.
     asks_reference: rollouts ask the reference, whatever the pieces read.
     transforms: those of gradients and updates that are part of the optimiser.
+    trains: names of the adapters that are trained; () is all, if there are any.
   """
 
   decoder: DecoderConfig
@@ -71,6 +73,11 @@ class Learning:
       default_factory=lambda: {frozen.REFERENCE: frozen.Refresh()})
   asks_reference: bool = False
   transforms: Sequence[Callable] = ()
+  trains: tuple[str, ...] = ()
+
+  def part(self, params: Any) -> Any:
+    """What of the parameters, or of a tree like them, is trained."""
+    return adapters.trained(params, self.decoder.adapters, self.trains)
 
   @property
   def kept(self) -> tuple[str, ...]:
@@ -179,8 +186,8 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
   functions = (
       (functools.partial(_outputs, learning), functools.partial(_signals, learning),
        dict(out_shardings=of_signals)),
-      (functools.partial(_sums, learning, state_shardings.params),
-       functools.partial(_update, learning, state_shardings.params),
+      (functools.partial(_sums, learning, learning.part(state_shardings.params)),
+       functools.partial(_update, learning, learning.part(state_shardings.params)),
        dict(donate_argnums=0, out_shardings=(state_shardings, None))),
       (functools.partial(_measured, learning), _measure, {}))
   if learning.streams == 1:
@@ -259,8 +266,9 @@ def _outputs(learning, state, batch, part=0, parts=1):
   """Signals of frozen models and of the policy before updates; where there are several parts, 0 on
   the rows of others."""
   found = {}
-  for source, params in {**state.frozen, frozen.OLD: state.params}.items():
+  for source in (*state.frozen, frozen.OLD):
     if names := learning.frozen_signals[source]:
+      params = state.params if source == frozen.OLD else state.model(source)
       outputs = _forward(learning, params, batch, names, state, part, parts)
       found |= {f"{source}_{name}": x for name, x in outputs.items()}
   return found
@@ -294,11 +302,11 @@ def _sums(learning: Learning, shardings: Any, state: TrainState, batch: TokenBat
   """Loss, metrics, gap and gradient of a prepared batch, summed over a part's micro-batches."""
   batch, reference = _weighted(learning, batch), _reference(learning, state)
   # Jitted, so that the loop and the shapes of its sums share one trace.
-  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss, learning), has_aux=True))
+  gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss_of_part, learning), has_aux=True))
 
   def one(i):
-    (loss, (metrics, gap)), gradient = gradient_of(state.params, _rows(batch, i), state.step,
-                                                   reference)
+    (loss, (metrics, gap)), gradient = gradient_of(learning.part(state.params), state.params,
+                                                   _rows(batch, i), state.step, reference)
     gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
     if _devices(shardings) > 1:  # else XLA would be free to keep whole sums on every device
       gradient = jax.lax.with_sharding_constraint(gradient, shardings)
@@ -315,10 +323,10 @@ def _update(learning: Learning, shardings: Any, state: TrainState, batch: TokenB
   """The state after one update, and metrics; `sums` are those of all parts, see `_sums`."""
   loss, metrics, gap, gradient = functools.reduce(_add, sums)
   rate = learning.learning_rate(state.step - state.skipped_steps)  # as the optimiser counts
-  before = state.params
+  before = learning.part(state.params)
   state, grad_norm = _apply(learning, shardings, state, loss, gradient)
-  state = state.replace(frozen=frozen.refresh(learning.models, state.frozen, before, state.params,
-                                              state.step))
+  state = state.replace(frozen=frozen.refresh(learning.models, state.frozen, before,
+                                              learning.part(state.params), state.step))
   metrics |= {"loss": loss, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps,
               "bad_steps": state.bad_steps, "learning_rate": jnp.asarray(rate)}
   if learning.with_behaviour:
@@ -389,6 +397,10 @@ def _weights_of(aggregation):
   return f"loss_weights/{aggregation.kind}/{aggregation.constant}"
 
 
+def _loss_of_part(learning, part, params, *rest):
+  return _loss(learning, adapters.joined(params, part), *rest)
+
+
 def _loss(learning, params, rows, step, reference):
   """Loss of one micro-batch, its metrics, and the largest gap between sampler and trainer."""
   signals = learning.term_signals | ({"entropy"} if learning.with_behaviour else frozenset())
@@ -434,10 +446,10 @@ def _apply(learning, shardings, state, loss, gradient):
         gradient_of=_gradient_of(learning, shardings, state))
     return optax.apply_updates(params, updates), opt_state
 
-  params, opt_state = jax.lax.cond(finite, take, lambda *same: same, state.params,
-                                   state.opt_state)
+  part, opt_state = jax.lax.cond(finite, take, lambda *same: same, learning.part(state.params),
+                                 state.opt_state)
   bad = 1 - finite.astype(jnp.int32)
-  return state.replace(step=state.step + 1, params=params, opt_state=opt_state,
+  return state.replace(step=state.step + 1, params=adapters.joined(state.params, part), opt_state=opt_state,
                        bad_steps=(state.bad_steps + 1) * bad,
                        skipped_steps=state.skipped_steps + bad), grad_norm
 

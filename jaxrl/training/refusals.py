@@ -49,6 +49,7 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
                      f"{parts} devices: use {' or '.join(map(str, fitting))}")
   if phase.kind != "evaluate":
     _check_signals(phase.learning)
+  _check_adapters(phase)
   pieces.sampling(s.rollout, ())
   pieces.episode(s)
   pieces.asking(s)
@@ -69,6 +70,21 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
     what = f"{where}.until" if until is not None else f"config.evaluate.every={s.evaluate.every}"
     raise ValueError(f"{what} evaluates on the way, so it needs problems that are not trained on: "
                      "set config.data.validation, and config.evaluate.problems to at least 1")
+
+
+def _check_adapters(phase):
+  """Refuses names of adapters that the model does not have."""
+  there = [adapter.name for adapter in phase.learning.decoder.adapters]
+  for name in phase.learning.trains:
+    if name not in there:
+      raise ValueError(f"config.optimizer.adapters={list(phase.learning.trains)} in phase {phase.name}: "
+                       + (f"config.model.adapters has no {name!r}{compose.nearest(name, there)}" if there else
+                          "config.model.adapters is empty; name them there, or leave this out"))
+  for name in phase.learning.kept:
+    if not there and not phase.learning.models[name].adapted:
+      where = "config.reference" if name == "reference" else f"config.frozen.{name}"
+      raise ValueError(f"{where}.adapted=False in phase {phase.name} switches adapters off, but "
+                       "config.model.adapters is empty: leave it out")
 
 
 def _check_signals(learning):

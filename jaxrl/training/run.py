@@ -23,7 +23,6 @@ from jaxrl.training import sources
 from jaxrl.training import state as states
 from jaxrl.training.builders import Parts
 from jaxrl.training.checkpoints import Checkpoints
-from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.loop import Progress
 from jaxrl.training.reporting import Reporter
 from jaxrl.training.stopping import Stop
@@ -99,14 +98,14 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   parts.compile(progress.phase)
   params = None
   if state is None and sources.begins(parts.config):
-    params = sources.parameters(parts.config.model.source, parts.decoder, rng, parts.mesh)
+    params = sources.parameters(parts.config.model.source, parts.decoder, rng, parts.mesh,
+                                sources.of_adapters(parts.config))
     reporter.note(f"starting with the parameters of {parts.config.model.source}")
   elif state is None:
     params = parts.initializing.first(states.initial_parameters)(parts.decoder, rng, parts.mesh)
     if parts.config.start:
-      start = pathlib.Path(parts.config.start)
-      params = read_parameters(start / "checkpoints", params)
-      reporter.note(f"starting with the parameters of {start}")
+      params = sources.continued(parts.config.start, parts.decoder, params, parts.mesh)
+      reporter.note(f"starting with the parameters of {parts.config.start}")
   for index in range(progress.phase, len(parts.phases)):
     phase = parts.phases[index]
     parts.compile(index)  # while the first batch is sampled

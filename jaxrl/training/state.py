@@ -14,6 +14,7 @@ import optax
 
 from jaxrl import sharding
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import init_parameters
 
 KEY_DATA = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a threefry key
@@ -28,7 +29,8 @@ class TrainState:
     params: of the policy.
     opt_state: of the phase's optimiser.
     frozen: parameters of other models by name, the reference among them: those of the policy at the
-      start of the phase, or what followed it since (see `training.frozen`).
+      start of the phase, or what followed it since (see `training.frozen`). As the optimiser's, they are
+      of what the phase trains; what it does not, as the base below adapters, is there once.
     carried: what pieces of credit remember from batch to batch, by name of piece.
     bad_steps: updates in a row that were skipped because a gradient was not finite.
     skipped_steps: all updates of this phase that were skipped.
@@ -48,16 +50,25 @@ class TrainState:
   @property
   def reference(self) -> Any:
     """Parameters of the reference, None if nothing reads what it says."""
-    return self.frozen.get("reference")
+    return self.model("reference") if "reference" in self.frozen else None
+
+  def model(self, name: str) -> Any:
+    """All parameters of a frozen model."""
+    return adapters.joined(self.params, self.frozen[name])
 
 
 def start_phase(params: Any, rng: Array, optimizer: optax.GradientTransformation, *,
-                frozen: Sequence[str] = (), carried: Any = None) -> TrainState:
-  """A fresh optimiser, counters, frozen models of these names and memory around given parameters."""
+                frozen: Sequence[str] = (), carried: Any = None, part: Any = None) -> TrainState:
+  """A fresh optimiser, counters, frozen models of these names and memory around given parameters.
+
+  Args:
+    part: of the parameters, what the phase trains; None is all.
+  """
   def zero():
     return jnp.zeros((), jnp.int32)
-  return TrainState(step=zero(), params=params, opt_state=optimizer.init(params),
-                    frozen={name: jax.tree.map(jnp.copy, params) for name in frozen},
+  part = params if part is None else part
+  return TrainState(step=zero(), params=params, opt_state=optimizer.init(part),
+                    frozen={name: jax.tree.map(jnp.copy, part) for name in frozen},
                     bad_steps=zero(), skipped_steps=zero(), rng=rng,
                     carried=jax.tree.map(jnp.asarray, carried or {}))
 
@@ -112,9 +123,13 @@ def _initialize(config):
 
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
                    optimizer: optax.GradientTransformation, *, frozen: Sequence[str] = (),
-                   carried: Any = None) -> TrainState:
-  """Shapes, types and shardings of a state, without computing it: what a restore fills in."""
-  state = _abstract_state(config, mesh, optimizer, tuple(frozen))
+                   carried: Any = None, trains: Sequence[str] = ()) -> TrainState:
+  """Shapes, types and shardings of a state, without computing it: what a restore fills in.
+
+  Args:
+    trains: names of the adapters that are trained; () is all.
+  """
+  state = _abstract_state(config, mesh, optimizer, tuple(frozen), tuple(trains))
   replicated = jax.NamedSharding(mesh, jax.P())
   return state.replace(carried=jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=replicated),
@@ -122,9 +137,11 @@ def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_state(config, mesh, optimizer, frozen):
+def _abstract_state(config, mesh, optimizer, frozen, trains):
   def make(rng):
-    return start_phase(_initialize(config)(rng), rng, optimizer, frozen=frozen)
+    params = _initialize(config)(rng)
+    return start_phase(params, rng, optimizer, frozen=frozen,
+                       part=adapters.trained(params, config.adapters, trains))
   boxed = jax.eval_shape(make, KEY_DATA)
   shardings = sharding.shardings_of(boxed, mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -119,6 +119,9 @@ def project_onto_null_space(*, ratio: float = 0.8, since: str = "", clip: float 
     boxed = {".".join(names_of(path)): x for path, x in jax.tree_util.tree_leaves_with_path(
         zeros, is_leaf=_is_box)}
     matrices = {name: x for name, x in boxed.items() if _shape(name, _unboxed(x).shape, parameters)}
+    if not matrices:
+      raise ValueError(f"project_onto_null_space: parameters={parameters!r} matches no matrix that is trained, so "
+                       "nothing would move; of a model with adapters none is")
     layers = {name: _shape(name, _unboxed(x).shape)[0] for name, x in matrices.items()}
     return NullSpace(
         matrices, {name: jnp.zeros(n) for name, n in layers.items()} if clip else {},
