@@ -1,4 +1,14 @@
-"""Llama-3.1-8B-Instruct"""
+"""Llama-3.1-8B-Instruct with GRPO on GSM8K (arXiv:2407.21783), one variant for each machine.
+
+Largest use of a device, `jaxrl run --plan`; not measured, not trained. By XLA for CPUs, with
+XLA_PYTHON_CLIENT_MEM_FRACTION=.95:
+
+  h200-1  128.6 of 134 GB   an update, with Adafactor; tight, as the gradients of float32 alone are 64 GB
+
+v5e-8, with bfloat16 parameters and Adafactor, has parameters and gradients of 10.1 GB and a cache of 3.2 of its
+16.9 GB, v5p-64 parameters, optimiser and gradients of 10.0 and a cache of 3.2 of its 102.8; their activations
+have not been planned. One H100 is too small for all parameters.
+"""
 
 from configs.models import gsm8k
 
@@ -11,7 +21,7 @@ MACHINES = {
     "v5e-8": dict(mesh=dict(fsdp=4, tensor=2), optimizer=dict(name="adafactor"),
                   model=dict(param_dtype="bfloat16"), rollout=dict(max_rows=128)),
     "v5p-64": dict(mesh=dict(fsdp=16)),
-    "h200-1": dict(optimizer=dict(name="adafactor"), rollout=dict(max_rows=128)),
+    "h200-1": dict(optimizer=dict(name="adafactor"), rollout=dict(max_rows=64), batch=dict(micro_batch_rows=8)),
 }
 
 

@@ -8,7 +8,8 @@ the compiler says. FLOPs are those of matrix products in the traced programs.
 The compiler is that of the devices where they are here. For TPUs that are not, it is their own where
 `libtpu` is installed; for other machines it is XLA's for as many virtual CPU devices, whose temporary
 arrays stand for theirs: they hold scores of attention, which a fused kernel does not, and float32 copies of
-bfloat16 numbers. How far off that is: results/bench/plan.md, made by scripts/bench/plan.py.
+bfloat16 caches and weights. `scripts/bench/plan.py` compares plans with runs on a CPU:
+supervised tuning of 19 M parameters was planned to take 951 MB and took 961 (results/bench/plan.md).
 """
 
 import dataclasses

@@ -17,13 +17,14 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALLEST = dict(layers=1, d_model=16, heads=2, kv_heads=2, d_ff=16)
-SIZES = {"19 M": dict(layers=6, d_model=512, heads=8, kv_heads=4, d_ff=1536),
-         "68 M": dict(layers=10, d_model=768, heads=12, kv_heads=4, d_ff=2304)}
+SIZES = {"19M": dict(layers=6, d_model=512, heads=8, kv_heads=4, d_ff=1536),
+         "68M": dict(layers=10, d_model=768, heads=12, kv_heads=4, d_ff=2304)}
 KINDS = {
-    "sft": ["--config.phases=('sft',)", "--config.sft.steps=3", "--config.sft.until=None",
-            "--config.batch.row_length=512", "--config.data.task.digits=20", "--config.data.task_size=2000"],
+    "sft": ["--config.phases=('sft',)", "--config.sft.steps=2", "--config.sft.batch.examples=16", "--config.sft.until=None",
+            "--config.batch.row_length=512", "--config.data.task.digits=18", "--config.data.task_size=2000",
+            "--config.data.max_prompt_tokens=64", "--config.data.max_completion_tokens=64"],
     "rl": ["--config.phases=('rl',)", "--config.rl.steps=2", "--config.rl.until=None",
-           "--config.rollout.prompts=16", "--config.rollout.max_tokens=128",
+           "--config.rollout.prompts=4", "--config.rollout.max_tokens=64",
            "--config.rollout.filter_zero_variance=False"]}
 COMMON = ["--config=configs/quickstart.py", "--config.optimizer.warmup_steps=0", "--config.data.test=",
           "--config.data.validation=", "--config.compilation_cache=off", "--config.checkpoint.every=0"]
@@ -65,23 +66,42 @@ def peak_bytes(kind: str, model: dict[str, int]) -> float:
   return summary["peak_memory"]["host_mb"] * 1e6
 
 
+def measure(kind: str, size: str, known: dict[str, float]) -> dict[str, float]:
+  """Planned and grown bytes of a case; `known` keeps the peaks of runs of the smallest model, by kind."""
+  if kind not in known:
+    known[kind] = peak_bytes(kind, SMALLEST)
+  spec, *flags = flags_of(kind, SIZES[size])
+  plan = json.loads(call("-c", PLAN, spec.removeprefix("--config="), *flags))
+  return dict(parameters=plan["parameters"], planned=plan["peak"],
+              grown=peak_bytes(kind, SIZES[size]) - known[kind])
+
+
+def markdown(cases: dict[str, dict[str, float]]) -> str:
+  """The table."""
+  rows = [f"| {name} | {c['parameters'] / 1e6:.0f} | {c['planned'] / 1e6:.0f} | {c['grown'] / 1e6:.0f} | "
+          f"{c['planned'] / c['grown']:.2f} |" for name, c in sorted(cases.items())]
+  return "\n".join([
+      "# Plans against runs\n",
+      "Made by `python scripts/bench/plan.py`: the planned peak of a phase, and the peak of resident memory "
+      "of a run of it less that of the smallest model, on a CPU.\n",
+      "| case | parameters, M | planned, MB | grown, MB | planned / grown |", "| --- | --- | --- | --- | --- |",
+      *rows]) + "\n"
+
+
 def main() -> None:
+  names = [f"{kind}:{size}" for kind in KINDS for size in SIZES]
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "bench" / "plan.md")
+  parser.add_argument("--cases", default=",".join(names), help=f"of {', '.join(names)}; others are kept")
+  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "bench",
+                      help="directory of plan.json and plan.md")
   args = parser.parse_args()
-  lines = ["# Plans against runs\n", "Made by `python scripts/bench/plan.py`: the planned peak of a phase and the "
-           "growth of resident memory over a run of the smallest model, on CPU.\n",
-           "| phase | parameters, M | planned, MB | grown, MB | planned / grown |", "| --- | --- | --- | --- | --- |"]
-  for kind in KINDS:
-    start = peak_bytes(kind, SMALLEST)
-    for model in SIZES.values():
-      spec, *flags = flags_of(kind, model)
-      plan = json.loads(call("-c", PLAN, spec.removeprefix("--config="), *flags))
-      grown = peak_bytes(kind, model) - start
-      lines.append(f"| {kind} | {plan['parameters'] / 1e6:.0f} | {plan['peak'] / 1e6:.0f} | {grown / 1e6:.0f} | "
-                   f"{plan['peak'] / grown:.2f} |")
-      print(lines[-1], flush=True)
-  args.out.write_text("\n".join(lines) + "\n")
+  kept = args.out / "plan.json"
+  found = json.loads(kept.read_text()) if kept.exists() else {"smallest": {}, "cases": {}}
+  for name in args.cases.split(","):
+    found["cases"][name] = measure(*name.split(":"), found["smallest"])
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "plan.md").write_text(markdown(found["cases"]))
+    print(name, found["cases"][name], flush=True)
 
 
 if __name__ == "__main__":
