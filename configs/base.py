@@ -63,7 +63,8 @@ def get_config() -> ml_collections.ConfigDict:
       score_bias=True,  # of those heads, the value aside
       verdict=(),  # two texts of one token, ("yes", "no"): their log-odds are a score of answers
       adapters=dict(),  # trained instead of all else but heads and critic, by name, as dict(default=
-      # dict(rank=8, alpha=16, targets="attention|mlp", layers=(), rank_stabilized=False)); see models.adapters
+      # dict(rank=8, alpha=16, targets="attention|mlp", layers=(), rank_stabilized=False)), or
+      # dict(source=DIR) of PEFT's format, which says all of these; see models.adapters
       dtype="float32", param_dtype="float32")
   config.mesh = dict(
       data=-1, fsdp=1, tensor=1,  # -1: all devices that are left

@@ -76,25 +76,30 @@ def test_own_method_is_config_piece_and_test_in_one_file(tmp_path):
   assert tested.returncode == 0 and "1 passed" in tested.stdout, tested.stdout
 
 
-def test_own_checkpoint_is_trained_exported_trained_again_and_asked(tmp_path, monkeypatch, capsys):
-  (tmp_path / "capitals.py").write_text(block("def right_and_short"))
+def run_section(directory, heading):
+  """Runs the commands of a section with a tiny model in the place of the published one."""
+  (directory / "capitals.py").write_text(block("def right_and_short"))
   rows = [{"ask": f"capital of country {i}?", "reply": f"Town{i}"} for i in range(60)]
-  (tmp_path / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (directory / "capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   tokenizer = data.train_bpe([row["ask"] + row["reply"] for row in rows], 300)
   tokenizer.fast.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-  tokenizer.save(tmp_path / "tiny")
-  published.saved("qwen2_for_300_tokens", tmp_path / "tiny")
-  section = README.split("## Your own checkpoint")[1].split("```bash\n")[1].split("```")[0]
+  tokenizer.save(directory / "tiny")
+  published.saved("qwen2_for_300_tokens", directory / "tiny")
+  section = README.split(f"## {heading}")[1].split("```bash\n")[1].split("```")[0]
   assert "Qwen/Qwen2.5-0.5B" in section  # which is not here
   lines = section.replace("Qwen/Qwen2.5-0.5B", "tiny").replace("\\\n", " ").splitlines()
   small = ["--config.evaluate.problems=0", "--config.batch.examples=4", "--config.sft.steps=2",
            "--config.phases=['sft']"]
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   for line in lines:
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     command = [sys.executable, "-m", *words, *(small if words[1] == "run" else [])]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, (line, done.stderr)
+
+
+def test_own_checkpoint_is_trained_exported_trained_again_and_asked(tmp_path, monkeypatch, capsys):
+  run_section(tmp_path, "Your own checkpoint")
   hf = json.loads((tmp_path / "tuned" / "config.json").read_text())
   assert hf["architectures"] == ["Qwen2ForCausalLM"] and hf["dtype"] == "bfloat16"
 
@@ -107,3 +112,13 @@ def test_own_checkpoint_is_trained_exported_trained_again_and_asked(tmp_path, mo
   rows = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith('{"prompt"')]
   assert [len(row["logprobs"]) == row["tokens"] <= 4 for row in rows] == [True] * 3
   assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2 * 4
+
+
+def test_adapters_are_trained_exported_and_trained_further(tmp_path):
+  run_section(tmp_path, "Adapters")
+  stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+  assert stated["r"] == 8 and stated["lora_alpha"] == 16 and stated["base_model_name_or_path"] == "tiny"
+  assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+  assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+  model = json.loads((tmp_path / "runs" / "further" / "config.json").read_text())["model"]
+  assert model["source"] == "tiny" and model["adapters"]["default"]["source"] == "adapter"

@@ -211,8 +211,9 @@ def _measuring(parts, phase, params, rng):
 
 def _fresh_state(parts, phase, params, rng):
   """The same, before transformations have looked at it."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, phase))
   learning = phase.learning
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, phase))
+  shardings = shardings.replace(params=learning.part(shardings.params))
 
   critic_begins = (parts.decoder.critic and learning.needs_values
                    and not any(p.learning.needs_values for p in parts.phases[:phase.index]
@@ -221,11 +222,13 @@ def _fresh_state(parts, phase, params, rng):
 
   def start(params, rng):
     params = critic_from_policy(parts.decoder, params) if critic_begins else params
-    state = states.start_phase(params, rng, learning.optimizer, carried=learning.carried,
-                               frozen=learning.kept, part=learning.part(params))
+    part = learning.part(params)
+    state = states.start_phase(part, rng, learning.optimizer, carried=learning.carried,
+                               frozen=learning.kept)
     return state.replace(frozen={name: own if learning.models[name].adapted else adapters.off(own)
                                  for name, own in state.frozen.items()})
-  return jax.jit(start, out_shardings=shardings)(params, rng)
+  state = jax.jit(start, out_shardings=shardings)(params, rng)
+  return state.replace(params=adapters.joined(params, state.params))  # no copy of what is not trained
 
 
 def _taught_critic(run):

@@ -70,13 +70,14 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
   how |= dict(tokenizer=tokenizer, card=card, generation=kept.get(pretrained.GENERATION),
               max_shard_bytes=max_shard_bytes)
   if apart:
-    return _export_adapters(params, decoder, hf["architectures"][0], output, config, dtype or "float32", how)
-  pretrained.save(adapters.merged(params, decoder.adapters), decoder, output, **how)
+    lines = _export_adapters(params, decoder, hf["architectures"][0], output, config, dtype or "float32", how)
+  else:
+    pretrained.save(adapters.merged(params, decoder.adapters), decoder, output, **how)
+    lines = [f"{output}: {hf['architectures'][0]} in {how['dtype']}"]
   left = ["the critic"] * decoder.critic + [f"the head {families.VALUE!r}"] * (
       families.VALUE in dict(decoder.heads_on_top))
   left += ["the matrix of logits"] * (families.has_score(decoder) and not decoder.tie_embeddings)
-  return [f"{output}: {hf['architectures'][0]} in {how['dtype']}",
-          *[f"not written, for no published architecture has it: {what}" for what in left]]
+  return [*lines, *[f"not written, for no published architecture has it: {what}" for what in left]]
 
 
 def _export_adapters(params, decoder, architecture, output, config, dtype, how):

@@ -164,6 +164,9 @@ def test_exported_they_are_pefts_and_merged_they_are_a_model(runs, tmp_path):
   for path, x in found.items():
     path = tuple("second" if name == "default" else name for name in path)
     np.testing.assert_array_equal(x, tuned[path])
+  params, key = traverse_util.unflatten_dict(found), jax.random.key_data(jax.random.key(0))
+  started = traverse_util.flatten_dict(builders.start_state(parts, parts.phases[0], params, key).params)
+  assert all((started[path] is x) == (path[-1] not in (A, B)) for path, x in found.items()), "no copy of the base"
   assert parts.decoder.adapters[0].scale == pytest.approx(SCALES["second"])
   parts.scorer.close()
 
