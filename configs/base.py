@@ -68,6 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
       sampling=dict(data=0, fsdp=1, tensor=1))  # devices that only sample, see rollout.staleness
   config.compilation_cache = ""  # directory; "" is one of the user's own, "off" is none
 
+  # Numbers of the settings below that change over the updates of a phase, see jaxrl.schedule, such as
+  # [dict(of="rollout.temperature", schedule="linear", start=1.2, end=0.8, steps=200)].
+  config.schedules = []
   config.optimizer = dict(
       name="adamw",  # adamw | lion | adafactor | sgd (whose momentum is b1)
       learning_rate=1e-3, schedule="constant", warmup_steps=0,  # constant | linear | cosine

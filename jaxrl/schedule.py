@@ -1,7 +1,8 @@
 """Numbers that change over the updates of a phase: `dict(schedule="linear", start=..., end=..., steps=...)`.
 
 Any number among the arguments of a piece (credit, objective term, episode, edit) may be given like
-this. With
+this, and some settings by an entry of `config.schedules` that says which of `training.pieces.SCHEDULED`
+it is of: `dict(of="rollout.temperature", schedule=...)`. With
 x = (step - delay) / steps, from 0 before to 1 after:
 
     linear    start + (end - start) * x

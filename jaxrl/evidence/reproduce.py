@@ -42,8 +42,11 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
   if evidence is None:
     raise ValueError(f"no run tests a claim of {slug!r}: configs/methods/"
                      f"{methods.path_of(slug).name} has no get_evidence()")
-  if len(set(seeds)) != len(seeds) or not seeds:
-    raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds, as in 0,1,2")
+  if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
+    raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds from 0 on, as in 0,1,2")
+  if steps < 0:
+    raise ValueError(f"--steps={steps}: give a number of updates above 0, or leave it out for those of the "
+                     "config")
   before = methods.result_of(slug, results)
   if before and not steps and len(before["seeds"]) > len(seeds):
     raise ValueError(f"{results / slug}.json holds {len(before['seeds'])} seeds, and --seeds="

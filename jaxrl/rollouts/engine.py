@@ -35,6 +35,7 @@ from jaxrl.sampling import Likelihood
 from jaxrl.sampling import Request
 from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
+from jaxrl.schedule import Schedule
 
 GROUPS_PER_EPISODE = 1 << 20  # an episode numbers its own groups below this
 WINDOW = 512  # past episodes that the failure rate looks back on
@@ -123,14 +124,14 @@ class EpisodeContext:
     changes = dict(max_tokens=None if max_tokens is None else int(max_tokens),
                    temperature=None if temperature is None else float(temperature),
                    stop_strings=None if stop_strings is None else tuple(stop_strings))
-    params = dataclasses.replace(self._rollouts.sampling,
+    params = dataclasses.replace(self._session.sampling,
                                  **{k: v for k, v in changes.items() if v is not None})
     if train and model != "policy":
       raise ValueError(f"ctx.sample(train=True, model={model!r}): only the policy's own samples are "
                        "trained on; use train=False")
-    if train and params.temperature != self._rollouts.sampling.temperature:
+    if train and params.temperature != self._session.sampling.temperature:
       raise ValueError(f"ctx.sample(train=True, temperature={temperature}) differs from config."
-                       f"rollout.temperature={self._rollouts.sampling.temperature}, at which the "
+                       f"rollout.temperature={self._session.sampling.temperature}, at which the "
                        "trainer works; change that one, or sample with train=False")
     branch = _BRANCH.get()
     key = (*self._session.key, self.episode, *branch.path, branch.requests)
@@ -276,7 +277,8 @@ class Rollouts:
                sampler: Sampler, tokenizer, scorer, *, sampling: SamplingParams,
                templates: Mapping[str, str] | None = None, max_failure_rate: float = 0.1,
                report: Callable[[str], None] = print, likelihood: Likelihood | None = None,
-               pairs: PairBuilder | None = None, seed: int = 0):
+               pairs: PairBuilder | None = None, seed: int = 0,
+               schedules: Mapping[str, Schedule] | None = None):
     """Args:
       episode: `async (ctx, task) -> list[Trajectory]`, with its keyword arguments bound.
       sampler, tokenizer, scorer: serve the episodes' requests.
@@ -288,6 +290,7 @@ class Rollouts:
       likelihood: answers what episodes ask about given tokens, None if they may not.
       pairs: reads the answers that rows hold, None if episodes ask for none.
       seed: of `ctx.rng`.
+      schedules: of fields of `sampling`.
     """
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
@@ -296,7 +299,7 @@ class Rollouts:
     self.memory: dict[str, Any] = {}
     self.drawn = np.zeros(2, np.int64)  # samples so far, and their tokens, whatever became of them
     self.likelihood = likelihood
-    self.pairs, self.seed = pairs, seed
+    self.pairs, self.seed, self.schedules = pairs, seed, schedules or {}
     self._failed = collections.deque(maxlen=WINDOW)
 
   def stop(self) -> None:
@@ -335,6 +338,10 @@ class Rollouts:
     self._check_failures(tasks, failures)
     return trajectories
 
+  def scheduled(self, step: int) -> dict[str, float]:
+    """Fields of `sampling` that have a schedule, as they are at an update."""
+    return {name: float(of(step)) for name, of in self.schedules.items()}
+
   def text_of(self, sample, params: SamplingParams) -> str:
     """Decoded completion, without its stop token or stop string."""
     tokens = list(map(int, sample.tokens))
@@ -360,6 +367,11 @@ class _Session:
   def __init__(self, rollouts, models, base_key, key, step):
     self.rollouts, self.models, self.base_key = rollouts, models, base_key
     self.key, self.step, self.episode = key, step, compose.at(rollouts.episode, step)
+    now = rollouts.scheduled(step)
+    self.sampling = dataclasses.replace(rollouts.sampling, **now)
+    self.likelihood = rollouts.likelihood
+    if "temperature" in now and self.likelihood:
+      self.likelihood = self.likelihood.at(now["temperature"])
     self.pending: list[_Pending] = []
     self.over, self.episodes = False, 0
     # Several processes must agree on the order of what they do together, scores among it.
@@ -447,8 +459,7 @@ class _Session:
       arguments = [[p.reading.tokens for p in some]]
       if gradients:
         arguments.append([p.reading.mask for p in some])
-      ask = self.rollouts.likelihood.embedding_gradients if gradients else (
-          self.rollouts.likelihood.logprobs)
+      ask = self.likelihood.embedding_gradients if gradients else self.likelihood.logprobs
       for p, found in zip(some, ask(self.models[model]["params"], *arguments)):
         _resolve(p.future, found)
 

@@ -33,6 +33,10 @@ class Likelihood:
     """
     self._config, self._mesh, self._temperature = config, mesh, temperature
 
+  def at(self, temperature: float) -> "Likelihood":
+    """The same at another temperature, without another program."""
+    return Likelihood(self._config, mesh=self._mesh, temperature=temperature)
+
   def logprobs(self, params, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Log-probability of every token given those before it, 0 for the first. [length] each, nats
 
@@ -86,7 +90,7 @@ class Likelihood:
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
           found = sharding.to_host(function(
               {"params": params}, *map(self._put, (ids, segments, wanted)), config=self._config,
-              temperature=self._temperature))
+              temperature=np.float32(self._temperature)))
         for row, i in enumerate(some):
           answers[i] = np.asarray(found[row, :len(sequences[i])])
     return answers
@@ -106,12 +110,12 @@ class Likelihood:
     return jax.make_array_from_callback(x.shape, by_row, lambda index: x[index])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+@functools.partial(jax.jit, static_argnames=("config",))
 def _logprobs(params, tokens, segments, wanted, *, config, temperature):
   return _sums(params, None, tokens, segments, wanted, config, temperature)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+@functools.partial(jax.jit, static_argnames=("config",))
 def _scores(params, tokens, segments, wanted, *, config, temperature):
   del wanted, temperature
   decoder = Decoder(config)
@@ -120,7 +124,7 @@ def _scores(params, tokens, segments, wanted, *, config, temperature):
   return scores_at(decoder, params, hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+@functools.partial(jax.jit, static_argnames=("config",))
 def _embedding_gradients(params, tokens, segments, wanted, *, config, temperature):
   offset = jnp.zeros((*tokens.shape, config.d_model), jnp.float32)
   return jax.grad(_sums, argnums=1, has_aux=True)(params, offset, tokens, segments, wanted, config,

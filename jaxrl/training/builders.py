@@ -391,7 +391,9 @@ def _rollouts(parts, phase, sampler):
       sampling=pieces.sampling(r, (parts.tokenizer.eos_id,)), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
       likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
-      pairs=parts.pair_builder, seed=parts.config.seed)
+      pairs=parts.pair_builder, seed=parts.config.seed,
+      schedules={name.removeprefix("rollout."): of for name, of in pieces.schedules(phase.settings).items()
+                 if name.startswith("rollout.")})
 
 
 def _scorer(config, phases, mesh):
@@ -428,18 +430,23 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
       {"transforms": [pieces.plain(spec) for spec in settings.optimizer.transforms]},
       lambda specs, where: _references(specs, where, settings, decoder, mesh, tokenizer)) if (
           kind != "evaluate") else []
+  scheduled = pieces.schedules(settings)
+  rate = scheduled.get("optimizer.learning_rate")
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
-      models=frozen.read(settings.reference, settings.frozen),
+      models=frozen.read(settings.reference, settings.frozen, scheduled.get("reference.decay")),
       advantage=[compose.build(pieces.plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
-      optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms),
+      optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms, rate),
       transforms=transforms,
-      learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps),
-      temperature=settings.rollout.temperature if sampled else 1.0,
+      learning_rate=optimizers.learning_rate(settings.optimizer, optimizer_steps, rate),
+      temperature=(scheduled.get("rollout.temperature", settings.rollout.temperature) if sampled
+                   else 1.0),
+      updates_per_batch=settings.rollout.updates if sampled else 1,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
-      trains=tuple(settings.optimizer.adapters), asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
+      trains=tuple(settings.optimizer.adapters),
+      asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
 
 
@@ -478,7 +485,8 @@ def _shape(phase, decoder, mesh, builder, pair_builder, source) -> Shape:
   def bytes_of(tree, itemsize=0):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
                for x in jax.tree.leaves(tree))
-  kept = bytes_of(state) + 2 * bytes_of(phase.learning.part(state.params), 4)  # sum of gradients, and the next of them
+  # With the sum of gradients, and the next of them.
+  kept = bytes_of(state) + 2 * bytes_of(phase.learning.part(state.params), 4)
   return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared if phase.kind in PAIRED else ())

@@ -29,6 +29,7 @@ from jaxrl.training import hostfile, orbax_noise, processes
 from jaxrl.training.fingerprint import fingerprint
 
 DAMAGED, REPLACED = ".damaged", ".replaced"
+SHARED_FROM = 2 ** 20  # bytes of an array that a device writes, where several devices hold the same
 NEW_PARAMETERS = re.compile(r"^params/critic/|_head/|/lora_[ab]$")  # what a run may add to those of another
 ADAPTER = re.compile(r"/lora_[ab]$")
 # A restore that fails for lack of these says nothing about the files.
@@ -124,7 +125,7 @@ class Checkpoints:
     }
     items = {"host": hostfile.HostSave(record, arrays)}
     if on_device:
-      items["state"] = ocp.args.StandardSave(traverse_util.unflatten_dict(on_device))
+      items["state"] = ocp.args.PyTreeSave(traverse_util.unflatten_dict(on_device))
     if exists:
       self._rename(step, REPLACED)
     self._in_flight = step
@@ -203,8 +204,14 @@ class Checkpoints:
         self._manager.close()
 
   def _open(self) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep, cleanup_tmp_directories=True, save_root_metadata=False))
+    arrays = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=SHARED_FROM)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.CheckpointManager(
+        self.directory, options=ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True, save_root_metadata=False),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+                       "host": hostfile.HostHandler()})
 
   def _restore(self, step: int, abstract_state: Any | Callable) -> Restored:
     """Restores one checkpoint, or raises `_Damaged`, or `CheckpointError` for another model's."""
@@ -236,8 +243,9 @@ class Checkpoints:
               for path, leaf in abstract.items() if not leaf.size}  # Orbax stores no empty arrays
     stored = {path: leaf for path, leaf in abstract.items() if leaf.size}
     if stored:
-      restored = self._manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(traverse_util.unflatten_dict(stored))))
+      tree = traverse_util.unflatten_dict(stored)
+      restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+          tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))))
       arrays |= traverse_util.flatten_dict(restored["state"])
     return arrays
 

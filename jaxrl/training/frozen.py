@@ -10,7 +10,8 @@ with, receives no gradient, and follows the policy, or another frozen model, eve
 
 A piece reads what one says as the signal `NAME_SIGNAL`, such as `average_logprobs`, exactly as
 `reference_logprobs`. In a model with adapters a frozen model is a copy of what the phase trains, over the
-one base, and one with `adapted=False` begins as the base. A model is kept only in phases where a piece reads it, or a model that follows it.
+one base, and one with `adapted=False` begins as the base. A model is kept only in phases where a piece
+reads it, or a model that follows it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from jaxtyping import Array, Int
 
 from jaxrl.compose import nearest
 from jaxrl.models.outputs import MODEL_SIGNALS
+from jaxrl.schedule import Schedule
 
 POLICY, OLD, REFERENCE = "policy", "old", "reference"
 
@@ -34,7 +36,8 @@ class Refresh:
 
   Attributes:
     every: updates after which it does; 0 is never.
-    decay: share of itself that it keeps: 0 makes it a copy, 0.99 every update is a moving average.
+    decay: share of itself that it keeps: 0 makes it a copy, 0.99 every update is a moving average; or
+      a schedule of that.
     follows: the policy, or another frozen model, as it is before it is refreshed itself: models that
       are refreshed by the same update form a shift register.
     lag: follow the policy as it was before the update (Humanline, arXiv:2509.24207).
@@ -42,18 +45,20 @@ class Refresh:
   """
 
   every: int = 0
-  decay: float = 0.0
+  decay: float | Schedule = 0.0
   follows: str = POLICY
   lag: bool = False
   adapted: bool = True
 
 
-def read(reference: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Refresh]:
+def read(reference: Mapping[str, Any], frozen: Mapping[str, Any], decay: Schedule | None = None
+         ) -> dict[str, Refresh]:
   """The frozen models that a config describes, by name, the reference first.
 
   Args:
     reference: `config.reference`.
     frozen: `config.frozen`.
+    decay: of the reference, where `config.schedules` has one.
 
   Raises:
     ValueError: a name that signals could not be told apart by, a field that there is not, a value out
@@ -65,6 +70,8 @@ def read(reference: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, R
     if where != "config.reference":
       _check_name(name, where)
     models[name] = _refresh_of(fields, where)
+  if decay is not None:
+    models[REFERENCE] = dataclasses.replace(models[REFERENCE], decay=decay)
   for name in models:
     _check_follows(name, models)
   return models
@@ -98,8 +105,10 @@ def refresh(models: Mapping[str, Refresh], frozen: Mapping[str, Any], before: An
     other = of_policy if rule.follows == POLICY else frozen[rule.follows]
     due = step % rule.every == 0
 
+    share = rule.decay(step - 1) if isinstance(rule.decay, Schedule) else rule.decay
+
     def follow(old, new):
-      mixed = rule.decay * old.astype(jnp.float32) + (1 - rule.decay) * new
+      mixed = share * old.astype(jnp.float32) + (1 - share) * new
       return jnp.where(due, mixed.astype(old.dtype), old)
     return jax.tree.map(follow, own, other)
   return {name: moved(name, own) for name, own in frozen.items()}

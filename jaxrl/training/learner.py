@@ -28,6 +28,7 @@ from jaxrl.models import adapters
 from jaxrl.models import model_outputs
 from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
+from jaxrl.schedule import Schedule
 from jaxrl.training import frozen
 from jaxrl.training import streams
 from jaxrl.training.state import TrainState
@@ -46,7 +47,8 @@ class Learning:
     aggregations: of each term.
     optimizer: of the phase.
     learning_rate: its schedule, for the logs.
-    temperature: of the distribution whose log-probabilities are meant.
+    temperature: of the distribution whose log-probabilities are meant, or a schedule of it.
+    updates_per_batch: on samples of one temperature.
     vocabulary_chunk: logits exist for this much of the vocabulary at a time.
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
     streams: threads that share the micro-batches, on one device: see `streams.SideBySide`.
@@ -62,9 +64,10 @@ class Learning:
   aggregations: Sequence[aggregate.Aggregation]
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
-  temperature: float
+  temperature: float | Schedule
   vocabulary_chunk: int
   with_behaviour: bool
+  updates_per_batch: int = 1
   streams: int = 1
   models: Mapping[str, frozen.Refresh] = dataclasses.field(
       default_factory=lambda: {frozen.REFERENCE: frozen.Refresh()})
@@ -83,6 +86,12 @@ class Learning:
             for source, name in self._read}
     read |= {frozen.REFERENCE} if self.asks_reference else set()
     return frozen.kept(self.models, read & set(self.models))
+
+  def temperature_at(self, step: jax.Array) -> float | jax.Array:
+    """That of the samples which update `step` learns from."""
+    if not isinstance(self.temperature, Schedule):
+      return self.temperature
+    return self.temperature(step - step % self.updates_per_batch)
 
   @property
   def needs_values(self) -> bool:
@@ -260,17 +269,18 @@ def _outputs(learning, state, batch, part=0, parts=1):
   for source in (*state.frozen, frozen.OLD):
     if names := learning.frozen_signals[source]:
       params = state.params if source == frozen.OLD else state.model(source)
-      outputs = _forward(learning, params, batch, names, state.reference, part, parts)
+      outputs = _forward(learning, params, batch, names, state, part, parts)
       found |= {f"{source}_{name}": x for name, x in outputs.items()}
   return found
 
 
-def _forward(learning, params, batch, names, reference, part, parts):
+def _forward(learning, params, batch, names, state, part, parts):
   """Named outputs of a forward pass over a part's micro-batches. -> {name: [all rows, length, ...]}"""
   def one(i):
     outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=names,
-                            logprobs="logprobs" in names, temperature=learning.temperature,
-                            vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
+                            logprobs="logprobs" in names,
+                            temperature=learning.temperature_at(state.step),
+                            vocabulary_chunk=learning.vocabulary_chunk, reference=state.reference)
     return {name: _by_unit(outputs.get(name), batch) for name in names}
 
   def all_rows(x, axes):  # the first of which say which token
@@ -387,15 +397,12 @@ def _weights_of(aggregation):
   return f"loss_weights/{aggregation.kind}/{aggregation.constant}"
 
 
-def _loss_of_part(learning, part, params, *rest):
-  return _loss(learning, adapters.joined(params, part), *rest)
-
-
 def _loss(learning, params, rows, step, reference):
   """Loss of one micro-batch, its metrics, and the largest gap between sampler and trainer."""
   signals = learning.term_signals | ({"entropy"} if learning.with_behaviour else frozenset())
   outputs = model_outputs(learning.decoder, params, rows, signals=signals,
-                          logprobs=learning.reads_logprobs, temperature=learning.temperature,
+                          logprobs=learning.reads_logprobs,
+                          temperature=learning.temperature_at(step),
                           vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
   means = [rows.signals[_means_of(term)] for term in learning.terms]
   weights = [a.weight_at(step) * rows.signals[_weights_of(a)] for a in learning.aggregations]
@@ -406,6 +413,11 @@ def _loss(learning, params, rows, step, reference):
     metrics["entropy"] = jnp.sum(rows.signals[MEANS] * outputs.entropy)
     gap = jnp.max(jnp.where(rows.loss_mask, jnp.abs(outputs.logprobs - rows.behaviour_logprobs), 0))
   return loss, jax.lax.stop_gradient((metrics, gap))
+
+
+def _loss_of_part(learning, part, params, *rest):
+  """The same as a function of what is trained, so that nothing else has a gradient."""
+  return _loss(learning, adapters.joined(params, part), *rest)
 
 
 def _gradient_of(learning, shardings, state):

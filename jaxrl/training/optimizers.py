@@ -6,11 +6,13 @@ import inspect
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrl import compose
 from jaxrl import transforms as pieces
 from jaxrl.compose import nearest
+from jaxrl.schedule import Schedule
 from jaxrl.transforms.start import PhaseStart
 
 OPTIMIZERS = {
@@ -27,15 +29,16 @@ SCHEDULES = ("constant", "linear", "cosine")
 PLACES = ("gradient", "update")  # before clipping, after the optimiser
 
 
-def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
+def learning_rate(config: Mapping, steps: int, own: Schedule | None = None) -> optax.Schedule:
   """Linear warm-up to `learning_rate`, then `schedule` down to `final_fraction` of it.
 
   Args:
     config: `config.optimizer`: learning_rate, schedule, warmup_steps, final_fraction.
     steps: updates of the phase, warm-up included.
+    own: of `config.schedules`, in place of `learning_rate` and `schedule`; the warm-up is a factor.
 
   Raises:
-    ValueError: an unknown schedule, or a warm-up that does not end within the phase.
+    ValueError: an unknown schedule, two of them, or a warm-up that does not end within the phase.
   """
   peak, kind, warmup = config["learning_rate"], config["schedule"], config["warmup_steps"]
   if kind not in SCHEDULES:
@@ -43,6 +46,11 @@ def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
   if not 0 <= warmup < max(steps, 1):
     raise ValueError(f"config.optimizer.warmup_steps={warmup} must be 0 or more and less than "
                      f"the phase's steps={steps}: shorten it or train longer")
+  if own is not None:
+    if kind != "constant":
+      raise ValueError(f"config.optimizer.schedule={kind!r}, and config.schedules has another for the "
+                       "learning rate: leave one of them out")
+    return lambda step: own(step) * jnp.minimum((step + 1) / (warmup + 1), 1)
   rest = max(steps - warmup, 1)
   after = {"constant": optax.constant_schedule(peak),
            "linear": optax.linear_schedule(peak, peak * config["final_fraction"], rest),
@@ -53,8 +61,8 @@ def learning_rate(config: Mapping, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, after], [warmup])
 
 
-def build(config: Mapping, steps: int, transforms: Sequence[Callable] = ()
-          ) -> optax.GradientTransformation:
+def build(config: Mapping, steps: int, transforms: Sequence[Callable] = (),
+          rate: Schedule | None = None) -> optax.GradientTransformation:
   """Clipping by global norm (`clip_norm`, 0 is off), then the named optimiser.
 
   Args:
@@ -62,6 +70,7 @@ def build(config: Mapping, steps: int, transforms: Sequence[Callable] = ()
     steps: updates of the phase.
     transforms: as `read_transforms` gives them; those of gradients come before clipping, those of
       updates last.
+    rate: of `config.schedules`.
 
   Raises:
     ValueError: an unknown name, a setting that the optimiser lacks, or a bad schedule.
@@ -72,7 +81,7 @@ def build(config: Mapping, steps: int, transforms: Sequence[Callable] = ()
   if config["weight_decay"] and name not in DECAYING:
     raise ValueError(f"config.optimizer.weight_decay={config['weight_decay']}, but {name} has "
                      f"none: set it to 0, or use {' or '.join(DECAYING)}")
-  optimizer = OPTIMIZERS[name](learning_rate(config, steps), config)
+  optimizer = OPTIMIZERS[name](learning_rate(config, steps, rate), config)
   if config["clip_norm"]:
     optimizer = optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
   if not transforms:

@@ -1,6 +1,6 @@
 """From settings of a phase to built pieces: terms, episodes, edits, how to sample."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import inspect
 import math
 import numbers
@@ -19,6 +19,14 @@ from jaxrl.sampling import SamplingParams
 from jaxrl.training.shapes import PAIRED
 
 OF_ALL_TERMS = ("aggregation", "loss_weight")  # what specs of terms hold beside arguments
+# Settings that are no argument of a piece and may have a schedule, for they shape no program; and what
+# holds of their values.
+SCHEDULED = {
+    "optimizer.learning_rate": (lambda x: x >= 0, "at least 0"),
+    "rollout.temperature": (lambda x: x > 0, "above 0, for greedy samples have no policy gradient"),
+    "rollout.top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "rollout.min_p": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "reference.decay": (lambda x: 0 <= x < 1, "at least 0 and below 1")}
 
 
 def objective(settings: ml_collections.ConfigDict) -> tuple[list[Callable], list[Aggregation]]:
@@ -112,6 +120,32 @@ def edits_of(settings: ml_collections.ConfigDict) -> list[Callable]:
   """What changes the groups of an episode."""
   return [compose.build(plain(edit), rollout_lib, where=f"config.rollout.edits[{i}]", kind=edits.is_edit)
           for i, edit in enumerate(settings.rollout.edits)]
+
+
+def schedules(settings: ml_collections.ConfigDict) -> dict[str, schedule.Schedule]:
+  """What `config.schedules` lists, by the setting that it is of.
+
+  Raises:
+    ValueError: a setting that cannot be scheduled, or is twice, or would leave its range.
+  """
+  found = {}
+  for i, spec in enumerate(map(plain, settings.schedules)):
+    where = f"config.schedules[{i}]"
+    if not (isinstance(spec, Mapping) and {"of", "schedule"} <= set(spec)):
+      raise ValueError(f"{where}={spec!r} needs a setting and a schedule: dict(of='rollout.temperature', "
+                       "schedule='linear', start=1.2, end=0.8, steps=200)")
+    of = spec["of"]
+    if of not in SCHEDULED:
+      raise ValueError(f"{where}.of={of!r} cannot be scheduled{compose.nearest(str(of), SCHEDULED)}; numbers "
+                       "among the arguments of a piece can, in their own place")
+    if of in found:
+      raise ValueError(f"{where}.of={of!r} has a schedule already: leave one of them out")
+    found[of] = schedule.read({k: v for k, v in spec.items() if k != "of"}, where)
+    holds, limits = SCHEDULED[of]
+    for end in (found[of].start, found[of].end):
+      if not holds(end):
+        raise ValueError(f"{where}: {of} would be {end:g}; it must be {limits}")
+  return found
 
 
 def sampling(r: ml_collections.ConfigDict, stop_ids: Sequence[int]) -> SamplingParams:

@@ -92,7 +92,7 @@ class GroupsOfRollouts:
     start, before = time.perf_counter(), self._rollouts.drawn.copy()
     collected = collect(self._rollouts, params, lambda n: [next(self._tasks) for _ in range(n)],
                         key=(*self._key, step), step=step, reference=reference, **self._collect)
-    metrics = rollout_metrics(collected.sampled)
+    metrics = {**rollout_metrics(collected.sampled), **self._rollouts.scheduled(step)}
     drawn = self._rollouts.drawn - before
     metrics["sampled_sequences"], metrics["sampled_tokens"] = map(int, drawn)
     metrics["groups"] = collected.groups

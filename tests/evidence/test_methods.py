@@ -99,5 +99,9 @@ def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
   assert "[rs-grpo](results/rs-grpo.png)" in table and "*confirmed* if" in table
   again = reproduce.reproduce("rs-grpo", [0, 1], workdir=tmp_path / "runs", results=results)
   assert again["claims"] == made["claims"], "ended runs are read, not made again"
+  for seeds, steps, message in (([0, -1], 0, "--seeds=0,-1: give different seeds"),
+                                ([0, 1], -5, "--steps=-5: give a number of updates above 0")):
+    with pytest.raises(ValueError, match=message):
+      reproduce.reproduce("rs-grpo", seeds, workdir=tmp_path / "runs", results=results, steps=steps)
   with pytest.raises(ValueError, match="rs-grpo.json holds 2 seeds, and --seeds=0 would replace them by fewer"):
     reproduce.reproduce("rs-grpo", [0], workdir=tmp_path / "runs", results=results)

@@ -1,9 +1,12 @@
 """Every config: two real updates of a small model, and a resume between them, to the same bits."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import pytest
 from jaxrl import config as configs
 from jaxrl.evidence import methods
 from jaxrl.training import curves
+from jaxrl.training import hostfile
 from jaxrl.training import run
 from jaxrl.training.machine import CompileCounter
+from jaxrl.training.reporting import Reporter
 from tests.checkpointed import arrays_of
 
 CLASSICAL = ["reinforce.py", "rloo.py", "ppo.py", "ppo.py:shared", "grpo.py", "dr_grpo.py", "dapo.py",
@@ -25,6 +30,9 @@ SMALL = {"data.task_size": 300, "model.layers": 1, "model.d_model": 32,
 SIZES = ("digits", "shortest", "longest")  # knobs of tasks that make problems longer
 # Whose formats need their digits.
 LONG = tuple(f"configs/methods/{name}.py" for name in ("inftythink_plus", "rlcr", "rlpt"))
+
+# Whose second batch has more rows than the first.
+GROWING = tuple(f"configs/methods/{name}.py" for name in ("grpo_ma", "rmt"))
 
 TRAINING = tuple(f"jit({name})" for name in ("_in_one", "_outputs", "_signals", "_sums", "_update"))
 
@@ -56,25 +64,37 @@ def quickly():
 
 @pytest.fixture(scope="module")
 def start_of(tmp_path_factory):
-  """For a config, a supervised run that gets some of its problems right, so that rewards differ."""
-  made = {}
+  """For a config, a supervised run that gets some of its problems right, so that rewards differ.
+
+  All processes that test share these.
+  """
+  root = tmp_path_factory.getbasetemp()
+  root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
   def start_of(config):
-    key = json.dumps([configs.to_dict(part) for part in (config.data, config.tokenizer)], sort_keys=True)
-    if key not in made:
-      made[key] = tmp_path_factory.mktemp("warm") / "run"
-      warm = small("configs/quickstart.py")
-      warm.phases, warm.data, warm.tokenizer = ("sft",), config.data, config.tokenizer
-      warm.sft.steps, warm.sft.until = 60, None
-      warm.optimizer.learning_rate = 3e-3
-      warm.checkpoint.every = 0
-      run.run(warm, made[key], quiet=True)
-    return str(made[key])
+    warm = small("configs/quickstart.py")
+    warm.phases, warm.tokenizer = ("sft",), config.tokenizer
+    warm.data = config.data.copy_and_resolve_references()
+    warm.data.test = ""
+    warm.sft.steps, warm.sft.until = 60, None
+    warm.optimizer.learning_rate = 3e-3
+    warm.checkpoint.every = 0
+    text = json.dumps([configs.to_dict(part) for part in (warm.data, warm.tokenizer)], sort_keys=True)
+    place = root / f"warm_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    with filelock.FileLock(f"{place}.lock"):
+      if not (place / "summary.json").exists():
+        run.run(warm, place, quiet=True)
+    return str(place)
   return start_of
 
 
 def rows_of(place):
   return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def shape_of(place, number):
+  """Of the batch that a checkpoint was made after."""
+  return hostfile.read(place / "checkpoints" / str(number) / "host")[0]["host"]["shape"]
 
 
 @pytest.mark.parametrize("spec", [
@@ -89,7 +109,19 @@ def test_two_updates_and_a_resume_between_them(spec, start_of, tmp_path):
     configs.override(config, {f"{name}.optimizer.warmup_steps": "0",
                               f"{name}.optimizer.learning_rate": "1e-3"})
   last = 2 * len(config.phases)
-  run.run(config, tmp_path / "whole", quiet=True)
+  compiled, counter, step = {}, CompileCounter(), Reporter.step
+
+  def counting(reporter, number, *rest):
+    compiled[number] = {name: counter.programs[name] for name in TRAINING}
+    step(reporter, number, *rest)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Reporter, "step", counting)
+    run.run(config, tmp_path / "whole", quiet=True)
+  counter.close()
+  for number in range(2, last + 1, 2):
+    before, after = (shape_of(tmp_path / "whole", n) for n in (number - 1, number))
+    assert before == after or spec in GROWING
+    assert compiled[number] == compiled[number - 1] or before != after, "the second update compiled"
   updates = [row for row in rows_of(tmp_path / "whole") if "loss" in row]
   assert [row["step"] for row in updates] == list(range(1, last + 1))
   assert all(math.isfinite(row["loss"]) and row["skipped_steps"] == 0 for row in updates)
