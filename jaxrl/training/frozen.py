@@ -10,7 +10,8 @@ with, receives no gradient, and follows the policy, or another frozen model, eve
 
 A piece reads what one says as the signal `NAME_SIGNAL`, such as `average_logprobs`, exactly as
 `reference_logprobs`. In a model with adapters a frozen model is a copy of what the phase trains, over the
-one base, and one with `adapted=False` begins as the base. A model is kept only in phases where a piece reads it, or a model that follows it.
+one base, and one with `adapted=False` begins as the base. A model is kept only in phases where a piece
+reads it, or a model that follows it.
 """
 
 from collections.abc import Iterable, Mapping

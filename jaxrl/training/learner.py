@@ -397,10 +397,6 @@ def _weights_of(aggregation):
   return f"loss_weights/{aggregation.kind}/{aggregation.constant}"
 
 
-def _loss_of_part(learning, part, params, *rest):
-  return _loss(learning, adapters.joined(params, part), *rest)
-
-
 def _loss(learning, params, rows, step, reference):
   """Loss of one micro-batch, its metrics, and the largest gap between sampler and trainer."""
   signals = learning.term_signals | ({"entropy"} if learning.with_behaviour else frozenset())
@@ -417,6 +413,11 @@ def _loss(learning, params, rows, step, reference):
     metrics["entropy"] = jnp.sum(rows.signals[MEANS] * outputs.entropy)
     gap = jnp.max(jnp.where(rows.loss_mask, jnp.abs(outputs.logprobs - rows.behaviour_logprobs), 0))
   return loss, jax.lax.stop_gradient((metrics, gap))
+
+
+def _loss_of_part(learning, part, params, *rest):
+  """The same as a function of what is trained, so that nothing else has a gradient."""
+  return _loss(learning, adapters.joined(params, part), *rest)
 
 
 def _gradient_of(learning, shardings, state):
