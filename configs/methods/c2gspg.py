@@ -8,6 +8,14 @@ tests/methods/test_c2gspg.py.
 
 Choices made, as the paper's constants are not known: beta 0.1, and 1 - confidence at least 0.05. One
 update on each batch, without ratios.
+
+The row asks for calibration where verdicts are noisy: half of the questions have a sign in front, and to half
+of these the verifier wants another answer than the sum, which nothing tells. So an answer to a signed question
+is right half of the time at best, and a policy that is sure of one is too sure. Confidence is held against
+verdicts in the batches of the last quarter of the updates (`rollouts.log_confidence`), in all arms alike; the
+paper's ECE is of test answers. The problems are sums, not Knights and Knaves, and GSPO is not among the arms.
+After 200 updates a quarter of the samples are right in all arms, where three quarters could be: confidence is
+too high for want of skill more than for noise.
 """
 
 from configs import grpo
@@ -21,8 +29,12 @@ def get_config():
 
 
 def get_evidence():
+  task = "task:noisy_addition"
   return dict(
       reported="Knights and Knaves accuracy 79, GRPO 38, GSPO 56; ECE 0.13, 0.5, 0.3",
+      warm={"data.train": task, "data.validation": task, "data.test": task,
+            "data.task": dict(digits=2, signed=0.5, doubtful=0.5)},
+      overrides={"rollout.edits": [dict(name="log_confidence")], "rl.evaluate.every": 50},
       arms=dict(
           grpo=dict(config="configs/grpo.py"),
           uncalibrated=dict(overrides={"objective": [
@@ -30,5 +42,9 @@ def get_evidence():
       claims=[
           dict(text="samples are better", metric="test/sampled_accuracy", expect="higher",
                baseline="grpo"),
-          dict(text="confidence is nearer to the verdict than without calibration",
-               metric="late/calibration_error", expect="lower", baseline="uncalibrated")])
+          dict(text="and confidence fits verdicts better", joint=True, metric="late/ece", expect="lower",
+               baseline="grpo"),
+          dict(text="than without calibration too", metric="late/ece", expect="lower",
+               baseline="uncalibrated"),
+          dict(text="at answers as good as without it", metric="test/sampled_accuracy",
+               expect="not lower", margin=0.02, baseline="uncalibrated")])

@@ -21,7 +21,7 @@ from jaxrl.training.reporting import Reporter
 from tests.checkpointed import arrays_of
 
 CLASSICAL = ["reinforce.py", "rloo.py", "ppo.py", "ppo.py:shared", "grpo.py", "dr_grpo.py", "dapo.py",
-             "gspo.py", "cispo.py", "gmpo.py"]
+             "gspo.py", "cispo.py", "gmpo.py", "countdown.py"]
 SMALL = {"data.task_size": 300, "model.layers": 1, "model.d_model": 32,
          "model.d_ff": 64, "model.heads": 2, "model.kv_heads": 2, "evaluate.problems": 8,
          "evaluate.pairs": 8, "evaluate.samples": 0, "checkpoint.keep": 10, "checkpoint.every": 1,
