@@ -6,6 +6,7 @@ and goes to the token that ends its turn, such as `<|im_end|>`. So the model lea
 when it is asked in the same way, and what a template writes behind the turn is left to the template.
 """
 
+import bisect
 from collections.abc import Mapping, Sequence
 import dataclasses
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
 ASSISTANT = "assistant"
+PROBE = ({"role": "user", "content": "."}, {"role": ASSISTANT, "content": "."})
 PRIVATE = range(0xE000, 0xF900)  # characters that no text has
 ADVICE = ("give the tokenizer a template with {% generation %} ... {% endgeneration %} around what the "
           "assistant says")
@@ -44,8 +46,8 @@ def conversation(tokenizer: Any, messages: Messages) -> Conversation:
     messages: of role and content; the last one is the assistant's.
 
   Raises:
-    ValueError: the template refuses the messages, or what the assistant says cannot be told from the
-      rest; names template and message, and says what to do.
+    ValueError: the template refuses the messages, leaves out a part of the last one, or does not let tell
+      what the assistant says from the rest; names template and message, and says what to do.
   """
   if not messages or messages[-1]["role"] != ASSISTANT:
     raise ValueError("a conversation to learn from ends in a message of the assistant")
@@ -53,7 +55,9 @@ def conversation(tokenizer: Any, messages: Messages) -> Conversation:
     raise ValueError("the conversation begins with the assistant, and what it says first would be learned "
                      "from nothing: begin with a message of the user, or of the system")
   if (found := tokenizer.generation_mask(messages)) is not None:
-    return _of_blocks(tokenizer, *found)
+    answers = [message["content"].strip() for message in messages if message["role"] == ASSISTANT]
+    if all(answers) or len(_runs(found[1])) == len(answers):  # a block around an empty text marks nothing
+      return _of_blocks(tokenizer, messages, *found)
   text = tokenizer.chat_text(messages, False)
   spans, rewritten = [], []
   for number, message in enumerate(messages):
@@ -71,23 +75,77 @@ def end_of_turn(tokenizer: Any) -> int | None:
   """The token with which the assistant's turns end; None where no template tells."""
   if not tokenizer.chats:
     return None
-  messages = [{"role": "user", "content": "."}, {"role": ASSISTANT, "content": "."}]
   try:
-    return conversation(tokenizer, messages).tokens[-1]
+    last = conversation(tokenizer, PROBE).tokens[-1]
   except ValueError:
     return None
+  return last if last in tokenizer.added_ids else None
 
 
-def _of_blocks(tokenizer, tokens, said):
-  """What `{% generation %}` blocks mark, and the token that ends the turn if they leave it out."""
-  if not any(said):
+def _of_blocks(tokenizer, messages, tokens, marked):
+  """What `{% generation %}` blocks mark, to the token that ends the turn and no further: it is marked if they
+  leave it out, and blanks behind it are not."""
+  if not any(marked):
     raise ValueError(f"the {{% generation %}} blocks of {_name(tokenizer)} are empty for this conversation: "
                      "put them around the content of the assistant's messages")
-  said = [bool(x) for x in said]
-  for i in range(1, len(said)):
-    ends = said[i - 1] and tokens[i - 1] not in tokenizer.added_ids and tokens[i] in tokenizer.added_ids
-    said[i] = said[i] or ends
-  return _cut(tokens, said, ())
+  ending, said = _ending(tokenizer), [False] * len(tokens)
+  for start, end in _runs(marked):
+    end = _end_of_run(tokenizer, tokens, start, end, ending)
+    said[start:end] = [True] * (end - start)
+  found = _cut(tokens, said, ())
+  content = tokenizer.written(tokenizer.encode(messages[-1]["content"]))
+  _check_whole(tokenizer, content, tokenizer.written(found.tokens[found.start:]), len(messages) - 1)
+  return found
+
+
+def _runs(marked):
+  """Where stretches of marked tokens begin and end."""
+  edges = [i for i, (a, b) in enumerate(zip([0, *marked], [*marked, 0])) if bool(a) != bool(b)]
+  return list(zip(edges[::2], edges[1::2]))
+
+
+def _ending(tokenizer):
+  """The token behind an answer of plain text, in a template with blocks; None if there is none."""
+  try:
+    tokens, marked = tokenizer.generation_mask(PROBE)
+  except ValueError:  # a template that wants more than a question
+    return None
+  if not any(marked):
+    return None
+  start, end = _runs(marked)[-1]
+  last = _without_blanks(tokenizer, tokens, start, end)
+  return next((t for t in (tokens[last - 1], *tokens[end:end + 1]) if t in tokenizer.added_ids), None)
+
+
+def _end_of_run(tokenizer, tokens, start, end, ending):
+  """Where a marked stretch should end. Text may end in tokens that look like ends, such as `</think>`, and
+  turns in others than the usual one, such as `<|eom_id|>`."""
+  last = _without_blanks(tokenizer, tokens, start, end)
+  follows = tokens[end] if end < len(tokens) else None
+  if tokens[last - 1] == ending:
+    return last
+  if follows is not None and follows == ending:
+    return end + 1
+  if tokens[last - 1] in tokenizer.special_ids:
+    return last
+  return end + 1 if follows in tokenizer.special_ids else end
+
+
+def _without_blanks(tokenizer, tokens, start, end):
+  """The end of a stretch of tokens without blanks at its end, but for its first token."""
+  while end - start > 1 and not tokenizer.written(tokens[end - 1:end]).strip():
+    end -= 1
+  return end
+
+
+def _check_whole(tokenizer, content, said, number):
+  """Refuses a message of which the template leaves out more than blanks."""
+  content, said = ("".join(text.split()) for text in (content, said))
+  if content not in said:
+    same = bisect.bisect_left(range(1, len(content) + 1), True, key=lambda n: content[:n] not in said)
+    raise ValueError(f"{_name(tokenizer)} does not write all of message {number} (assistant), which nothing "
+                     f"follows: without blanks, {content[same:same + 60]!r} is missing, so it would not be "
+                     "learned; take it out of the row, or give the tokenizer a template that keeps it")
 
 
 def _cut(tokens, said, rewritten):
@@ -121,8 +179,9 @@ def _span(tokenizer, messages, number, text):
                      "token, so nothing would teach the model to stop: let the template write eos_token, or "
                      "the token that ends a turn, behind the assistant's content")
   said, content = text[len(before):end], messages[number]["content"]
-  whole = number == len(messages) - 1 or content.strip() in said or (
-      tokenizer.chat_text(messages[:number + 1], False).startswith(before + said + closing[0]))
+  whole = "".join(content.split()) in "".join(said.split())
+  if number == len(messages) - 1:
+    _check_whole(tokenizer, content, said, number)
   return len(before), end + closing.end(), whole
 
 

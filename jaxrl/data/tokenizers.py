@@ -123,6 +123,7 @@ class PretrainedTokenizer:
     name: of it, for messages.
     added_texts, added_ids: tokens beside those that were learned, special ones among them; long texts first,
       and none of blanks.
+    special_ids: of those, the ones that are no text: `<|im_end|>`, but not `</think>`.
   """
 
   def __init__(self, fast: Any):
@@ -141,6 +142,8 @@ class PretrainedTokenizer:
     self.name = fast.name_or_path
     added = {str(token): i for i, token in fast.added_tokens_decoder.items() if str(token).strip()}
     self.added_texts, self.added_ids = tuple(sorted(added, key=len, reverse=True)), frozenset(added.values())
+    self.special_ids = self.added_ids & {*fast.all_special_ids, *(
+        i for i, token in fast.added_tokens_decoder.items() if token.special)}
     self._text = copy.deepcopy(fast.backend_tokenizer)  # a copy: `fast` turns these switches itself
     self._text.encode_special_tokens = True  # that is, as text
     self._text.no_truncation()

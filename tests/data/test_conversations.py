@@ -29,6 +29,10 @@ THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'a
 BLOCKS = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", (
     "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
     "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}"))
+ALWAYS = THINKING.replace(" and not loop.last", "")  # takes the thinking out of the last answer too
+WITH_NEWLINE = BLOCKS.replace("<|im_end|>{% endgeneration %}", "<|im_end|>{{ '\\n' }}{% endgeneration %}").replace(
+    "{% endif %}{{ '\\n' }}", "{{ '\\n' }}{% endif %}")
+CONTENT_ONLY = BLOCKS.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 COLON = "<s>{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}" + (
     "{% if add_generation_prompt %}assistant:{% endif %}")
@@ -61,6 +65,7 @@ def tokenizer_of(template, eos="</s>", kind="bytes"):
       vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
   fast = transformers.PreTrainedTokenizerFast(
       tokenizer_object=model, bos_token="<s>", eos_token=eos, clean_up_tokenization_spaces=False)
+  fast.add_tokens(["</think>"])  # which is text
   fast.chat_template = template
   return data.PretrainedTokenizer(fast)
 
@@ -77,8 +82,8 @@ CASES = {
     "gemma": (GEMMA, TALK, "{}<end_of_turn>"),
     "mistral": (MISTRAL, TALK, " {}</s>"),  # which writes a space that no generation prompt has
     "blocks": (BLOCKS, SYSTEM, "{}<|im_end|>"),
-    "blocks_without_end": (BLOCKS.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
-                           SYSTEM, "{}<|im_end|>"),
+    "blocks_with_newline": (WITH_NEWLINE, SYSTEM, "{}<|im_end|>"),
+    "blocks_without_end": (CONTENT_ONLY, SYSTEM, "{}<|im_end|>"),
     "colon": (COLON, SYSTEM, "{}</s>"),
 }
 
@@ -133,7 +138,39 @@ def test_an_earlier_answer_that_lost_its_thinking_is_history():
   assert [tokenizer.written(t) for t in runs(alone)] == ["<think>hm</think>three<|im_end|>"]
 
 
+BLOCKY = dict(whole=BLOCKS, newline=WITH_NEWLINE, content=CONTENT_ONLY)
+
+
+@pytest.mark.parametrize("template", [CHATML, *BLOCKY.values()], ids=["none", *BLOCKY])
+@pytest.mark.parametrize("answer", ["hm</think>", "three\n", "<|eot|>", ""])
+def test_a_turn_ends_in_its_own_token_whatever_the_answer_ends_in(template, answer):
+  tokenizer = tokenizer_of(template)
+  talk = [TALK[0], dict(role="assistant", content=answer), *TALK[2:4]]
+  found = conversations.conversation(tokenizer, talk)
+  assert [tokenizer.written(t) for t in runs(found)] == [answer + "<|im_end|>", ANSWERS[1] + "<|im_end|>"]
+  alone = conversations.conversation(tokenizer, talk[:2])
+  assert tokenizer.written(alone.tokens[alone.start:]) == answer + "<|im_end|>"
+  assert conversations.end_of_turn(tokenizer) == tokenizer.fast.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_turn_that_ends_otherwise_than_most_is_kept_so():
+  template = BLOCKS.replace("<|im_end|>{% endgen", "{{ '<|eot|>' if 'call' in m.content else '<|im_end|>' }}{% endgen")
+  tokenizer = tokenizer_of(template)
+  talk = [TALK[0], dict(role="assistant", content="call"), *TALK[2:4]]
+  found = conversations.conversation(tokenizer, talk)
+  assert [tokenizer.written(t) for t in runs(found)] == ["call<|eot|>", ANSWERS[1] + "<|im_end|>"]
+
+
+def test_no_turn_ends_in_text():
+  tokenizer = tokenizer_of(WITH_NEWLINE.replace("<|im_end|>", ""))
+  assert conversations.end_of_turn(tokenizer) is None
+
+
 @pytest.mark.parametrize("template,talk,said", [
+    (ALWAYS, [TALK[0], dict(role="assistant", content="<think>so</think> yes")],
+     r"does not write all of message 1 \(assistant\).*'<think>so</think>yes' is missing"),
+    (CONTENT_ONLY.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
+     [TALK[0], dict(role="assistant", content="<think>so</think> yes")], r"all of message 1 \(assistant\)"),
     (PLAIN, TALK, r"behind message 1 \(assistant\), which begins with no special token.*write eos_token"),
     (LATE_SYSTEM, SYSTEM, r"does not write what comes before message 2 \(assistant\).*make a row of each "
      "answer"),
@@ -142,7 +179,7 @@ def test_an_earlier_answer_that_lost_its_thinking_is_history():
     (BLOCKS.replace("{{ m.content }}<|im_end|>{% end", "{% end"), TALK, "blocks of .* are empty"),
     (GEMMA, SYSTEM, "no system role"),
     (CHATML, TALK[:1], "ends in a message of the assistant"),
-], ids=["no_end", "late_system", "content", "empty_blocks", "role", "question"])
+], ids=["thinking", "thinking_in_blocks", "no_end", "late_system", "content", "empty_blocks", "role", "question"])
 def test_what_cannot_be_marked_is_refused_with_advice(template, talk, said):
   with pytest.raises(ValueError, match=said):
     conversations.conversation(tokenizer_of(template), talk)
