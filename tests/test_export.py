@@ -203,6 +203,28 @@ def test_a_foreign_model_brings_its_tokenizer(tmp_path):
   parts.scorer.close()
 
 
+def test_a_model_trained_on_chats_says_that_its_turns_end_it(tmp_path):
+  tokenizer = data.train_bpe([f"{a}+{b}={a + b}" for a in range(30) for b in range(30)], 280)
+  tokenizer.fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+  tokenizer.fast.chat_template = (
+      "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+  source = tmp_path / "source"
+  shape = dict(published.SHAPE, vocab_size=320)
+  published.model(transformers.Qwen3Config(**shape, head_dim=8)).save_pretrained(source)
+  tokenizer.save(source)
+  (source / "generation_config.json").write_text('{"eos_token_id": 7, "top_k": 3}')
+  config = config_of_run(source=str(source))
+  config.tokenizer.alphabet, config.data.chat, config.evaluate.problems = "", True, 0
+  config.data.max_prompt_tokens = 0
+  config.sft.update(steps=1)
+  run.run(config, tmp_path / "run", quiet=True)
+  export(tmp_path / "run", tmp_path / "out")
+  theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+  end = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>")
+  assert theirs.eos_token_id == [7, tokenizer.eos_id, end] and end != tokenizer.eos_id and theirs.top_k == 3
+
+
 def test_a_run_says_which_tensors_of_images_it_leaves(tmp_path):
   published.model_of_images().save_pretrained(tmp_path / "source")
   data.CharacterTokenizer("0123456789+=").export(tmp_path / "source")

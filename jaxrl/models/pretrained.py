@@ -291,7 +291,7 @@ def _check_tied(headers, logits, embedding):
 
 def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dtype: str,
          tokenizer: Writer, card: str, imported: Mapping[str, Any] | None = None,
-         generation: Mapping[str, Any] | None = None, max_positions: int = 0,
+         generation: Mapping[str, Any] | None = None, stop_ids: Sequence[int] = (), max_positions: int = 0,
          max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
   """Writes a model so that `from_pretrained` of `transformers` loads it; complete or not at all.
 
@@ -303,6 +303,7 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
     card: text of README.md.
     imported, generation: config.json and generation_config.json of the model that training began
       with, which are kept as far as they still hold.
+    stop_ids: tokens that answers end in, beside those of `generation`.
     max_positions: tokens that the model is for, see `families.hf_config`.
     max_shard_bytes: of tensors in one file; host memory holds one file's at a time.
 
@@ -320,9 +321,14 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
   kept = {k: v for k, v in (imported or {}).items() if k in tokens and v is not None}
   hf |= {**tokens, **kept, "dtype": dtype, "torch_dtype": dtype}
   hf.pop("_name_or_path", None)
+  samples = dict(generation or tokens)
+  if stop_ids:
+    says = samples.get("eos_token_id")
+    stops = [i for i in dict.fromkeys((*(says if isinstance(says, list) else [says]), *stop_ids)) if i is not None]
+    samples["eos_token_id"] = stops if len(stops) > 1 else stops[0]
   with writing(directory) as partial:
     write_json(partial / CONFIG, hf)
-    write_json(partial / GENERATION, dict(generation) if generation else tokens)
+    write_json(partial / GENERATION, samples)
     tokenizer.export(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     _write_tensors(leaves, tensor_names.tensors(decoder, hf["architectures"][0]), partial, dtype,

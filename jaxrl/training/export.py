@@ -68,7 +68,7 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
   summary = place / "summary.json"
   card = model_card(hf, config, json.loads(summary.read_text()) if summary.exists() else {})
   how |= dict(tokenizer=tokenizer, card=card, generation=kept.get(pretrained.GENERATION),
-              max_shard_bytes=max_shard_bytes)
+              stop_ids=_stop_ids(config, tokenizer), max_shard_bytes=max_shard_bytes)
   if apart:
     lines = _export_adapters(params, decoder, hf["architectures"][0], output, config, dtype or "float32", how)
   else:
@@ -78,6 +78,12 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
       families.VALUE in dict(decoder.heads_on_top))
   left += ["the matrix of logits"] * (families.has_score(decoder) and not decoder.tie_embeddings)
   return [*lines, *[f"not written, for no published architecture has it: {what}" for what in left]]
+
+
+def _stop_ids(config, tokenizer):
+  """What answers end in that the run has trained on and sampled, as far as they are no part of its base."""
+  phases = [configs.phase_config(config, name) for name in config.phases]
+  return tuple(dict.fromkeys(i for phase in phases for i in inputs.builder(phase, tokenizer).stop_ids))
 
 
 def _export_adapters(params, decoder, architecture, output, config, dtype, how):
