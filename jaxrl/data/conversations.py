@@ -14,6 +14,7 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
 ASSISTANT = "assistant"
+BESIDES = (("tool_calls", "function_call"), ("reasoning_content", "reasoning", "thinking"))  # what is said too
 PROBE = ({"role": "user", "content": "."}, {"role": ASSISTANT, "content": "."})
 PRIVATE = range(0xE000, 0xF900)  # characters that no text has
 ADVICE = ("give the tokenizer a template with {% generation %} ... {% endgeneration %} around what the "
@@ -38,12 +39,24 @@ class Conversation:
   rewritten: tuple[int, ...] = ()
 
 
+def message(given: Mapping[str, Any]) -> dict[str, Any]:
+  """A message as templates get it: without nulls; an assistant that only calls tools has empty content."""
+  found = {key: value for key, value in given.items() if value is not None}
+  return {"content": "", **found} if calls(found) else found
+
+
+def calls(message: Mapping[str, Any]) -> bool:
+  """Whether the assistant calls tools in a message."""
+  return message.get("role") == ASSISTANT and any(message.get(name) for name in BESIDES[0])
+
+
 def conversation(tokenizer: Any, messages: Messages) -> Conversation:
   """A conversation that ends in an answer, as the tokenizer's template writes it.
 
   Args:
     tokenizer: a `PretrainedTokenizer`, or whatever has its methods for chats.
-    messages: of role and content; the last one is the assistant's.
+    messages: of role and content, and whatever else the template writes, such as `tool_calls`; the last one
+      is the assistant's.
 
   Raises:
     ValueError: the template refuses the messages, leaves out a part of the last one, or does not let tell
@@ -54,7 +67,9 @@ def conversation(tokenizer: Any, messages: Messages) -> Conversation:
   if messages[0]["role"] == ASSISTANT:
     raise ValueError("the conversation begins with the assistant, and what it says first would be learned "
                      "from nothing: begin with a message of the user, or of the system")
-  if (found := tokenizer.generation_mask(messages)) is not None:
+  found = tokenizer.generation_mask(messages)
+  _check_written(tokenizer, messages, found is not None)
+  if found is not None:
     answers = [message["content"].strip() for message in messages if message["role"] == ASSISTANT]
     if all(answers) or len(_runs(found[1])) == len(answers):  # a block around an empty text marks nothing
       return _of_blocks(tokenizer, messages, *found)
@@ -80,6 +95,24 @@ def end_of_turn(tokenizer: Any) -> int | None:
   except ValueError:
     return None
   return last if last in tokenizer.added_ids else None
+
+
+def _check_written(tokenizer, messages, blocks):
+  """Refuses what the assistant says beside its content if the template does not write it, or not as its own."""
+  def said(messages):
+    if not blocks:
+      return tokenizer.chat_text(messages, False)
+    return [token for token, own in zip(*tokenizer.generation_mask(messages)) if own]
+
+  for number, given in enumerate(messages):
+    for names in BESIDES if given["role"] == ASSISTANT else ():
+      if any(given.get(name) for name in names):
+        without = {key: value for key, value in given.items() if key not in names}
+        if said([*messages[:number], given]) == said([*messages[:number], without]):
+          what = next(name for name in names if given.get(name))
+          raise ValueError(f"{_name(tokenizer)} does not write {what!r} of message {number} (assistant)"
+                           f"{' into a {% generation %} block' * blocks}, so it would not be learned: take it "
+                           "out of the row, or give the tokenizer a template that writes it")
 
 
 def _of_blocks(tokenizer, messages, tokens, marked):
@@ -166,6 +199,8 @@ def _span(tokenizer, messages, number, text):
         f"({before[same:same + 40]!r} becomes {text[same:same + 40]!r}), so it cannot be told which tokens "
         f"are the assistant's: make a row of each answer, cut off behind it, put the system's text into the "
         f"first message of the user, or {ADVICE}")
+  if any(messages[number].get(name) for names in BESIDES for name in names):
+    return _span_of_all(tokenizer, messages, number, text, before)
   mark = next(c for c in map(chr, PRIVATE) if c not in text)
   marked = [*messages[:number], {**messages[number], "content": mark}, *messages[number + 1:]]
   _, found, after = tokenizer.chat_text(marked, False).rpartition(mark)
@@ -183,6 +218,20 @@ def _span(tokenizer, messages, number, text):
   if number == len(messages) - 1:
     _check_whole(tokenizer, content, said, number)
   return len(before), end + closing.end(), whole
+
+
+def _span_of_all(tokenizer, messages, number, text, before):
+  """As `_span`, of a message with more than content: to the end of what is written up to it."""
+  upto = tokenizer.chat_text(messages[:number + 1], False).rstrip()
+  if not upto.endswith(tokenizer.added_texts):
+    raise ValueError(f"{_name(tokenizer)} ends message {number} (assistant) in {upto[-40:]!r}, which is no "
+                     "special token, so nothing would teach the model to stop: let the template write the "
+                     "token that ends a turn there")
+  said, content = upto[len(before):], messages[number]["content"]
+  if number == len(messages) - 1:
+    _check_whole(tokenizer, content, said, number)
+    return len(before), len(text.rstrip()), True
+  return len(before), len(upto), text.startswith(upto) and "".join(content.split()) in "".join(said.split())
 
 
 def _tokens(tokenizer, text, spans):

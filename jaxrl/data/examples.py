@@ -35,8 +35,9 @@ class Fields:
     answer: text or number that verifiers compare with; `answer_pattern` may pick a part of it.
     solution: text to imitate; without it, the final assistant message, or the whole answer field.
     id: text or number that names the row; without it, `file:line`.
-    messages: list of `{role, content}`, instead of a question. A final assistant message is no part
-      of the prompt. Supervised tuning imitates all of the assistant's messages.
+    messages: list of `{role, content}`, instead of a question; other fields of a message, such as
+      `tool_calls`, go to the chat template. A final assistant message is no part of the prompt. Supervised
+      tuning imitates all of the assistant's messages.
     more: other fields, of text or numbers, that templates use under their own names.
   """
 
@@ -198,7 +199,7 @@ class TaskBuilder:
       raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
     fields = self.fields
     values = {name: self._text(row, name, "more", where, numbers=True) for name in fields.more}
-    messages, reply = self._messages(row, where) if fields.messages else (None, None)
+    messages, last = self._messages(row, where) if fields.messages else (None, None)
     if messages:
       asked = [m["content"] for m in messages if m["role"] == "user"]
       values["question"] = asked[-1] if asked else ""
@@ -207,13 +208,15 @@ class TaskBuilder:
     whole = self._text(row, fields.answer, "answer", where, numbers=True) if fields.answer else ""
     values["answer"] = self._reference(whole, where) if self._answer else whole.strip()
     values["solution"] = solution if solution is not None else self._solution_text(
-        row, whole if reply is None else reply, where, solved)
+        row, whole if last is None else last["content"], where, solved)
     task_id = self._text(row, fields.id, "id", where, numbers=True) if fields.id else where
     text = templates.fill(self._solution, values)
     if messages is None and self.chat:
       messages = [{"role": "user", "content": templates.fill(self._prompt, values)}]
-    if solved and messages and text.strip():
-      prompt, reply, said = self._conversation(messages, text, where)
+    besides = {} if last is None or fields.solution else {k: v for k, v in last.items() if k != "content"}
+    if solved and messages and (text.strip() or conversations.calls(besides)):
+      prompt, reply, said = self._conversation([*messages, {
+          "role": conversations.ASSISTANT, **besides, "content": text}], where)
     else:
       prompt, reply, said = self._prompt_tokens(values, messages, where), [], []
     task = Task(id=task_id, prompt=prompt, question=values.get("question", ""), answer=values["answer"],
@@ -239,21 +242,22 @@ class TaskBuilder:
     return value
 
   def _messages(self, row, where):
-    """The messages of the prompt, and the text of the final assistant message or None."""
+    """The messages of the prompt, and the final assistant message or None."""
     field = self.fields.messages
     value = present(row, field, "messages", where)
     if not isinstance(value, list) or not all(isinstance(m, Mapping) for m in value):
       raise BadRow("wrong_type", where, f"field {field!r} holds {_shown(value)}, but data.messages "
                    "needs a list of objects with role and content")
     messages = []
-    for number, message in enumerate(value):
+    for number, message in enumerate(map(conversations.message, value)):
       here = f"{where}: {field}[{number}]"
-      messages.append({key: self._text(message, key, "messages", here)
-                       for key in ("role", "content")})
-    reply = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+      alone = conversations.calls(message) and message["content"] == ""
+      texts = ("role",) if alone else ("role", "content")
+      messages.append({**message, **{key: self._text(message, key, "messages", here) for key in texts}})
+    last = messages.pop() if messages and messages[-1]["role"] == conversations.ASSISTANT else None
     if not messages:
       raise BadRow("empty", where, f"field {field!r} has no message to answer")
-    return messages, reply
+    return messages, last
 
   def _reference(self, text, where):
     found = [match.group(1) or "" for match in self._answer.finditer(text)]
@@ -274,11 +278,10 @@ class TaskBuilder:
       text = self._text(row, field, "solution", where)
     return self._remove.sub("", text) if self._remove else text
 
-  def _conversation(self, messages, solution, where):
+  def _conversation(self, messages, where):
     """Prompt, reply and what is said in the prompt, as the chat template has them."""
-    whole = [*messages, {"role": conversations.ASSISTANT, "content": solution}]
     try:
-      found = conversations.conversation(self.tokenizer, whole)
+      found = conversations.conversation(self.tokenizer, messages)
     except ValueError as error:
       raise BadRow("not_encodable", where, str(error)) from error
     if found.rewritten:
@@ -314,7 +317,7 @@ class TaskBuilder:
 
   def _check_solution(self, task, where):
     fields = self.fields
-    if not task.solution.strip():
+    if not task.solution.strip() and not task.reply:
       raise BadRow("empty", where, "there is no solution to imitate in data.solution="
                    f"{fields.solution!r} or data.answer={fields.answer!r}")
     field = fields.solution or fields.messages or fields.answer

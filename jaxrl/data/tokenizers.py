@@ -178,6 +178,7 @@ class PretrainedTokenizer:
 
   def encode_chat(self, text: str) -> list[int]:
     """Token ids of what a template wrote, special tokens among them; none is added."""
+    _refuse_surrogates(text)
     return list(self.fast(text, add_special_tokens=False).input_ids)
 
   def generation_mask(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]] | None:
@@ -201,7 +202,7 @@ class PretrainedTokenizer:
     import jinja2
     try:
       return self.fast.apply_chat_template(list(messages), **options)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # a TypeError where a field is not as it expects
       roles = [message["role"] for message in messages]
       raise ValueError(f"the chat template refuses messages of roles {roles}: {error}") from error
 

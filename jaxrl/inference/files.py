@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from jaxrl import data
+from jaxrl.data import conversations
 from jaxrl.inference.served import Answer
 from jaxrl.inference.served import Model
 from jaxrl.inference.served import seed_of
@@ -114,6 +115,8 @@ def _checked(messages):
   """Messages that can be answered."""
   if not isinstance(messages, list) or not messages:
     raise ValueError("'messages' has to hold a list of {role, content}, at least one")
+  if all(isinstance(message, dict) for message in messages):
+    messages = [conversations.message(message) for message in messages]  # as in training
   for i, message in enumerate(messages):
     if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
       raise ValueError(f"messages[{i}] has to be an object with role and content, both text")

@@ -30,7 +30,7 @@ BLOCKS = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
     "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
     "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}"))
 ALWAYS = THINKING.replace(" and not loop.last", "")  # takes the thinking out of the last answer too
-WITH_NEWLINE = BLOCKS.replace("<|im_end|>{% endgeneration %}", "<|im_end|>{{ '\\n' }}{% endgeneration %}").replace(
+WITH_NEWLINE = BLOCKS.replace("<|im_end|>{% endgen", "<|im_end|>{{ '\\n' }}{% endgen").replace(
     "{% endif %}{{ '\\n' }}", "{{ '\\n' }}{% endif %}")
 CONTENT_ONLY = BLOCKS.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -154,7 +154,8 @@ def test_a_turn_ends_in_its_own_token_whatever_the_answer_ends_in(template, answ
 
 
 def test_a_turn_that_ends_otherwise_than_most_is_kept_so():
-  template = BLOCKS.replace("<|im_end|>{% endgen", "{{ '<|eot|>' if 'call' in m.content else '<|im_end|>' }}{% endgen")
+  end = "{{ '<|eot|>' if 'call' in m.content else '<|im_end|>' }}"
+  template = BLOCKS.replace("<|im_end|>{% endgen", end + "{% endgen")
   tokenizer = tokenizer_of(template)
   talk = [TALK[0], dict(role="assistant", content="call"), *TALK[2:4]]
   found = conversations.conversation(tokenizer, talk)
@@ -179,10 +180,66 @@ def test_no_turn_ends_in_text():
     (BLOCKS.replace("{{ m.content }}<|im_end|>{% end", "{% end"), TALK, "blocks of .* are empty"),
     (GEMMA, SYSTEM, "no system role"),
     (CHATML, TALK[:1], "ends in a message of the assistant"),
-], ids=["thinking", "thinking_in_blocks", "no_end", "late_system", "content", "empty_blocks", "role", "question"])
+], ids=["thinking", "thinking_in_blocks", "no_end", "late_system", "content", "empty_blocks", "role",
+        "question"])
 def test_what_cannot_be_marked_is_refused_with_advice(template, talk, said):
   with pytest.raises(ValueError, match=said):
     conversations.conversation(tokenizer_of(template), talk)
+
+
+# -------------------------------------------------------------- what the assistant says beside its content
+
+
+WORDS = ("<|im_start|>{{ m.role }}\n"
+         "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '\\n' }}<call>{{ c.function | tojson }}{% endfor %}"
+         "<|im_end|>\n")
+TOOLS = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", WORDS)
+TOOLS_IN_BLOCKS = CHATML.replace("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", (
+    "{% if m.role == 'assistant' %}" + WORDS.replace("{{ m.role }}\n", "assistant\n{% generation %}").replace(
+        "<|im_end|>", "<|im_end|>{% endgeneration %}") + "{% else %}" + WORDS + "{% endif %}"))
+CALL = dict(type="function", function=dict(name="add", arguments=dict(a=1, b=[2, 0.5])))
+CALLED = '\n<call>{"name": "add", "arguments": {"a": 1, "b": [2, 0.5]}}<|im_end|>'
+AGENT = [TALK[0], dict(role="assistant", content=None, tool_calls=[CALL], reasoning_content=None),
+         dict(role="tool", content="3.5", tool_call_id="7"),
+         dict(role="assistant", content="three", reasoning_content="so", tool_calls=None)]
+
+
+@pytest.mark.parametrize("template", [TOOLS, TOOLS_IN_BLOCKS], ids=["none", "blocks"])
+def test_calls_of_tools_and_thoughts_are_learned_as_the_template_writes_them(template):
+  made = builder(template)
+  task = made.to_task({"messages": AGENT}, "a:1", solved=True)
+  trajectory = data.supervised(task, made.tokenizer)
+  written = made.tokenizer.written
+  assert written(trajectory.tokens[trajectory.loss_mask]) == CALLED + "<think>so</think>three<|im_end|>"
+  assert written(task.reply) == "<think>so</think>three<|im_end|>" and task.solution == "three"
+  theirs = made.tokenizer.fast.apply_chat_template(AGENT, tokenize=False)
+  assert written(trajectory.tokens) == theirs.rstrip("\n")
+  assert task.prompt == made.to_task({"messages": AGENT}, "a:1").prompt
+  alone = made.to_task({"messages": AGENT[:2]}, "a:1", solved=True)
+  assert written(alone.reply) == CALLED and made.counts.as_dict() == {"ok": 3}
+
+
+@pytest.mark.parametrize("template,field", [
+    (CHATML, "tool_calls"), (BLOCKS, "tool_calls"),
+    (TOOLS.replace("m.reasoning_content", "m.none"), "reasoning_content"),
+    (TOOLS_IN_BLOCKS.replace("{% for c", "{% endgeneration %}{% for c", 1).replace(
+        "<|im_end|>{% endgeneration %}", "<|im_end|>"), "tool_calls")],
+    ids=["calls", "calls_with_blocks", "thoughts", "calls_behind_blocks"])
+def test_what_the_template_does_not_write_is_named(template, field):
+  talk = [TALK[0], dict(AGENT[1], content="ok") if field == "tool_calls" else AGENT[3]]
+  with pytest.raises(data.BadRow, match=f"a:1: .* does not write '{field}' of message 1"):
+    builder(template).to_task({"messages": talk}, "a:1", solved=True)
+  harmless = [TALK[0], dict(role="assistant", content="ok", name=None, language="en")]
+  assert builder(template).to_task({"messages": harmless}, "a:1", solved=True).solution == "ok"
+
+
+def test_calls_that_a_template_cannot_write_are_refused():
+  template = TOOLS.replace("{{ c.function | tojson }}",
+                           "{% for key, value in c.function.arguments | items %}{% endfor %}")
+  talk = [TALK[0], dict(AGENT[1], tool_calls=[dict(function=dict(name="add", arguments='{"a": 1}'))])]
+  with pytest.raises(data.BadRow, match="a:1: the chat template refuses messages of roles"):
+    builder(template).to_task({"messages": talk}, "a:1", solved=True)
 
 
 # ------------------------------------------------------------------------------- from rows to examples

@@ -203,6 +203,15 @@ BAD = [
 ]
 
 
+def test_messages_are_asked_whole(model):
+  asked = dict(role="assistant", content=None, tool_calls=[dict(function=dict(name="add", arguments={}))])
+  talk = [dict(role="user", content="hi"), asked, dict(role="user", content="so?", name=None)]
+  prompt = files.prompt_of(model, {"messages": talk}, "a:1", files.Asking(SamplingParams(12)))
+  theirs = model.tokenizer.fast.apply_chat_template(
+      [talk[0], dict(asked, content=""), talk[2]], add_generation_prompt=True, return_dict=False)
+  assert prompt == theirs
+
+
 @pytest.mark.parametrize("line,said", BAD, ids=range(len(BAD)))
 def test_a_bad_row_is_named_with_its_line(model, tmp_path, line, said):
   (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
