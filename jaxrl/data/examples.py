@@ -151,9 +151,12 @@ class TaskBuilder:
   @functools.cached_property
   def stop_ids(self) -> tuple[int, ...]:
     """Tokens that end an answer: EOS and, in conversations, what ends a turn."""
-    chats = self.chat or self.fields.messages
-    ends = conversations.end_of_turn(self.tokenizer) if chats else None
-    return tuple(dict.fromkeys((self.tokenizer.eos_id, *([] if ends is None else [ends]))))
+    return tuple(dict.fromkeys((self.tokenizer.eos_id, *([] if self.turn_end is None else [self.turn_end]))))
+
+  @functools.cached_property
+  def turn_end(self) -> int | None:
+    """What ends an answer in a conversation; None where there is none, or its template does not tell."""
+    return conversations.end_of_turn(self.tokenizer) if self.chat or self.fields.messages else None
 
   def read(self, source: Source, index: int) -> Task | None:
     """The task of one row of a source; None where the row is skipped.
@@ -193,7 +196,8 @@ class TaskBuilder:
             ) -> Task:
     """As `to_task`, but a BadRow is raised whatever `on_bad_row` says, and nothing is counted.
 
-    With a `solution`, it stands for that of the row, in templates too.
+    With a `solution`, it stands for that of the row, in templates too; the task has it as its `reply` too where
+    a chat template says how answers end.
     """
     if not isinstance(row, Mapping):
       raise BadRow("wrong_type", where, f"a row is a mapping, but this is a {type(row).__name__}")
@@ -213,8 +217,10 @@ class TaskBuilder:
     text = templates.fill(self._solution, values)
     if messages is None and self.chat:
       messages = [{"role": "user", "content": templates.fill(self._prompt, values)}]
-    besides = {} if last is None or fields.solution else {k: v for k, v in last.items() if k != "content"}
-    if solved and messages and (text.strip() or conversations.calls(besides)):
+    own = last is not None and not fields.solution and solution is None
+    besides = {k: v for k, v in last.items() if k != "content"} if own else {}
+    wanted = solved or (solution is not None and self.turn_end is not None)
+    if wanted and messages and (text.strip() or conversations.calls(besides)):
       prompt, reply, said = self._conversation([*messages, {
           "role": conversations.ASSISTANT, **besides, "content": text}], where)
     else:
@@ -321,16 +327,13 @@ class TaskBuilder:
       raise BadRow("empty", where, "there is no solution to imitate in data.solution="
                    f"{fields.solution!r} or data.answer={fields.answer!r}")
     field = fields.solution or fields.messages or fields.answer
-    what = f"solution from field {field!r}"
-    if task.reply:
-      self._check_length(len(task.reply), what, where)
-    else:
-      self.check_completion(task.solution, what, where)
+    self.check_completion(task.solution, f"solution from field {field!r}", where, task.reply)
 
-  def check_completion(self, text: str, what: str, where: str) -> None:
-    """Refuses a text that cannot be written, or is, with its EOS, longer than a completion may be."""
+  def check_completion(self, text: str, what: str, where: str, reply: Sequence[int] = ()) -> None:
+    """Refuses a text that cannot be written, or is, with its EOS, longer than a completion may be; so is a
+    `reply`, its tokens."""
     try:
-      length = len(self.tokenizer.encode(text)) + 1
+      length = len(reply) or len(self.tokenizer.encode(text)) + 1
     except ValueError as error:
       raise BadRow("not_encodable", where, f"{what}: {error}") from error
     self._check_length(length, what, where)

@@ -15,6 +15,7 @@ in:
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 import os
 from typing import Any
@@ -24,6 +25,7 @@ from jaxrl.batch import STRONGER
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.batch import TUPLE
+from jaxrl.data import conversations
 from jaxrl.data import parts
 from jaxrl.data.examples import present
 from jaxrl.data.examples import supervised
@@ -48,6 +50,7 @@ class Comparison:
     steps: of every answer, each with its label; nothing if steps are not labelled.
     weaker: a pair whose preference is not as strong; None where preferences are not compared.
     bare: the answers as rows hold them, without `tasks.solution_template`.
+    replies: tokens of the answers with what ends them, where a chat template wrote them; empty elsewhere.
   """
 
   task: Task
@@ -57,6 +60,7 @@ class Comparison:
   steps: tuple[tuple[parts.Step, ...], ...] = ()
   weaker: "Comparison | None" = None
   bare: tuple[str, ...] = ()
+  replies: tuple[list[int], ...] = ()
 
 
 @dataclasses.dataclass
@@ -164,30 +168,44 @@ class PairBuilder:
       if self.critique:
         critiques = [self._critique(item, self.critique, where) for item in items]
     whole, written = {**row, **prompt}, []
+    task = self.tasks.parse(whole, where, False)
+    found = []  # the same task with each answer
     for number, answer in enumerate(answers):
       name = (f"answer {number + 1} in field {self.answers!r}" if self.answers else
               f"answer in field {(self.chosen, self.rejected)[number]!r}")
       if not answer.strip():
         raise BadRow("empty", where, f"the {name} is empty")
-      written.append(self._written(answer, whole, where))
-      self.tasks.check_completion(written[-1], name, where)
+      found.append(self._answered(task, answer, whole, where, bool(steps)))
+      written.append(found[-1].solution)
+      self.tasks.check_completion(written[-1], name, where, found[-1].reply)
       if answer in answers[:number]:
         raise BadRow("same_answers", where, f"the {name} is the same answer as an earlier one, so "
                      "nothing is preferred")
-    task = self.tasks.parse(whole, where, False)
+    if any(own.prompt != found[0].prompt for own in found):
+      raise BadRow("no_shared_prompt", where, "the chat template writes the prompt with other tokens before "
+                   "each of the answers")
     weaker = self._weaker(row, where) if self.weaker else None
-    return Comparison(task, tuple(written), tuple(columns), tuple(critiques), tuple(steps), weaker,
-                      tuple(answers))
+    return Comparison(dataclasses.replace(task, prompt=found[0].prompt), tuple(written), tuple(columns),
+                      tuple(critiques), tuple(steps), weaker, tuple(answers), tuple(own.reply for own in found))
 
   def _weaker(self, row, where):
     inner = present(row, self.weaker, "weaker", where)
-    return dataclasses.replace(self, weaker="")._comparison(inner, f"{where}, field {self.weaker!r}")
+    return self._of_weaker._comparison(inner, f"{where}, field {self.weaker!r}")
 
-  def _written(self, answer, row, where):
-    """An answer as `tasks.solution_template` has it."""
-    if self.tasks.solution_template == AS_IT_IS:
-      return answer
-    return self.tasks.parse(row, where, False, solution=answer).solution
+  def _answered(self, task, answer, row, where, in_steps):
+    """The task with an answer as `tasks.solution_template` has it, and as the chat template ends it."""
+    chats = self.tasks.turn_end is not None and not in_steps
+    if chats or self.tasks.solution_template != AS_IT_IS:
+      return self._uncounted.parse(row, where, False, solution=answer)
+    return dataclasses.replace(task, solution=answer)
+
+  @functools.cached_property
+  def _uncounted(self):
+    return self.tasks.fresh()
+
+  @functools.cached_property
+  def _of_weaker(self):
+    return dataclasses.replace(self, weaker="")
 
   def _critique(self, row, field, where):
     """A text about an answer, empty if there is none."""
@@ -282,6 +300,9 @@ class PairBuilder:
           last.get("content"), str):
         raise BadRow("wrong_type", where, f"field {name!r} has to end in a message of the assistant "
                      "with text as its content")
+      if more := [key for keys in conversations.BESIDES for key in keys if last.get(key)]:
+        raise BadRow("wrong_type", where, f"the last message in field {name!r} has {more[0]!r} beside its content, "
+                     "and answers that are compared are text: take it out, or write it into the content")
       answers.append(last["content"])
     starts = [messages[:-1] for messages in both]
     if starts[0] != starts[1]:
@@ -322,7 +343,7 @@ def compared(comparison: Comparison, tokenizer: Tokenizer, *, group: int,
     if comparison.steps:
       trajectory = parts.stepwise(comparison.task, comparison.steps[number], tokenizer, **limit)
     else:
-      task = dataclasses.replace(comparison.task, solution=text)
+      task = dataclasses.replace(comparison.task, solution=text, reply=comparison.replies[number], said=[])
       trajectory = supervised(task, tokenizer, **limit)
     if comparison.critiques:
       trajectory = parts.with_critique(trajectory, comparison.critiques[number], tokenizer, **limit)

@@ -55,6 +55,56 @@ def test_conversations(row, chatty):
   assert chatty.decode(pair.task.prompt) == "user:1+2;assistant:"
 
 
+@pytest.fixture(scope="module")
+def chatml():
+  tokenizer = data.train_bpe(["user assistant one and two"] * 5, 300)
+  tokenizer.fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+  tokenizer.fast.chat_template = (
+      "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+  return data.PretrainedTokenizer(tokenizer.fast)  # which knows its special tokens
+
+
+@pytest.mark.parametrize("fields,row", [
+    (CHAT, {"chosen": [ASK, RIGHT], "rejected": [ASK, WRONG]}),
+    (TEXT, {"prompt": "1+2", "chosen": "3", "rejected": "4"})], ids=["messages", "texts"])
+def test_answers_in_a_chat_end_as_those_that_are_imitated_and_sampled(fields, row, chatml):
+  made = builder(fields, chatml, chat=fields is TEXT)
+  pair = made.to_comparison(row, "here")
+  found = compared(pair, chatml, group=0) + data.mismatched([pair, pair], chatml, group=1)[:2]
+  imitates = TaskBuilder(chatml, Fields(answer="", messages="messages"))
+  for trajectory, answer in zip(found, [RIGHT, WRONG] * 2):
+    asked = chatml.fast.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    assert chatml.written(trajectory.tokens) == asked + answer["content"] + "<|im_end|>"
+    assert chatml.written(trajectory.tokens[trajectory.loss_mask]) == answer["content"] + "<|im_end|>"
+    sft = data.supervised(imitates.to_task({"messages": [ASK, answer]}, "here", solved=True), chatml)
+    np.testing.assert_array_equal(trajectory.tokens, sft.tokens)
+    assert trajectory.tokens[-1] in made.tasks.stop_ids
+  scored = made.tasks.parse({**row, "prompt": [ASK] if fields is CHAT else "1+2"}, "here", False, solution="4")
+  assert scored.prompt + scored.reply == found[1].tokens.tolist()  # what a reward model reads
+  assert made.tasks.counts.as_dict() == {"ok": 1}
+
+
+def test_limits_and_templates_hold_for_answers_in_a_chat(chatml):
+  row = {"prompt": "1+2", "chosen": "three", "rejected": "4"}
+  length = len(chatml.encode("so three")) + 1
+  fits = builder(tokenizer=chatml, chat=True, max_completion_tokens=length, solution_template="so {solution}")
+  chosen, _ = compared(fits.to_comparison(row, "here"), chatml, group=0)
+  assert chatml.written(chosen.tokens[chosen.loss_mask]) == "so three<|im_end|>"
+  with pytest.raises(data.BadRow, match=f"'chosen', with EOS, has {length} tokens"):
+    builder(tokenizer=chatml, chat=True, max_completion_tokens=length - 1,
+            solution_template="so {solution}").to_comparison(row, "here")
+  cut = builder(tokenizer=chatml, chat=True, max_prompt_tokens=4, on_bad_row="truncate")
+  pair = cut.to_comparison(row, "here")
+  assert len(pair.task.prompt) == 4 and cut.tasks.counts.as_dict() == {"ok": 1, "prompt_truncated": 1}
+
+
+def test_calls_of_tools_are_not_compared(chatml):
+  last = dict(RIGHT, tool_calls=[dict(function=dict(name="add"))])
+  with pytest.raises(data.BadRow, match="'chosen' has 'tool_calls' beside its content"):
+    builder(CHAT, chatml).to_comparison({"chosen": [ASK, last], "rejected": [ASK, WRONG]}, "here")
+
+
 def test_transcripts_share_all_but_the_last_answer():
   start = f"{HUMAN} hi{ASSISTANT} hello{HUMAN} 1+2?{ASSISTANT}"
   pair = builder(turn=ASSISTANT).to_comparison(
