@@ -301,8 +301,8 @@ class PairBuilder:
         raise BadRow("wrong_type", where, f"field {name!r} has to end in a message of the assistant "
                      "with text as its content")
       if more := [key for keys in conversations.BESIDES for key in keys if last.get(key)]:
-        raise BadRow("wrong_type", where, f"the last message in field {name!r} has {more[0]!r} beside its content, "
-                     "and answers that are compared are text: take it out, or write it into the content")
+        raise BadRow("wrong_type", where, f"the last message in field {name!r} has {more[0]!r} beside its "
+                     "content, and answers that are compared are text: take it out, or write it into the content")
       answers.append(last["content"])
     starts = [messages[:-1] for messages in both]
     if starts[0] != starts[1]:

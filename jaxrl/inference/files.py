@@ -1,8 +1,9 @@
 """Prompts in a file, answers in another: in order, and going on where an earlier command stopped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxrl.sampling import SamplingParams
 from jaxrl.training import jsonl
 
 ROLES = ("system", "user", "assistant", "tool")
-WRITTEN = ("sample", "text", "finish", "seed", "tokens", "logprobs")  # fields of answers
+WRITTEN = ("sample", "text", "finish", "seed", "tokens", "logprobs", "ids")  # fields of answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +64,17 @@ def answer_file(model: Model, source: data.Source, output: pathlib.Path, asking:
   """
   prompts = [prompt_of(model, source[i], source.where(i), asking) for i in range(len(source))]
   done = _begun(model, source, output, asking)
-  file, sampler = jsonl.JsonLines(output), model.sampler(batch)
+  sampler = model.sampler(batch)
   at_once = max(1, batch // asking.n)
   advance(done, len(prompts))
-  try:
+  with open(output, "ab") as file:
     for first in range(done, len(prompts), at_once):
       rows = range(first, min(first + at_once, len(prompts)))
       seeds = [seed_of(asking.seed, i) for i in rows]
       found = model.answers(sampler, [prompts[i] for i in rows], seeds, asking.how, asking.n)
-      file.extend({**source[i], **row_of(answer, number, seed, asking.logprobs)}
-                  for i, seed, answers in zip(rows, seeds, found) for number, answer in enumerate(answers))
+      _append(file, (line_of(source[i], row_of(answer, number, seed, asking.logprobs))
+                     for i, seed, answers in zip(rows, seeds, found) for number, answer in enumerate(answers)))
       advance(rows[-1] + 1, len(prompts))
-  finally:
-    file.close()
   return len(prompts) - done
 
 
@@ -84,6 +83,15 @@ def row_of(answer: Answer, number: int, seed: int, logprobs: bool) -> dict[str, 
   more = dict(logprobs=answer.logprobs, ids=answer.tokens) if logprobs else {}
   return dict(sample=number, text=answer.text, finish=answer.finish, seed=seed,
               tokens=len(answer.tokens), **more)
+
+
+def line_of(row: Mapping[str, Any], answer: Mapping[str, Any]) -> bytes:
+  """A line with what a row has, exactly, and its answer, whose numbers have the digits of float32."""
+  whole = {**row, **jsonl.jsonable(answer)}
+  try:
+    return (_json(whole, ensure_ascii=False) + "\n").encode()
+  except UnicodeEncodeError:  # lone surrogates, which stay escaped
+    return (_json(whole) + "\n").encode()
 
 
 def prompt_of(model: Model, row: Mapping[str, Any], where: str, asking: Asking) -> list[int]:
@@ -144,22 +152,50 @@ def _begun(model, source, output, asking):
                           if before.get(k) != now.get(k))
       raise ValueError(f"{output} was begun otherwise ({differs}): name another --output, or delete it")
   jsonl.write_json(settings, now, exact=True)
-  jsonl.cut_torn_line(output)
-  written = jsonl.read(output)
-  done = len(written) // asking.n
-  if done > len(source):
-    raise ValueError(f"{output} answers {done} rows, but the input has {len(source)}: name another --output")
-  for i, row in enumerate(written[:done * asking.n]):
-    asked = source[i // asking.n]
-    if any(row.get(name) != asked.get(name) for name in ("prompt", "messages")):
-      raise ValueError(f"{output}:{i + 1} answers something else than {source.where(i // asking.n)} asks: name "
+  done = size = end = 0
+  for number, (line, row) in enumerate(_lines(output)):
+    i = number // asking.n
+    if row is None:
+      raise ValueError(f"{output}:{number + 1} is damaged: cut the file off before it, or name another "
+                       "--output")
+    if i >= len(source):
+      raise ValueError(f"{output} answers more than the {len(source)} rows of the input: name another --output")
+    if row.get("sample") != number % asking.n or any(
+        _json(row.get(name)) != _json(source[i].get(name)) for name in ("prompt", "messages")):
+      raise ValueError(f"{output}:{number + 1} answers something else than {source.where(i)} asks: name "
                        "another --output, or delete it")
-  if len(written) % asking.n:  # a row whose samples are not all there
-    _cut(output, done * asking.n)
+    size += len(line)
+    if number % asking.n == asking.n - 1:
+      done, end = i + 1, size
+  if output.exists():
+    os.truncate(output, end)  # without a torn line, and a row whose samples are not all there
   return done
 
 
-def _cut(path: pathlib.Path, lines: int) -> None:
-  """Leaves the first lines of a file."""
-  kept: Sequence[bytes] = path.read_bytes().splitlines(keepends=True)[:lines]
-  path.write_bytes(b"".join(kept))
+def _lines(path):
+  """Whole lines of a file, and what they hold; None for what is no JSON object."""
+  if not path.exists():
+    return
+  with open(path, "rb") as file:
+    for line in file:
+      if line.endswith(b"\n"):
+        try:
+          row = json.loads(line)
+        except ValueError:
+          row = None
+        yield line, row if isinstance(row, dict) else None
+
+
+def _json(value, **options):
+  """JSON of a value of a source, with all digits; what JSON has no notion of as a list or text."""
+  return json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v), **options)
+
+
+def _append(file, lines):
+  """Writes lines, which are in the system's hands then."""
+  try:
+    file.write(b"".join(lines))
+    file.flush()
+  except OSError as error:
+    raise OSError(error.errno, f"cannot write to {file.name}: {error.strerror}. Make room there; the same "
+                  "command continues") from error

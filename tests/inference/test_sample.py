@@ -25,6 +25,8 @@ from tests.models import published
 CHATML = ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
           "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+EXACT = {"score": 0.12345678901234567, "big": 2 ** 60 + 1, "none": None, "not": float("nan"),
+         "list": [1e-9, "é"]}
 ROWS = [{"prompt": "hi", "id": 1}, {"messages": [{"role": "user", "content": "you"}]}, {"prompt": "é🙂"},
         {"prompt": "hi"}]
 FEW = "--max_tokens=12"
@@ -189,11 +191,49 @@ def test_an_interrupted_output_is_continued_and_a_foreign_one_is_left_alone(answ
   assert "is there already" in refused(capsys, *again) and out.read_bytes() == whole
 
 
+def test_what_an_input_holds_is_kept_to_the_digit_and_continued(model, tmp_path):
+  talk = [dict(role="user", content="hi", time=1700000000.123456)]
+  given = "".join(json.dumps({**row, **EXACT}) + "\n" for row in [{"messages": talk}, {"prompt": "you"}])
+  (tmp_path / "in.jsonl").write_text(given)
+  source, out = data.open_source(str(tmp_path / "in.jsonl")), tmp_path / "out.jsonl"
+  asking = files.Asking(SamplingParams(3), logprobs=True)
+  assert files.answer_file(model, source, out, asking) == 2
+  whole = out.read_bytes()
+  for line, row in zip(whole.splitlines(), given.splitlines()):
+    found = json.loads(line)
+    assert set(found) - set(json.loads(row)) == set(files.WRITTEN)
+    assert json.dumps({name: found[name] for name in json.loads(row)}) == row
+  out.write_bytes(whole.splitlines(keepends=True)[0] + b'{"messa')
+  assert files.answer_file(model, source, out, asking) == 1 and out.read_bytes() == whole
+  out.write_bytes(b"\0\0\n" + whole)
+  damaged = out.read_bytes()
+  with pytest.raises(ValueError, match=r"out\.jsonl:1 is damaged"):
+    files.answer_file(model, source, out, asking)
+  assert out.read_bytes() == damaged
+
+
+def test_what_is_answered_is_never_rewritten(model, tmp_path, monkeypatch):
+  (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n{"prompt": "you"}\n')
+  source, out = data.open_source(str(tmp_path / "in.jsonl")), tmp_path / "out.jsonl"
+  asking = files.Asking(SamplingParams(3), n=2)
+  files.answer_file(model, source, out, asking)
+  whole, node = out.read_bytes(), out.stat().st_ino
+  out.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))  # a row, and half of another
+
+  def killed(self, *args):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(served.Model, "answers", killed)
+  with pytest.raises(KeyboardInterrupt):
+    files.answer_file(model, source, out, asking)
+  assert out.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2]) and out.stat().st_ino == node
+
+
 BAD = [
     ('{"prompt": "a"', "not valid JSON"),
     ('{"question": "a"}', "either 'prompt', a text, or 'messages'.*this one has 'question'"),
     ('{"prompt": ""}', "'prompt' holds ''"),
     ('{"prompt": "a", "text": "b"}', "field 'text' is one that the answer has: rename it"),
+    ('{"prompt": "a", "ids": []}', "field 'ids' is one that the answer has: rename it"),
     ('{"messages": []}', "at least one"),
     ('{"messages": [{"role": "user"}]}', r"messages\[0\] has to be an object with role and content"),
     ('{"messages": [{"role": "bot", "content": "a"}]}', "the role 'bot'; roles are system, user"),
