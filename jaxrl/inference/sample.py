@@ -51,6 +51,8 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
   _check(prompt, input, output, interactive, samples, seed, batch, as_json, logprobs)
   how = _settings(SamplingParams(served.MAX_TOKENS), settings, stop)  # refused before a model is read
   source = data.open_source(input) if input else None
+  if hasattr(sys.stdin, "reconfigure"):
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text, which tokenizers refuse by name
   if prompt is None and not input and not interactive:
     prompt = sys.stdin.read().removesuffix("\n")
   if prompt == "":

@@ -3,7 +3,8 @@
 import re
 from typing import TextIO
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a terminal's cursor, or worse
+# What could move a terminal's cursor, or worse, and what turns the order of letters round.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Screen:
@@ -15,8 +16,10 @@ class Screen:
   def show(self, text: str) -> None:
     """Writes what is new of a text that begins as the last one did."""
     new = text[len(self._written):]
+    if self._live:
+      new = new.removesuffix("\r")  # which may be half of a line's end
     if new:
-      self._written = text
+      self._written += new
       self._put(new)
 
   def end(self, text: str) -> None:
@@ -31,7 +34,7 @@ class Screen:
     return self._written
 
   def _put(self, text):
-    text = CONTROL.sub("\ufffd", text) if self._live else text
+    text = CONTROL.sub("\ufffd", text.replace("\r\n", "\n")) if self._live else text
     encoding = self._stream.encoding or "utf-8"
     self._stream.write(text.encode(encoding, "replace").decode(encoding))
     self._stream.flush()

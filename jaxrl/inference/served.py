@@ -16,6 +16,7 @@ from jaxrl.data import templates
 from jaxrl.models import DecoderConfig
 from jaxrl.models import families
 from jaxrl.models import pretrained
+from jaxrl.models import rope_configs
 from jaxrl.sampling import Request
 from jaxrl.sampling import Sampler
 from jaxrl.sampling import SamplingParams
@@ -112,7 +113,15 @@ class Model:
     return self.tokenizer.render_chat(messages, add_generation_prompt=True)
 
   def check_length(self, prompt: Sequence[int], max_tokens: int) -> None:
-    """Raises a ValueError if prompt and answer together are longer than the model can read."""
+    """Raises a ValueError if prompt and answer together are longer than the model, or its table of rotations,
+    can read."""
+    scaling = dict(self.decoder.rope_scaling)
+    if scaling.get("rope_type") == "longrope":
+      turned = max(scaling[rope_configs.ORIGINAL], self.decoder.rope_length)
+      if len(prompt) + max_tokens > turned:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and with --max_tokens={max_tokens} more it would "
+                         f"pass {turned}, above which this model turns all tokens by other factors (longrope) "
+                         "than the ones it is asked with here: shorten one of them")
     if self.max_positions and len(prompt) + max_tokens > self.max_positions:
       raise ValueError(f"the prompt has {len(prompt)} tokens, and with --max_tokens={max_tokens} more it would "
                        f"pass the {self.max_positions} that the model can read: shorten one of them")
@@ -199,6 +208,10 @@ def _of_run(place, dtype, mesh):
       raise ValueError(f"--model={place} has no {needed}: name the --workdir of a run that has saved a "
                        "checkpoint")
   config = configs.of_run(place)
+  trained = [n for n in config.phases if configs.phase_config(config, n).kind != "evaluate"]
+  if trained and configs.phase_config(config, trained[-1]).kind == "reward":
+    raise ValueError(f"--model={place} is a run whose last phase, {trained[-1]}, trained a reward model, which "
+                     "gives scores and writes no text: name a run that ends in another")
   tokenizer = data.load_tokenizer(place / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)
   last = configs.phase_config(config, config.phases[-1])

@@ -13,8 +13,10 @@ import pytest
 import torch
 import transformers
 
+from configs import bradley_terry
 from configs import quickstart
 from jaxrl import cli
+from jaxrl import config as configs
 from jaxrl import data
 from jaxrl.inference import chat, files, served
 from jaxrl.inference.screen import Screen
@@ -87,6 +89,17 @@ def test_a_published_model_samples_as_its_generation_config_says(model):
   assert (model.chats, model.max_positions) == (True, 128)
 
 
+@pytest.mark.parametrize("rope_length,fits", [(0, 20), (32, 32)])
+def test_no_prompt_passes_what_the_factors_of_longrope_are_for(model, rope_length, fits):
+  scaling = dict(rope_type="longrope", original_max_position_embeddings=20, factor=4.0,
+                 short_factor=(1.0,) * 4, long_factor=(2.0,) * 4)
+  longer = dataclasses.replace(model, decoder=dataclasses.replace(
+      model.decoder, rope_scaling=tuple(scaling.items()), rope_length=rope_length))
+  longer.check_length([0] * (fits - 12), 12)
+  with pytest.raises(ValueError, match=f"12 more it would pass {fits}, above which.*longrope"):
+    longer.check_length([0] * (fits - 11), 12)
+
+
 def test_what_appears_is_what_is_sampled(model):
   how = SamplingParams(12, 1.5, stop_ids=model.defaults.stop_ids)
   prompts, seeds = [model.prompt("hi"), model.prompt("you")], [3, 4]
@@ -137,6 +150,11 @@ def test_a_terminal_gets_no_control_characters():
     screen.show(text)
   screen.end("a\x1b[2J\té\n")
   assert stream.getvalue() == "a\ufffd[2J\té\n" and screen.written == ""
+  whole = "a\u202eb\u2066c\r\nd\re\r\n"
+  for end in range(len(whole)):  # also between the two that end a line
+    screen.show(whole[:end])
+  screen.end(whole)
+  assert stream.getvalue().splitlines()[1:] == ["a\ufffdb\ufffdc", "d\ufffde"]
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -338,6 +356,18 @@ def test_a_pipe_holds_the_prompt_or_the_lines_of_a_chat(tiny, capsys, monkeypatc
   assert first and piped("hi\n/reset\nhi\n", "--chat") == first + first  # greedy
 
 
+def test_bytes_that_are_no_text_are_named(tiny, capsys, monkeypatch):
+  def piped(given, *more):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+    cli.main(["sample", f"--model={tiny}", FEW, "--temperature=0", *more])
+    return capsys.readouterr()
+  said = piped(b"\xff\nhi\n", "--chat")
+  assert said.out == piped(b"hi\n", "--chat").out != "" and "lone surrogate '\\udcff'" in said.err
+  with pytest.raises(SystemExit):
+    piped(b"\xff\n")
+  assert "lone surrogate '\\udcff'" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------- runs
 
 
@@ -415,5 +445,10 @@ def test_models_that_write_no_text_are_refused(tiny, tmp_path, capsys):
   hf = json.loads((tiny / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps({**hf, "architectures": ["LlamaForSequenceClassification"]}))
   assert "gives scores and writes no text" in refused(capsys, f"--model={tmp_path}", "--prompt=a")
+  for part in ("tokenizer", "checkpoints"):
+    (tmp_path / "run" / part).mkdir(parents=True)
+  (tmp_path / "run" / "config.json").write_text(json.dumps(configs.to_dict(bradley_terry.get_config())))
+  said = refused(capsys, f"--model={tmp_path / 'run'}", "--prompt=a")
+  assert "whose last phase, comparisons, trained a reward model, which gives scores and writes no text" in said
   (tmp_path / "config.json").write_text(json.dumps({"phases": ["sft"]}))
   assert "has no tokenizer: name the --workdir of a run" in refused(capsys, f"--model={tmp_path}", "--prompt=a")
