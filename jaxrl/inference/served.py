@@ -119,8 +119,8 @@ class Model:
     if scaling.get("rope_type") == "longrope":
       turned = max(scaling[rope_configs.ORIGINAL], self.decoder.rope_length)
       if len(prompt) + max_tokens > turned:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, and with --max_tokens={max_tokens} more it would "
-                         f"pass {turned}, above which this model turns all tokens by other factors (longrope) "
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and with --max_tokens={max_tokens} more it "
+                         f"would pass {turned}, above which this model turns all tokens by other factors (longrope) "
                          "than the ones it is asked with here: shorten one of them")
     if self.max_positions and len(prompt) + max_tokens > self.max_positions:
       raise ValueError(f"the prompt has {len(prompt)} tokens, and with --max_tokens={max_tokens} more it would "
