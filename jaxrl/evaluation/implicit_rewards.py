@@ -12,6 +12,7 @@ from jaxrl import data
 from jaxrl import sharding
 from jaxrl.sampling import Likelihood
 from jaxrl.training import inputs
+from jaxrl.training import sources
 from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
 
@@ -50,7 +51,8 @@ def margins_of(workdir: pathlib.Path) -> tuple[Float[np.ndarray, "pairs"], Float
   empty = states.initial_parameters(decoder, jax.random.key_data(jax.random.key(0)), mesh)
   reader, total = Likelihood(decoder), []
   for run in (workdir, pathlib.Path(config.start)):
-    params = read_parameters(run / "checkpoints", empty)
+    params = (read_parameters(run / "checkpoints", empty) if run == workdir
+              else sources.continued(str(run), decoder, empty, mesh))
     found = reader.logprobs(params["params"], [t.tokens for t in answers])
     total.append(np.array([x[t.loss_mask].sum() for x, t in zip(found, answers)]))
   ratio = (total[0] - total[1]).reshape(-1, 2)

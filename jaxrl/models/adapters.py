@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from jaxrl.compose import nearest
 
 A, B = "lora_a", "lora_b"  # of an adapter, below its name, below the module of the matrix
-RESERVED = ("kernel", "bias")  # what lies beside it
+RESERVED = ("kernel", "bias", "scale", "blocks", "base")  # names beside it, above it, and of its base's directory
 BLOCK = re.compile(r"blocks(_(\d+))?")  # one layer; or all in one stack, with `scan_layers`
 
 
@@ -76,7 +76,7 @@ def read(specs: Mapping[str, Any]) -> tuple[Adapter, ...]:
     where = f"config.model.adapters.{name}"
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in RESERVED:
       raise ValueError(f"{where}: an adapter is called by a word of small letters, digits and '_', other than "
-                       f"{' and '.join(RESERVED)}")
+                       f"{', '.join(RESERVED)}")
     if not hasattr(spec, "items"):
       raise ValueError(f"{where}={spec!r}, but it is a section: dict(rank=..., alpha=..., targets=...)")
     if unknown := [field for field in spec if field not in (*fields, "source")]:
@@ -161,8 +161,8 @@ class LowRank(nn.Module):
                    (*x.shape[-n:], rank), jnp.float32)
     b = self.param(B, nn.with_logical_partitioning(nn.initializers.zeros, ("rank", *self.outputs)),
                    (rank, *self.shape), jnp.float32)
-    low = jnp.tensordot(x, a.astype(self.dtype), n) * jnp.asarray(self.adapter.scale, self.dtype)
-    return jnp.tensordot(low, b.astype(self.dtype), 1)
+    low = jnp.tensordot(x, a.astype(self.dtype), n)
+    return jnp.tensordot(low, (self.adapter.scale * b).astype(self.dtype), 1)  # rounded once
 
 
 def of_module(module: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:

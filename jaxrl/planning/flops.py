@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.interpreters import partial_eval as pe
 
 SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
@@ -13,7 +14,9 @@ def count(program: jax.stages.Traced, *, dynamic_trips: float = 1.0) -> float:
   Args:
     dynamic_trips: runs of the body of a loop whose length the program computes.
   """
-  return _of(program.jaxpr.jaxpr, dynamic_trips)
+  jaxpr = program.jaxpr.jaxpr
+  used, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)  # as compilers do
+  return _of(used, dynamic_trips)
 
 
 def _of(jaxpr, trips):

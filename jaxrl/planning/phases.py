@@ -24,6 +24,7 @@ from jaxrl import chips
 from jaxrl import compose
 from jaxrl import config as configs
 from jaxrl import sharding
+from jaxrl.models import adapters
 from jaxrl.models import DecoderConfig
 from jaxrl.models import pretrained
 from jaxrl.planning import programs
@@ -34,6 +35,7 @@ from jaxrl.training import inputs
 from jaxrl.training import pieces
 from jaxrl.training import refusals
 from jaxrl.training import sources
+from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.shapes import PAIRED
 from jaxrl.training.shapes import Shape
@@ -167,11 +169,15 @@ def plan(config: ml_collections.ConfigDict, target: chips.Target, workdir: pathl
     source, tokenizer = _data(config, place, notes)
     decoder = inputs.decoder_config(config.model, tokenizer)
     sharding.check_divisible(decoder, mesh)
+    sources.check_start(config, decoder)
+    if decoder.adapters:
+      adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
     phases = [builders.make_phase(config, index, name, decoder, mesh, tokenizer)
               for index, name in enumerate(configs.phase_names(config))]
     refusals.check_frozen(phases)
     for phase in phases:
       refusals.check_phase(phase, mesh, [None], [None])
+    refusals.check_lengths(phases, decoder, config.data)
     refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
     sizes = _sizes(config, phases, source, tokenizer)
     planners = {m: sampling.Planner(config, decoder, m) for m in (mesh, sampling_mesh)}

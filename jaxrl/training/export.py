@@ -88,7 +88,9 @@ def _stop_ids(config, tokenizer):
 
 def _export_adapters(params, decoder, architecture, output, config, dtype, how):
   """Writes adapters, and their base if nobody else has it."""
-  own = not sources.begins(config)
+  imported = how["imported"] or {}
+  # Published modules of a model that reads images too have other names than its text part alone.
+  own = not sources.begins(config) or architecture not in imported.get("architectures", [architecture])
   base = str(output / peft.OWN_BASE) if own else config.model.source
   names = [adapter.name for adapter in decoder.adapters]
   root, lines = "default" if "default" in names else names[0] if len(names) == 1 else "", []

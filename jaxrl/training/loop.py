@@ -26,6 +26,7 @@ from jaxrl.training.stopping import Stopped
 from jaxrl.training.supply import Supplied
 from jaxrl.training.supply import Supply
 
+DRAWN = ("sampled_sequences", "sampled_tokens")  # metrics of a batch that are logged once, for they are summed
 SUPPLY = "supply"  # first part of the names of a supply's arrays in a checkpoint's buffer
 
 
@@ -144,6 +145,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
     elif progress.batch_metrics.get("staleness"):
       metrics["policy_drift"] = metrics.pop("logprob_gap")  # it had moved before the first update
     metrics |= progress.batch_metrics | _speed(progress.batch_metrics, start)
+    progress.batch_metrics = {k: x for k, x in progress.batch_metrics.items() if k not in DRAWN}
     if progress.updates_left == 0:
       batch, progress.batch_metrics = None, {}
     if phase.validate and phase.validate_every and step % phase.validate_every == 0:

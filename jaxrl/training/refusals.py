@@ -123,7 +123,9 @@ def check_frozen(phases: Sequence[Any]) -> None:
   for phase in phases:
     for name in phase.learning.kept:
       decay, dtype = phase.learning.models[name].decay, phase.learning.decoder.param_dtype
-      if decay and dtype != "float32":
+      decoder = phase.learning.decoder  # whose adapters, of float32, are all that is trained without these
+      of_adapters = decoder.adapters and not decoder.heads_on_top and not decoder.critic
+      if decay and dtype != "float32" and not of_adapters:
         raise ValueError(f"the model {name!r} of phase {phase.name} is a moving average (decay={decay}) of "
                          f"{dtype} parameters, whose steps are too small for that type: use "
                          "config.model.param_dtype='float32', or decay=0")

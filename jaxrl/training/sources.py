@@ -41,7 +41,7 @@ def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_colle
   if not config.model.source:
     return config
   config, kept = copy.deepcopy(config), _kept_adapters(workdir)
-  _name_base(config, kept)
+  _name_base(config, kept, _has_begun(workdir))
   source, place = config.model.source, _place(config, workdir)
   hf = pretrained.read_json(place, pretrained.CONFIG)
   found = families.settings(hf)
@@ -83,18 +83,23 @@ def _check_adapter_sources(config):
       raise ValueError(f"{where} is named after the tensors of a published model: set config.model.source to it")
 
 
+def _has_begun(workdir):
+  return (workdir / "config.json").exists() and (workdir / KEPT).is_dir()
+
+
 def _kept_adapters(workdir):
   path = workdir / KEPT / ADAPTERS
-  began = (workdir / "config.json").exists() and path.exists()
-  return json.loads(path.read_text(encoding="utf-8")) if began else {}
+  return json.loads(path.read_text(encoding="utf-8")) if _has_begun(workdir) and path.exists() else {}
 
 
-def _name_base(config, kept):
-  """Makes a source that is an adapter the source of one, and its base the model's."""
+def _name_base(config, kept, began):
+  """Makes a source that is an adapter the source of one, and its base the model's; what a run that has begun
+  has kept says whether it was one."""
   source, own = config.model.source, [spec["source"] for spec in kept.get("adapters", {}).values()]
   if kept and source != kept["base"] and source in own:
     base = kept["base"]
-  elif kept or config.start or not peft.is_adapter(place := pretrained.resolve(source)):
+  elif (kept or began or config.start
+        or not peft.is_adapter(place := pretrained.resolve(source, weights=False))):
     return
   else:
     base = peft.base_of(place)
@@ -107,6 +112,9 @@ def _name_base(config, kept):
 
 def _fill_adapters(config, kept, decoder, architecture):
   for name, source in of_adapters(config).items():
+    if kept and name not in kept["adapters"]:
+      raise ValueError(f"config.model.adapters.{name} is not among the adapters that the run began with, "
+                       f"{sorted(kept['adapters'])}: continue it with those, or pass another --workdir")
     found = kept["adapters"][name] if kept else peft.settings(pretrained.resolve(source), decoder, architecture)
     own = configs.to_dict(config.model.adapters[name])
     if wrong := [f"{field}={own[field]!r}" for field in own if own[field] != configs.to_dict({
@@ -127,7 +135,7 @@ def stop_ids(place: pathlib.Path) -> tuple[int, ...]:
 def _place(config, workdir):
   """Where the model's config.json is: the workdir of a run that has begun, of the one that this one
   starts with, or the model itself."""
-  if (workdir / "config.json").exists() and (workdir / KEPT).is_dir():
+  if _has_begun(workdir):
     return workdir / KEPT
   start = pathlib.Path(config.start)
   if config.start and (start / KEPT).is_dir():

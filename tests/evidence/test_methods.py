@@ -80,7 +80,7 @@ def test_all_names_are_looked_at_before_the_first_method_runs(monkeypatch, capsy
 
 
 def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
-  real = methods.evidence_of("rs-grpo")
+  real = methods.evidence_of("verl-rank")
 
   def tiny(slug):
     return methods.Evidence(
@@ -88,20 +88,20 @@ def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
                         "rl.rollout.prompts": 2}, TINY, real.arms, real.claims)
   monkeypatch.setattr(methods, "evidence_of", tiny)
   results = tmp_path / "results"
-  made = reproduce.reproduce("rs-grpo", [0, 1], workdir=tmp_path / "runs", results=results)
-  written = json.loads((results / "rs-grpo.json").read_text())
-  assert written["claims"] == made["claims"] and len(made["claims"]) == 3
+  made = reproduce.reproduce("verl-rank", [0, 1], workdir=tmp_path / "runs", results=results)
+  written = json.loads((results / "verl-rank.json").read_text())
+  assert written["claims"] == made["claims"] and len(made["claims"]) == 2
   assert all(len(c[arm]["runs"]) == 2 for c in made["claims"] for arm in ("baseline", "method"))
   assert written["budget"]["method"]["sequences"] == 2 * 2 * 8
-  assert written["config"]["method"]["advantage"][0]["name"] == "risk_seeking"
-  assert (results / "rs-grpo.png").stat().st_size > 10_000
+  assert written["config"]["method"]["advantage"][-1]["name"] == "favour_hidden_rank"
+  assert (results / "verl-rank.png").stat().st_size > 10_000
   table = (tmp_path / "RESULTS.md").read_text()
-  assert "[rs-grpo](results/rs-grpo.png)" in table and "*confirmed* if" in table
-  again = reproduce.reproduce("rs-grpo", [0, 1], workdir=tmp_path / "runs", results=results)
+  assert "[verl-rank](results/verl-rank.png)" in table and "*confirmed* if" in table
+  again = reproduce.reproduce("verl-rank", [0, 1], workdir=tmp_path / "runs", results=results)
   assert again["claims"] == made["claims"], "ended runs are read, not made again"
   for seeds, steps, message in (([0, -1], 0, "--seeds=0,-1: give different seeds"),
                                 ([0, 1], -5, "--steps=-5: give a number of updates above 0")):
     with pytest.raises(ValueError, match=message):
-      reproduce.reproduce("rs-grpo", seeds, workdir=tmp_path / "runs", results=results, steps=steps)
-  with pytest.raises(ValueError, match="rs-grpo.json holds 2 seeds, and --seeds=0 would replace them by fewer"):
-    reproduce.reproduce("rs-grpo", [0], workdir=tmp_path / "runs", results=results)
+      reproduce.reproduce("verl-rank", seeds, workdir=tmp_path / "runs", results=results, steps=steps)
+  with pytest.raises(ValueError, match="verl-rank.json holds 2 seeds, and --seeds=0 would replace them by fewer"):
+    reproduce.reproduce("verl-rank", [0], workdir=tmp_path / "runs", results=results)

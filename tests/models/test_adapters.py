@@ -157,7 +157,7 @@ def test_the_sampler_uses_adapters(scan, weights, bound):
 
 @pytest.mark.parametrize("specs, message", [
     ({"Default": {}}, "an adapter is called by a word"),
-    ({"kernel": {}}, "other than kernel and bias"),
+    ({"kernel": {}}, "other than kernel, bias, scale, blocks, base"),
     ({"default": 8}, "config.model.adapters.default=8, but it is a section"),
     ({"default": {"rnak": 8}}, "config.model.adapters.default has no field 'rnak'; did you mean 'rank'"),
     ({"default": {"rank": 0}}, "config.model.adapters.default.rank=0 must be a whole number, at least 1"),

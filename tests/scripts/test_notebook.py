@@ -4,9 +4,12 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import types
+
+from packaging import requirements
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "scripts" / "colab" / "quickstart.ipynb"
@@ -60,7 +63,9 @@ def test_every_cell_runs_in_order(tmp_path, monkeypatch, capsys):
   for source in code:
     execute(source, names, shell, tmp_path)
 
-  assert len(installed) == 1 and "jaxrl" in installed[0]
+  assert len(installed) == 1
+  needed = requirements.Requirement(shlex.split(installed[0])[-1])
+  assert needed.name == "jaxrl" and needed.url == (tmp_path / "jaxrl").as_uri()
   assert len(shown) == 1 and shown[0].startswith(b"\x89PNG")
   printed = capsys.readouterr().out
   assert "sft {'greedy_accuracy':" in printed and "rl {'greedy_accuracy':" in printed

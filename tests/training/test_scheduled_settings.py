@@ -69,6 +69,11 @@ def test_the_learning_rate_follows_its_schedule_after_the_warm_up(rows):
       [3e-3 / 2, 3e-3, 1e-3, 1e-3, 3e-3, 3e-3], rel=1e-5)
 
 
+def test_what_a_batch_drew_is_logged_once_for_both_of_its_updates(rows):
+  metrics, _ = rows
+  assert [row.get("sampled_sequences") for row in metrics] == [32, None] * 3
+
+
 def test_no_temperature_needs_a_program_of_its_own(rows):
   _, compiled = rows
   assert len(compiled) == 6 and compiled[2] == compiled[-1]
