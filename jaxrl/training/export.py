@@ -81,7 +81,7 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
 
 
 def _stop_ids(config, tokenizer):
-  """What answers end in that the run has trained on and sampled, as far as they are no part of its base."""
+  """The tokens that end what the run has trained on and sampled."""
   phases = [configs.phase_config(config, name) for name in config.phases]
   return tuple(dict.fromkeys(i for phase in phases for i in inputs.builder(phase, tokenizer).stop_ids))
 
