@@ -51,7 +51,7 @@ def test_every_cell_runs_in_order(tmp_path, monkeypatch, capsys):
       return
     command = line.removeprefix("!").replace("python", sys.executable, 1)
     more = TINY + TINY_SFT * ("quickstart.py" in command) if " run " in command else ""
-    result = subprocess.run(f"{command} {more}", shell=True, cwd=tmp_path, env=environment, timeout=120,
+    result = subprocess.run(f"{command} {more}", shell=True, cwd=tmp_path, env=environment, timeout=300,
                             capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stderr}"
   display = types.ModuleType("IPython.display")
