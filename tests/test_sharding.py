@@ -151,8 +151,8 @@ def test_models_that_do_not_divide_are_refused_with_a_remedy():
 
 
 def test_unknown_axes_and_undividable_parameters_are_named():
-  with pytest.raises(ValueError, match="'rank'.* have no rule"):
-    sharding.partition_spec(("rank", None))
+  with pytest.raises(ValueError, match="'wavelength'.* have no rule"):
+    sharding.partition_spec(("wavelength", None))
   with pytest.raises(ValueError, match=r"\['key'\].* axis 'kv_heads' does not divide .* = 4"):
     sharding.shardings_of(jax.eval_shape(functools.partial(init_parameters, CONFIG),
                                          jax.random.key(0)), mesh_of(1, 2, 4))

@@ -168,7 +168,8 @@ def never_ending(parts):
   """The same parts with an EOS that no sampler draws."""
   tokenizer = copy.copy(parts.tokenizer)
   tokenizer.eos_id = common.NEVER
-  return dataclasses.replace(parts, tokenizer=tokenizer)
+  builder = dataclasses.replace(parts.builder, tokenizer=tokenizer)  # says where samples end
+  return dataclasses.replace(parts, tokenizer=tokenizer, builder=builder)
 
 
 def check_size(work, metrics):
