@@ -87,11 +87,7 @@ def row_of(answer: Answer, number: int, seed: int, logprobs: bool) -> dict[str, 
 
 def line_of(row: Mapping[str, Any], answer: Mapping[str, Any]) -> bytes:
   """A line with what a row has, exactly, and its answer, whose numbers have the digits of float32."""
-  whole = {**row, **jsonl.jsonable(answer)}
-  try:
-    return (_json(whole, ensure_ascii=False) + "\n").encode()
-  except UnicodeEncodeError:  # lone surrogates, which stay escaped
-    return (_json(whole) + "\n").encode()
+  return jsonl.encode({**row, **jsonl.jsonable(answer)}, exact=True)
 
 
 def prompt_of(model: Model, row: Mapping[str, Any], where: str, asking: Asking) -> list[int]:
@@ -160,8 +156,9 @@ def _begun(model, source, output, asking):
                        "--output")
     if i >= len(source):
       raise ValueError(f"{output} answers more than the {len(source)} rows of the input: name another --output")
-    if row.get("sample") != number % asking.n or any(
-        _json(row.get(name)) != _json(source[i].get(name)) for name in ("prompt", "messages")):
+    asks, answers = (jsonl.encode([x.get(name) for name in ("prompt", "messages")], exact=True)
+                     for x in (source[i], row))
+    if row.get("sample") != number % asking.n or asks != answers:
       raise ValueError(f"{output}:{number + 1} answers something else than {source.where(i)} asks: name "
                        "another --output, or delete it")
     size += len(line)
@@ -184,11 +181,6 @@ def _lines(path):
         except ValueError:
           row = None
         yield line, row if isinstance(row, dict) else None
-
-
-def _json(value, **options):
-  """JSON of a value of a source, with all digits; what JSON has no notion of as a list or text."""
-  return json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v), **options)
 
 
 def _append(file, lines):

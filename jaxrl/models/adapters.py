@@ -7,8 +7,8 @@ adapter has two matrices in float32, and all adapters of a model act together:
 
 `scale` is `alpha / rank`, or `alpha / sqrt(rank)` with `rank_stabilized` (rsLoRA, arXiv:2312.03732). `A` is
 drawn as PEFT draws it and `B` is 0, so that a new adapter changes nothing. Experts have none, but their
-router has. In a model with adapters nothing
-else is trained but heads and a critic: gradients, moments and frozen models are of these parameters only.
+router has. In a model with adapters nothing else is trained but heads and a critic: gradients, moments and
+frozen models are of these parameters only.
 """
 
 from collections.abc import Mapping, Sequence

@@ -21,10 +21,7 @@ import jax
 import ml_collections
 
 from jaxrl import chips
-from jaxrl import compose
-from jaxrl import config as configs
 from jaxrl import sharding
-from jaxrl.models import adapters
 from jaxrl.models import DecoderConfig
 from jaxrl.models import pretrained
 from jaxrl.planning import programs
@@ -35,7 +32,6 @@ from jaxrl.training import inputs
 from jaxrl.training import pieces
 from jaxrl.training import refusals
 from jaxrl.training import sources
-from jaxrl.training import state as states
 from jaxrl.training import transfer
 from jaxrl.training.shapes import PAIRED
 from jaxrl.training.shapes import Shape
@@ -167,18 +163,9 @@ def plan(config: ml_collections.ConfigDict, target: chips.Target, workdir: pathl
     config = _with_shape(config, place, notes)
     mesh, sampling_mesh = transfer.make_meshes(config.mesh)
     source, tokenizer = _data(config, place, notes)
-    decoder = inputs.decoder_config(config.model, tokenizer)
-    sharding.check_divisible(decoder, mesh)
-    sources.check_start(config, decoder)
-    if decoder.adapters:
-      adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
-    phases = [builders.make_phase(config, index, name, decoder, mesh, tokenizer)
-              for index, name in enumerate(configs.phase_names(config))]
-    refusals.check_frozen(phases)
+    decoder, phases = builders.make_phases(config, mesh, sampling_mesh, tokenizer)
     for phase in phases:
-      refusals.check_phase(phase, mesh, [None], [None])
-    refusals.check_lengths(phases, decoder, config.data)
-    refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
+      refusals.check_phase(phase, mesh, [None], [None])  # taken to have problems held out
     sizes = _sizes(config, phases, source, tokenizer)
     planners = {m: sampling.Planner(config, decoder, m) for m in (mesh, sampling_mesh)}
     found = [_phase(config, phase, sizes[phase.name], mesh, planners,
@@ -281,8 +268,5 @@ def _sizes(config, phases, source, tokenizer):
   if source is None:
     limits = {True: 2 * (d.max_prompt_tokens + d.max_completion_tokens), False: d.max_prompt_tokens}
     return {p.name: ([limits[p.kind in PAIRED]] if d.max_prompt_tokens else [], ()) for p in phases}
-  builder = inputs.builder(config, tokenizer)
-  paired = any(p.kind in PAIRED or pieces.asks_pairs(p.settings) for p in phases)
-  ranges = compose.ranges_of([term for p in phases for term in p.learning.terms])
-  pair_builder = inputs.pair_builder(config, builder, ranges) if paired else None
-  return {p.name: builders.sizes_of(p, builder, pair_builder, source) for p in phases}
+  readers = builders.make_readers(config, phases, tokenizer)
+  return {p.name: builders.sizes_of(p, *readers, source) for p in phases}

@@ -91,7 +91,7 @@ def calls_of(phase: Any, prompt: int, problems: int, mesh: jax.sharding.Mesh) ->
   for what, prompts, samples in wanted:
     if samples:
       requests = [Request([0] * max(prompt, 1), samples, (0, 0, i), params) for i in range(prompts)]
-      count = max(1, min(streams, s.rollout.max_rows // max(samples, batching.MIN_STREAM_ROWS)))
+      count = batching.streams_for(samples, s.rollout.max_rows, streams)
       calls = list(batching.layout(requests, s.rollout.max_rows // count, count, shards))
       found += [Call(what, requests, *call, min(count, len(calls))) for call in calls]
   return found

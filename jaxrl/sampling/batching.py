@@ -35,6 +35,12 @@ def fine_bucket(size: int) -> int:
   return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power
 
 
+def streams_for(widest: int, max_rows: int, streams: int) -> int:
+  """Device calls at the same time for requests of at most `widest` samples: one may take the rows of
+  several streams, so as not to be read twice."""
+  return max(1, min(streams, max_rows // max(widest, MIN_STREAM_ROWS)))
+
+
 def layout(requests: Sequence[Request], max_rows: int, streams: int = 1, shards: int = 1
            ) -> Iterator[tuple[list[Slot], int]]:
   """Distributes requests over device calls.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl import sharding
 from jaxrl.models.decoder import DecoderConfig
 from jaxrl.sampling import generate, precision
-from jaxrl.sampling.batching import MIN_STREAM_ROWS, layout
+from jaxrl.sampling.batching import layout, streams_for
 from jaxrl.sampling.device_call import CHUNK, DeviceCall
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.stopping import StopStrings, cut, lengths
@@ -125,8 +125,7 @@ class Sampler:
     self.statistics = Statistics()
     results = _Results(requests, on_done, on_tokens)
     widest = max((request.n for request in requests), default=1)
-    # A request with many samples may take the rows of several streams, so as not to be read twice.
-    streams = max(1, min(self._streams, self._max_rows // max(widest, MIN_STREAM_ROWS)))
+    streams = streams_for(widest, self._max_rows, self._streams)
     shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
     calls = list(layout(requests, self._max_rows // streams, streams, shards))
 

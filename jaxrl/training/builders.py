@@ -119,30 +119,19 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   Raises:
     ValueError: whatever is wrong with the config, its data, tokenizer, mesh or pieces.
   """
-  names = configs.phase_names(config)
+  configs.phase_names(config)  # or an error, before any file is opened
   mesh, sampling_mesh = transfer.make_meshes(config.mesh)
   splits = {split: inputs.open_split(config, split) for split in inputs.SPLITS}
   if splits["train"] is None:
     raise ValueError("config.data.train is empty; name a file, tfds:NAME:SPLIT or task:NAME")
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
-  decoder = inputs.decoder_config(config.model, tokenizer)
-  sharding.check_divisible(decoder, mesh)
-  sources.check_start(config, decoder)
-  if decoder.adapters:
-    adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
-  builder = inputs.builder(config, tokenizer)
-  phases = [make_phase(config, index, name, decoder, mesh, tokenizer) for index, name in enumerate(names)]
-  refusals.check_frozen(phases)
-  paired = any(phase.kind in PAIRED or pieces.asks_pairs(phase.settings) for phase in phases)
-  ranges = compose.ranges_of([term for phase in phases for term in phase.learning.terms])
-  pair_builder = inputs.pair_builder(config, builder, ranges) if paired else None
+  decoder, phases = make_phases(config, mesh, sampling_mesh, tokenizer)
+  builder, pair_builder = make_readers(config, phases, tokenizer)
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
     refusals.check_phase(phase, mesh, held_out["validation"], pairs["validation"])
   shapes = {phase.name: make_shape(phase, decoder, mesh, *sizes_of(
       phase, builder, pair_builder, splits["train"])) for phase in phases if phase.kind != "evaluate"}
-  refusals.check_lengths(phases, decoder, config.data)
-  refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
   initializing = Aside()
   if fresh and sources.begins(config):
     if unread := pretrained.check(pretrained.resolve(config.model.source), decoder):
@@ -418,13 +407,36 @@ def _correct(parts, phase):
   return phase.settings.evaluate.correct or parts.scorer.labels[0]
 
 
-def make_phase(config: ml_collections.ConfigDict, index: int, name: str, decoder: DecoderConfig,
-               mesh: jax.sharding.Mesh, tokenizer: data.Tokenizer) -> Phase:
-  """A phase of a config.
+def make_phases(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh,
+                tokenizer: data.Tokenizer) -> tuple[DecoderConfig, list[Phase]]:
+  """The model and the phases of a config, refused where they do not go together, whatever the data is.
 
   Raises:
-    ValueError: a mistake in its settings or pieces.
+    ValueError: a mistake in the model, in settings or in pieces.
   """
+  decoder = inputs.decoder_config(config.model, tokenizer)
+  sharding.check_divisible(decoder, mesh)
+  sources.check_start(config, decoder)
+  if decoder.adapters:
+    adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
+  phases = [_phase(config, index, name, decoder, mesh, tokenizer)
+            for index, name in enumerate(configs.phase_names(config))]
+  refusals.check_frozen(phases)
+  refusals.check_lengths(phases, decoder, config.data)
+  refusals.check_ahead(phases, decoder, mesh, sampling_mesh)
+  return decoder, phases
+
+
+def make_readers(config: ml_collections.ConfigDict, phases: Sequence[Phase], tokenizer: data.Tokenizer
+                 ) -> tuple[data.TaskBuilder, data.PairBuilder | None]:
+  """What makes tasks of rows, and pairs of answers if a phase compares any."""
+  builder = inputs.builder(config, tokenizer)
+  paired = any(phase.kind in PAIRED or pieces.asks_pairs(phase.settings) for phase in phases)
+  ranges = compose.ranges_of([term for phase in phases for term in phase.learning.terms])
+  return builder, inputs.pair_builder(config, builder, ranges) if paired else None
+
+
+def _phase(config, index, name, decoder, mesh, tokenizer):
   settings = configs.phase_config(config, name)
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:

@@ -102,13 +102,24 @@ def jsonable(value: Any) -> Any:
   return str(value)
 
 
-def encode(row: Any) -> bytes:
-  """One line of strict JSON in UTF-8; lone surrogates, which UTF-8 cannot hold, stay escaped."""
-  row = jsonable(row)
+def encode(row: Any, *, exact: bool = False) -> bytes:
+  """One line of JSON in UTF-8; lone surrogates, which UTF-8 cannot hold, stay escaped.
+
+  Args:
+    exact: floats keep all digits, and NaN is what `json` writes for it, so that what was read from JSON is
+      read again; it is strict JSON otherwise, see `jsonable`.
+  """
+  how = dict(default=_plain) if exact else dict(allow_nan=False)
+  row = row if exact else jsonable(row)
   try:
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(row, ensure_ascii=False, **how) + "\n").encode()
   except UnicodeEncodeError:
-    return (json.dumps(row, allow_nan=False) + "\n").encode()
+    return (json.dumps(row, **how) + "\n").encode()
+
+
+def _plain(value):
+  """What JSON has no notion of, as a list or text."""
+  return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def write_json(path: pathlib.Path, value: Any, *, exact: bool = False) -> None:

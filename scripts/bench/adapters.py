@@ -50,10 +50,6 @@ def parts_of(model, place):
   return builders.build_parts(config, pathlib.Path(place), print)
 
 
-def bytes_of(tree):
-  return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def memory(parts):
   """Bytes of the state of the GRPO phase, and of its update."""
   phase = next(phase for phase in parts.phases if phase.kind == "rl")
@@ -69,8 +65,8 @@ def memory(parts):
   began = time.process_time()
   found = lowered.compile()
   seconds, used = time.process_time() - began, found.memory_analysis()
-  return dict(parameters=bytes_of(abstract.params), optimizer=bytes_of(abstract.opt_state),
-              reference=bytes_of(abstract.frozen), compile_cpu_seconds=seconds,
+  return dict(parameters=sharding.bytes_of(abstract.params), optimizer=sharding.bytes_of(abstract.opt_state),
+              reference=sharding.bytes_of(abstract.frozen), compile_cpu_seconds=seconds,
               update=used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
               + used.temp_size_in_bytes)
 
