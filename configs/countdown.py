@@ -14,9 +14,5 @@ TASK = {
 
 def get_config():
   config = grpo.get_config()
-  config.data.train = config.data.validation = config.data.test = TASK["data.train"]
-  config.data.task = TASK["data.task"]
-  config.tokenizer.alphabet = TASK["tokenizer.alphabet"]
-  config.rollout.max_tokens = TASK["rollout.max_tokens"]
-  config.reward.criteria = TASK["reward.criteria"]
+  config.update_from_flattened_dict(TASK)
   return config
