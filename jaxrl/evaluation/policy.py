@@ -58,6 +58,7 @@ def evaluate(rollouts: Rollouts, params: Any, tasks: Sequence[Task], *, correct:
     session = Rollouts(ask, rollouts.sampler, rollouts.tokenizer, rollouts.scorer,
                        templates=rollouts.templates, likelihood=rollouts.likelihood,
                        report=rollouts.report, max_failure_rate=rollouts.max_failure_rate,
+                       end_id=rollouts.end_id,
                        sampling=dataclasses.replace(rollouts.sampling, temperature=temperature,
                                                     top_k=0, top_p=1.0, min_p=0.0))
     asked = [task for task in tasks for _ in range(n)] if episode else tasks

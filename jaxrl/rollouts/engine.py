@@ -197,7 +197,7 @@ class EpisodeContext:
     return self._rollouts.tokenizer.encode(text)
 
   def solved(self, task: Task) -> Trajectory:
-    """The task's own solution as a completion, with EOS, all of it under the loss mask.
+    """The task's own solution as a completion, with what ends answers, all of it under the loss mask.
 
     Raises:
       ValueError: the task has none.
@@ -205,7 +205,10 @@ class EpisodeContext:
     if not task.solution:
       raise ValueError(f"task {task.id!r} has no solution to learn from; config.data.solution names "
                        "its field")
-    return supervised(task, self._rollouts.tokenizer)
+    tokenizer, end = self._rollouts.tokenizer, self._rollouts.end_id
+    end = tokenizer.eos_id if end is None else end
+    reply = [*tokenizer.encode(task.solution), end]  # of this solution, whatever was read with the task
+    return supervised(dataclasses.replace(task, reply=reply, said=[]), tokenizer)
 
   def compared(self, task: Task) -> list[Trajectory]:
     """The answers that the task's row holds for comparison, in group 0, all of them under the loss mask
@@ -278,7 +281,7 @@ class Rollouts:
                templates: Mapping[str, str] | None = None, max_failure_rate: float = 0.1,
                report: Callable[[str], None] = print, likelihood: Likelihood | None = None,
                pairs: PairBuilder | None = None, seed: int = 0,
-               schedules: Mapping[str, Schedule] | None = None):
+               schedules: Mapping[str, Schedule] | None = None, end_id: int | None = None):
     """Args:
       episode: `async (ctx, task) -> list[Trajectory]`, with its keyword arguments bound.
       sampler, tokenizer, scorer: serve the episodes' requests.
@@ -291,6 +294,7 @@ class Rollouts:
       pairs: reads the answers that rows hold, None if episodes ask for none.
       seed: of `ctx.rng`.
       schedules: of fields of `sampling`.
+      end_id: token that ends a written answer, such as that of a turn; None is EOS.
     """
     self.episode, self.sampler, self.tokenizer, self.scorer = episode, sampler, tokenizer, scorer
     self.sampling, self.templates = sampling, templates or {}
@@ -299,7 +303,7 @@ class Rollouts:
     self.memory: dict[str, Any] = {}
     self.drawn = np.zeros(2, np.int64)  # samples so far, and their tokens, whatever became of them
     self.likelihood = likelihood
-    self.pairs, self.seed, self.schedules = pairs, seed, schedules or {}
+    self.pairs, self.seed, self.schedules, self.end_id = pairs, seed, schedules or {}, end_id
     self._failed = collections.deque(maxlen=WINDOW)
 
   def stop(self) -> None:

@@ -383,7 +383,7 @@ def _rollouts(parts, phase, sampler):
       sampling=pieces.sampling(r, parts.builder.stop_ids), templates=r.templates,
       max_failure_rate=r.max_failure_rate, report=parts.report,
       likelihood=Likelihood(parts.decoder, mesh=mesh, temperature=r.temperature or 1.0),
-      pairs=parts.pair_builder, seed=parts.config.seed,
+      pairs=parts.pair_builder, seed=parts.config.seed, end_id=parts.builder.turn_end,
       schedules={name.removeprefix("rollout."): of for name, of in pieces.schedules(phase.settings).items()
                  if name.startswith("rollout.")})
 

@@ -1,6 +1,7 @@
 """Episodes: what they get does not depend on their neighbours."""
 
 import asyncio
+import dataclasses
 import functools
 import threading
 
@@ -356,3 +357,13 @@ def test_all_samples_are_counted_whatever_becomes_of_them(world, tasks_of):
     rollouts_.run({"params": None}, tasks_of(3), base_key="base", key=(0, calls))
     sequences, tokens = rollouts_.drawn
     assert sequences == calls * 3 * (4 + 2) and tokens == 3 * sequences
+
+
+def test_a_solution_is_written_anew_and_ends_as_answers_do(world, tasks_of):
+  """Whatever a chat template wrote for the solution that the task was read with."""
+  async def imitated(ctx, task):
+    return [ctx.solved(dataclasses.replace(task, solution="no", reply=[7, 7], said=[True] * len(task.prompt)))]
+  tasks = tasks_of(1)
+  t, = world.run(imitated, tasks, end_id=ord("$"))
+  assert list(map(chr, t.tokens)) == [*"0?no$"]
+  assert t.loss_mask.tolist() == [False, False, True, True, True]
