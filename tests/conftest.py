@@ -8,13 +8,24 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")  # threads: see sharding.start_distributed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave the user's own cache alone
 
 import hypothesis
 import pytest
 
+from jaxrl.training import compilation
+
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("JAXRL_DATA", ROOT.parent / "shared" / "data"))
+
+# Programs of tests are kept from run to run, apart from the user's own. Half of what a first run takes
+# is compilation; JAX_ENABLE_COMPILATION_CACHE=false does without.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+if PROGRAMS := compilation.default_root(os.environ):
+  PROGRAMS = PROGRAMS.parent / "test-programs"
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS / compilation.machine_key()))
+  if "PYTEST_XDIST_WORKER" not in os.environ:
+    compilation.trim(PROGRAMS, compilation.LIMIT)
+compilation.use_cache(compilation.OFF, print)
 
 hypothesis.settings.register_profile("jaxrl", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("jaxrl")

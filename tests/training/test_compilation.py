@@ -43,6 +43,7 @@ def run(place, name, *arguments, **environment):
   (place / "varying.py").write_text(CONFIG)
   environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
                               "JAX_ENABLE_COMPILATION_CACHE": "true", **environment}
+  environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # that of tests would come before
   ended = subprocess.run(
       [sys.executable, "-m", "jaxrl", "run", "--config=varying.py", f"--workdir={name}", "--quiet",
        *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=900)

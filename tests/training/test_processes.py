@@ -112,10 +112,7 @@ class Running:
             env=os.environ | {
                 "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
-                "NPROC": "16", "JAX_ENABLE_COMPILATION_CACHE": "true",
-                "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                **several, **environment}))
+                "NPROC": "16", **several, **environment}))
 
   def said(self, index=0):
     return self.logs[index].read_text()
