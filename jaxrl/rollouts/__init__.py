@@ -7,13 +7,13 @@ from jaxrl.rollouts.calibration import log_confidence
 from jaxrl.rollouts.caps import capped_group
 from jaxrl.rollouts.collect import Collected
 from jaxrl.rollouts.collect import collect
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.corrections import recombined_corrections
 from jaxrl.rollouts.degeneration import punish_degenerate
 from jaxrl.rollouts.documents import predict_segments
 from jaxrl.rollouts.edits import best_and_worst
 from jaxrl.rollouts.edits import keep
 from jaxrl.rollouts.edits import mismatch_answers
-from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import EpisodeFailure
 from jaxrl.rollouts.engine import Rollouts
 from jaxrl.rollouts.episodes import group

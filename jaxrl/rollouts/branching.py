@@ -8,7 +8,7 @@ import numpy as np
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import Criterion, ok, unscorable
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.prefixes import continued, sample_prefixes
 
 THOUGHTS, ANSWERS = 0, 1  # groups of an episode

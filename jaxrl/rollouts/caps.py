@@ -3,7 +3,7 @@
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 
 async def capped_group(ctx: EpisodeContext, task: Task, *, samples: int, max_tokens: float

@@ -10,7 +10,7 @@ import numpy as np
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.prefixes import FIRST, SECOND
 
 ANCHOR = 3  # `Trajectory.tag_ids` of first answers that only `anchor_first_answers` trains on

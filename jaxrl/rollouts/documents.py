@@ -7,7 +7,7 @@ from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
 from jaxrl.rewards.continuations import SENTENCE
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 CONTINUE, FILL = "continue", "fill"  # templates of the two tasks
 

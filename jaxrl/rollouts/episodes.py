@@ -2,7 +2,7 @@
 
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 
 async def group(ctx: EpisodeContext, task: Task, *, samples: int) -> list[Trajectory]:

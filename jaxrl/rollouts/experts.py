@@ -3,7 +3,7 @@
 from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 
 @compose.supplies(columns=("expert",))

@@ -12,7 +12,7 @@ from jaxrl import rollouts
 from jaxrl.batch import PREFERENCE
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 
 @compose.supplies(columns=(PREFERENCE, "repairs"))

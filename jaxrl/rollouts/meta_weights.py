@@ -12,8 +12,8 @@ from jaxrl import compose
 from jaxrl.batch import PREFERENCE
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.edits import Step
-from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.engine import GROUPS_PER_EPISODE
 
 MEMORY = "meta_learner"  # key of `Step.memory`

@@ -16,8 +16,8 @@ from jaxrl.batch import Trajectory
 from jaxrl.objectives.next_tokens import TEXT
 from jaxrl.rewards import ok
 from jaxrl.rollouts.documents import document_of, opening
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.edits import Step
-from jaxrl.rollouts.engine import EpisodeContext
 from jaxrl.rollouts.prefixes import boundary_end
 
 TIERS = 3  # easy, medium, hard

@@ -3,7 +3,7 @@
 from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.prefixes import FIRST, SECOND, boundary_end
 
 UNDECIDED, ON, OFF = 0, 1, 2  # `Trajectory.columns["mode"]`

@@ -10,7 +10,7 @@ from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.evaluation.voting import vote
 from jaxrl.rewards import ok
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.prefixes import FIRST, continued, sample_prefixes
 
 TRAIN = ("alternate", "outlines", "paths", "both")

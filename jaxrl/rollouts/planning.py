@@ -7,7 +7,7 @@ import re
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.evaluation.voting import vote
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.prefixes import FIRST, SECOND, boundary_end, continued, sample_prefixes
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 
 from jaxrl.batch import Trajectory
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 FIRST, SECOND = 1, 2  # `Trajectory.tag_ids` up to the end of a boundary, and behind it
 

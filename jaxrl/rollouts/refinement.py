@@ -5,7 +5,7 @@ import numpy as np
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 PICKS = ("best", "random", "worst")
 

@@ -7,7 +7,7 @@ from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 EFFICIENCY = ("none", "product", "sum")
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
+from jaxrl.rollouts.context import EpisodeContext
 from jaxrl.rollouts.edits import Step
-from jaxrl.rollouts.engine import EpisodeContext
 
 MEMORY = "to_verify"  # key of `Step.memory`
 

@@ -11,7 +11,7 @@ from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 
 @compose.needs("reference")

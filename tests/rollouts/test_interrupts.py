@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from jaxrl.rollouts import engine
+from jaxrl.rollouts import event_loops
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -12,7 +12,7 @@ def test_signals_are_handled_at_the_end_of_the_block(number):
   seen, order = [], []
   old = signal.signal(number, lambda n, _: seen.append((n, list(order))))
   try:
-    with engine._interrupts_wait():
+    with event_loops.interrupts_wait():
       signal.raise_signal(number)
       order.append("block went on")
     assert seen == [(number, ["block went on"])]
@@ -24,5 +24,5 @@ def test_signals_are_handled_at_the_end_of_the_block(number):
 
 def test_a_deferred_interrupt_is_still_raised():
   with pytest.raises(KeyboardInterrupt):
-    with engine._interrupts_wait():
+    with event_loops.interrupts_wait():
       signal.raise_signal(signal.SIGINT)

@@ -3,7 +3,7 @@
 import types
 
 from jaxrl.data.tokenizers import CharacterTokenizer
-from jaxrl.rollouts.engine import EpisodeContext
+from jaxrl.rollouts.context import EpisodeContext
 
 
 def context(tokenizer):
