@@ -12,6 +12,7 @@ from typing import Any
 from jaxrl import data
 from jaxrl.inference import chat
 from jaxrl.inference import files
+from jaxrl.inference import recommended
 from jaxrl.inference import served
 from jaxrl.inference.screen import Screen
 from jaxrl.sampling import SamplingParams
@@ -41,7 +42,7 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
     as_json: an object for each answer instead of its text.
     batch: as in `files.answer_file`.
     dtype, tensor: as in `served.load`.
-    quiet: answers, and nothing about them.
+    quiet: answers, and nothing about them but what the model asks for and does not get.
 
   Raises:
     BadRow: of the input, with file and line.
@@ -49,7 +50,7 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
   """
   interactive = talk or (prompt is None and not input and sys.stdin.isatty())
   _check(prompt, input, output, interactive, samples, seed, batch, as_json, logprobs)
-  how = _settings(SamplingParams(served.MAX_TOKENS), settings, stop)  # refused before a model is read
+  how = _settings(SamplingParams(recommended.MAX_TOKENS), settings, stop)  # refused before a model is read
   source = data.open_source(input) if input else None
   if hasattr(sys.stdin, "reconfigure"):
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text, which tokenizers refuse by name
@@ -62,8 +63,13 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
   compilation.use_cache("", note)
   loaded = served.load(model, dtype=dtype, tensor=tensor)
   how = _settings(loaded.defaults, settings, stop)
-  note(f"{' checkpoint '.join(map(str, loaded.identity.values()))}, {loaded.decoder.dtype}: "
-       + ", ".join(f"{name} {getattr(how, name):g}" for name in SETTINGS) + f", seed {seed}")
+  if loaded.unheeded:
+    print(f"jaxrl: {loaded.unheeded}", file=sys.stderr, flush=True)  # however quiet it is to be
+  all_of_them, *vain = recommended.in_force(how, settings, samples)
+  note(f"{' checkpoint '.join(map(str, loaded.identity.values()))}, {loaded.decoder.dtype}: {all_of_them}, "
+       f"seed {seed}")
+  for line in vain:
+    note(line)
   if source is not None:
     asking = files.Asking(how, samples, seed, system, raw, logprobs)
     return _file(loaded, source, pathlib.Path(output), asking, batch, terminal, note)

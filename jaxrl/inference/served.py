@@ -13,6 +13,7 @@ from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
 from jaxrl.data import templates
+from jaxrl.inference.recommended import recommended
 from jaxrl.models import DecoderConfig
 from jaxrl.models import families
 from jaxrl.models import pretrained
@@ -27,7 +28,6 @@ from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.reward_models import newest
 
-MAX_TOKENS = 512  # of an answer of a published model, unless said otherwise
 FOR_WATCHING = 4  # tokens between two looks of the host while somebody reads along
 DTYPES = ("float32", "bfloat16")
 
@@ -59,6 +59,7 @@ class Model:
     chats: prompts are messages of a chat, which its template writes.
     template: what a prompt is put into, parsed; None if that asks for more than a question.
     max_positions: tokens that it can read, 0 if nothing says so.
+    unheeded: what it asks for that is not done, for people; empty if there is nothing.
   """
 
   identity: Mapping[str, Any]
@@ -70,6 +71,7 @@ class Model:
   chats: bool
   template: Sequence[tuple[str, str | None]] | None = (("", "question"),)
   max_positions: int = 0
+  unheeded: str = ""
 
   def prompt(self, text: str, system: str = "", raw: bool = False) -> list[int]:
     """Token ids of a prompt: a message of the user, or a text to continue.
@@ -245,6 +247,7 @@ def _published(model, dtype, mesh):
   if not architecture.endswith("ForCausalLM"):
     raise ValueError(f"--model={model} is a {architecture}, which gives scores and writes no text")
   tokenizer = data.load_tokenizer(place)
+  defaults, unheeded = recommended(place, tokenizer)
   stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
   dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
   fields = dict(configs.import_file(configs.SHIPPED / "base.py").get_config().model)
@@ -253,8 +256,8 @@ def _published(model, dtype, mesh):
   decoder, wanted = _wanted(decoder, dtype, mesh)
   params = pretrained.load_parameters(place, decoder, wanted)
   named = str(place.absolute()) if pathlib.Path(model).expanduser().is_dir() else model
-  return Model(dict(model=named), tokenizer, decoder, params, mesh, _recommended(place, tokenizer),
-               tokenizer.chats, max_positions=hf.get("max_position_embeddings") or 0)
+  return Model(dict(model=named), tokenizer, decoder, params, mesh, defaults, tokenizer.chats,
+               max_positions=hf.get("max_position_embeddings") or 0, unheeded=unheeded)
 
 
 def _wanted(decoder, dtype, mesh):
@@ -263,17 +266,3 @@ def _wanted(decoder, dtype, mesh):
     decoder = dataclasses.replace(decoder, dtype=dtype, param_dtype=dtype)
   sharding.check_divisible(decoder, mesh)
   return decoder, {"params": states.abstract_parameters(decoder, mesh)["params"]}
-
-
-def _recommended(place, tokenizer):
-  """How a published model samples, by its generation_config.json, and where it stops."""
-  path = place / pretrained.GENERATION
-  says = pretrained.read_json(place, pretrained.GENERATION) if path.exists() else {}
-  names = ("temperature", "top_k", "top_p", "min_p") if says.get("do_sample") else ()
-  turn = data.end_of_turn(tokenizer)
-  stops = (tokenizer.eos_id, *sources.stop_ids(place), *([] if turn is None else [turn]))
-  try:
-    return SamplingParams(max_tokens=MAX_TOKENS, stop_ids=tuple(dict.fromkeys(stops)),
-                          **{name: says[name] for name in names if says.get(name) is not None})
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error

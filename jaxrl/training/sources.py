@@ -125,11 +125,18 @@ def _fill_adapters(config, kept, decoder, architecture):
 
 
 def stop_ids(place: pathlib.Path) -> tuple[int, ...]:
-  """Tokens that end what the model says: chat models have several, and one of them is EOS."""
+  """Tokens that end what the model says: chat models have several, and one of them is EOS.
+
+  Raises:
+    ValueError: something else than ids.
+  """
   if not (place / pretrained.GENERATION).exists():
     return ()
   ids = pretrained.read_json(place, pretrained.GENERATION).get("eos_token_id")
-  return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+  found = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+  if not all(type(i) is int and i >= 0 for i in found):
+    raise ValueError(f"{place / pretrained.GENERATION}: eos_token_id={ids!r} is no token id, nor a list of these")
+  return found
 
 
 def _place(config, workdir):
