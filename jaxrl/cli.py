@@ -100,7 +100,7 @@ def _sample(options):
       from jaxrl.inference import sample
     settings = {name: given[name] for name in sample.SETTINGS if given[name] is not None}
     names = ("prompt", "input", "output", "system", "raw", "samples", "seed", "logprobs", "batch", "dtype",
-             "tensor", "quiet")
+             "tensor", "date", "quiet")
     sample.sample(options.model, talk=options.chat, stop=tuple(options.stop), as_json=options.json,
                   settings=settings, **{name: given[name] for name in names})
   except KeyboardInterrupt:
@@ -366,6 +366,8 @@ def _add_sample(commands):
   sample.add_argument("--batch", type=int, default=64, metavar="N", help="samples at the same time (64)")
   sample.add_argument("--dtype", default="", metavar="TYPE", help="float32 or bfloat16 (the model's own)")
   sample.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share a copy of it (1)")
+  sample.add_argument("--date", default="", metavar="YYYY-MM-DD",
+                      help="that the chat template writes, if it writes one (that of the run, or today)")
   sample.add_argument("--quiet", action="store_true", help="answers alone, no notes")
 
 

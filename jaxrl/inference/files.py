@@ -132,10 +132,23 @@ def _checked(messages):
   return messages
 
 
+def date_of(output: pathlib.Path) -> str:
+  """The date that chats have in an output, which may have been begun on another day; "" if it has none."""
+  try:
+    return json.loads(_settings(output).read_text()).get("date", "") if output.exists() else ""
+  except (OSError, ValueError):
+    return ""
+
+
+def _settings(output):
+  return output.with_name(output.name + ".settings.json")
+
+
 def _begun(model, source, output, asking):
   """How many rows are answered already, by the same command."""
-  settings = output.with_name(output.name + ".settings.json")
+  settings = _settings(output)
   own = {f.name: getattr(asking, f.name) for f in dataclasses.fields(asking) if f.name != "how"}
+  own |= {"date": model.tokenizer.date} if model.tokenizer.writes_date else {}
   now = {**model.identity, "dtype": model.decoder.dtype, **own, **dataclasses.asdict(asking.how)}
   now = json.loads(json.dumps(now))
   if output.exists() and output.stat().st_size:

@@ -27,7 +27,7 @@ SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
 def sample(model: str, *, prompt: str | None = None, input: str = "", output: str = "", talk: bool = False,
            system: str = "", raw: bool = False, samples: int = 1, seed: int = 0, stop: tuple[str, ...] = (),
            settings: Mapping[str, Any] = {}, as_json: bool = False, logprobs: bool = False, batch: int = 64,
-           dtype: str = "", tensor: int = 1, quiet: bool = False) -> None:
+           dtype: str = "", tensor: int = 1, date: str = "", quiet: bool = False) -> None:
   """Answers a prompt, or the rows of a file, or whoever is at the terminal.
 
   Args:
@@ -41,7 +41,7 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
     settings: of `SETTINGS`, in place of the model's own.
     as_json: an object for each answer instead of its text.
     batch: as in `files.answer_file`.
-    dtype, tensor: as in `served.load`.
+    dtype, tensor, date: as in `served.load`; an output that is continued has its date already.
     quiet: answers, and nothing about them but what the model asks for and does not get.
 
   Raises:
@@ -61,13 +61,14 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
   terminal = Terminal(quiet=quiet, stream=sys.stderr)
   note = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
   compilation.use_cache("", note)
-  loaded = served.load(model, dtype=dtype, tensor=tensor)
+  date = date or (files.date_of(pathlib.Path(output)) if output else "")
+  loaded = served.load(model, dtype=dtype, tensor=tensor, date=date)
   how = _settings(loaded.defaults, settings, stop)
   if loaded.unheeded:
     print(f"jaxrl: {loaded.unheeded}", file=sys.stderr, flush=True)  # however quiet it is to be
   all_of_them, *vain = recommended.in_force(how, settings, samples)
   note(f"{' checkpoint '.join(map(str, loaded.identity.values()))}, {loaded.decoder.dtype}: {all_of_them}, "
-       f"seed {seed}")
+       f"seed {seed}" + f", date {loaded.tokenizer.date}" * loaded.tokenizer.writes_date)
   for line in vain:
     note(line)
   if source is not None:

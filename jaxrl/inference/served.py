@@ -179,13 +179,14 @@ def seed_of(seed: int, number: int) -> int:
 # ------------------------------------------------------------------------------------------- loading
 
 
-def load(model: str, *, dtype: str = "", tensor: int = 1) -> Model:
+def load(model: str, *, dtype: str = "", tensor: int = 1, date: str = "") -> Model:
   """A model by the --workdir of a run, a directory as transformers writes it, or a hub id.
 
   Args:
     model: which one; of a run, the newest checkpoint.
     dtype: of weights and computation; "" is that of the run, or as a published model is stored.
     tensor: devices that share one copy of it.
+    date: what its chat template writes as the date; "" is that of the run, or today.
 
   Raises:
     ValueError: there is no such model, or it does not write text.
@@ -197,14 +198,14 @@ def load(model: str, *, dtype: str = "", tensor: int = 1) -> Model:
     mesh = sharding.make_mesh(tensor=tensor)
     place = pathlib.Path(model).expanduser().absolute()
     if place.is_dir() and "phases" in pretrained.read_json(place, pretrained.CONFIG):
-      return _of_run(place, dtype, mesh)
-    return _published(model, dtype, mesh)
+      return _of_run(place, dtype, mesh, date)
+    return _published(model, dtype, mesh, date)
   except ValueError as error:
     text = str(error).replace("config.model.source", "--model").replace("--config.mesh.tensor", "--tensor")
     raise ValueError(text.replace("config.rollout.", "--")) from error
 
 
-def _of_run(place, dtype, mesh):
+def _of_run(place, dtype, mesh, date):
   for needed in ("tokenizer", "checkpoints"):
     if not (place / needed).exists():
       raise ValueError(f"--model={place} has no {needed}: name the --workdir of a run that has saved a "
@@ -215,6 +216,7 @@ def _of_run(place, dtype, mesh):
     raise ValueError(f"--model={place} is a run whose last phase, {trained[-1]}, trained a reward model, which "
                      "gives scores and writes no text: name a run that ends in another")
   tokenizer = data.load_tokenizer(place / "tokenizer")
+  data.set_date(tokenizer, date, "--date")
   decoder = inputs.decoder_config(config.model, tokenizer)
   last = configs.phase_config(config, config.phases[-1])
   number = newest(place)
@@ -240,13 +242,14 @@ def _asked(template):
     return None
 
 
-def _published(model, dtype, mesh):
+def _published(model, dtype, mesh, date):
   place = pretrained.resolve(model)
   hf = pretrained.read_json(place, pretrained.CONFIG)
   architecture = families.architecture_of(hf)
   if not architecture.endswith("ForCausalLM"):
     raise ValueError(f"--model={model} is a {architecture}, which gives scores and writes no text")
   tokenizer = data.load_tokenizer(place)
+  data.set_date(tokenizer, date, "--date")
   defaults, unheeded = recommended(place, tokenizer)
   stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
   dtype = dtype or ("float32" if stored == "float32" else "bfloat16")

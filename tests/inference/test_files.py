@@ -1,13 +1,15 @@
 """Prompts in a file: against the command that asks one, against itself, and against bad rows."""
 
 import json
+import shutil
 
 import pytest
 
 from jaxrl import cli, data
+from jaxrl.data import dates
 from jaxrl.inference import files, served
 from jaxrl.sampling import SamplingParams
-from tests.inference.asked import ask, FEW, lines_of, refused
+from tests.inference.asked import ask, CHATML, FEW, lines_of, refused
 
 EXACT = {"score": 0.12345678901234567, "big": 2 ** 60 + 1, "none": None, "not": float("nan"),
          "list": [1e-9, "é"]}
@@ -132,3 +134,27 @@ def test_a_bad_row_is_named_with_its_line(model, tmp_path, line, said):
   with pytest.raises(data.BadRow, match=r"in\.jsonl:2: .*" + said):
     files.answer_file(model, data.open_source(str(tmp_path / "in.jsonl")), tmp_path / "out.jsonl", asking)
   assert not list(tmp_path.glob("out*"))
+
+
+def test_a_date_in_the_template_is_that_of_the_first_command(tiny, tmp_path, monkeypatch, capsys):
+  place = tmp_path / "dated"
+  shutil.copytree(tiny, place)
+  (place / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + CHATML)
+  (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n{"prompt": "you"}\n')
+
+  def on(day, name, *more):
+    monkeypatch.setattr(dates, "today", lambda: day)
+    cli.main(["sample", f"--model={place}", f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / name}",
+              "--logprobs", "--max_tokens=3", *more])
+    assert f", date {more[0][-10:] if more else '2025-01-05'}" in capsys.readouterr().err
+    return (tmp_path / name).read_bytes()
+  whole = on("2025-01-05", "out.jsonl")
+  (tmp_path / "out.jsonl").write_bytes(whole.splitlines(keepends=True)[0])
+  assert on("2025-01-06", "out.jsonl") == whole
+  assert on("2026-01-06", "again.jsonl", "--date=2025-01-05") == whole
+  assert on("2025-01-05", "other.jsonl", "--date=2025-01-06") != whole
+  said = refused(capsys, f"--model={place}", f"--input={tmp_path / 'in.jsonl'}",
+                 f"--output={tmp_path / 'out.jsonl'}", "--logprobs", "--max_tokens=3", "--date=2025-01-07", "--quiet")
+  assert "date was '2025-01-05' and is '2025-01-07'" in said
+  assert "no chat template that writes the date" in refused(
+      capsys, f"--model={tiny}", "--prompt=a", "--date=2025-01-07")
