@@ -345,7 +345,7 @@ def _add_sample(commands):
              "transformers reads it: temperature 0 unless it says do_sample. What that file leaves out is off "
              "(max_tokens is 512), and without it a sample is the model's own, at temperature 1.")
   sample.add_argument("--model", required=True, metavar="MODEL",
-                      help="--workdir of a run, or directory or hub id of a published model")
+                      help="--workdir of a run, or directory or hub id of a published model or adapter")
   sample.add_argument("--prompt", metavar="TEXT", help="to answer")
   sample.add_argument("--input", default="", metavar="FILE", help="rows to answer")
   sample.add_argument("--output", default="", metavar="FILE", help="where their answers go, JSON lines")

@@ -15,7 +15,9 @@ from jaxrl import sharding
 from jaxrl.data import templates
 from jaxrl.inference.recommended import recommended
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import families
+from jaxrl.models import peft
 from jaxrl.models import pretrained
 from jaxrl.models import rope_configs
 from jaxrl.sampling import Request
@@ -180,7 +182,7 @@ def seed_of(seed: int, number: int) -> int:
 
 
 def load(model: str, *, dtype: str = "", tensor: int = 1, date: str = "") -> Model:
-  """A model by the --workdir of a run, a directory as transformers writes it, or a hub id.
+  """A model by the --workdir of a run, a directory as transformers or PEFT writes it, or a hub id.
 
   Args:
     model: which one; of a run, the newest checkpoint.
@@ -197,7 +199,8 @@ def load(model: str, *, dtype: str = "", tensor: int = 1, date: str = "") -> Mod
   try:
     mesh = sharding.make_mesh(tensor=tensor)
     place = pathlib.Path(model).expanduser().absolute()
-    if place.is_dir() and "phases" in pretrained.read_json(place, pretrained.CONFIG):
+    if place.is_dir() and not peft.is_adapter(place) and "phases" in pretrained.read_json(
+        place, pretrained.CONFIG):
       return _of_run(place, dtype, mesh, date)
     return _published(model, dtype, mesh, date)
   except ValueError as error:
@@ -244,20 +247,25 @@ def _asked(template):
 
 def _published(model, dtype, mesh, date):
   place = pretrained.resolve(model)
-  hf = pretrained.read_json(place, pretrained.CONFIG)
+  base = pretrained.resolve(peft.base_of(place)) if peft.is_adapter(place) else place
+  hf = pretrained.read_json(base, pretrained.CONFIG)
   architecture = families.architecture_of(hf)
   if not architecture.endswith("ForCausalLM"):
     raise ValueError(f"--model={model} is a {architecture}, which gives scores and writes no text")
-  tokenizer = data.load_tokenizer(place)
+  tokenizer = data.load_tokenizer(place if (place / "tokenizer.json").exists() else base)
   data.set_date(tokenizer, date, "--date")
-  defaults, unheeded = recommended(place, tokenizer)
+  defaults, unheeded = recommended(place if (place / pretrained.GENERATION).exists() else base, tokenizer)
   stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
   dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
   fields = dict(configs.import_file(configs.SHIPPED / "base.py").get_config().model)
   found = {k: v for k, v in families.settings(hf).items() if k != "heads_on_top"}
+  if base != place:
+    fields["adapters"] = dict(default=peft.settings(place, DecoderConfig(**found), architecture))
   decoder = inputs.decoder_config({**fields, **found}, tokenizer)
   decoder, wanted = _wanted(decoder, dtype, mesh)
-  params = pretrained.load_parameters(place, decoder, wanted)
+  params = pretrained.load_parameters(base, decoder, wanted)
+  if base != place:
+    params = adapters.joined(params, peft.load(place, decoder, architecture, "default", wanted))
   named = str(place.absolute()) if pathlib.Path(model).expanduser().is_dir() else model
   return Model(dict(model=named), tokenizer, decoder, params, mesh, defaults, tokenizer.chats,
                max_positions=hf.get("max_position_embeddings") or 0, unheeded=unheeded)

@@ -61,7 +61,7 @@ def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_colle
   if wrong:
     raise ValueError(f"config.model.source={source!r} contradicts other settings:\n  " + "\n  ".join(wrong)
                      + "\nleave them out of the config, or set them to what the model has")
-  config.rollout.stop_ids = config.rollout.stop_ids or stop_ids(place)
+  config.rollout.stop_ids = config.rollout.stop_ids or _all_stop_ids(config, place, kept)
   if config.tokenizer.kind == "character" and not config.tokenizer.alphabet:
     config.tokenizer.kind = "pretrained"
   return config
@@ -139,6 +139,12 @@ def stop_ids(place: pathlib.Path) -> tuple[int, ...]:
   return found
 
 
+def _all_stop_ids(config, place, kept):
+  """Those of a model, and of the adapters over it; a run that has begun has kept all in one file."""
+  more = [] if kept else [pretrained.resolve(source, weights=False) for source in of_adapters(config).values()]
+  return tuple(dict.fromkeys(i for own in (place, *more) for i in stop_ids(own)))
+
+
 def _place(config, workdir):
   """Where the model's config.json is: the workdir of a run that has begun, of the one that this one
   starts with, or the model itself."""
@@ -166,6 +172,9 @@ def keep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       if (place / name).exists():
         shutil.copyfile(place / name, kept / name)
     if of_adapters(config):
+      path, ids = kept / pretrained.GENERATION, _all_stop_ids(config, place, {})
+      says = pretrained.read_json(kept, path.name) if path.exists() else {}
+      pretrained.write_json(path, pretrained.ending(says, ids))
       pretrained.write_json(kept / ADAPTERS, dict(base=config.model.source, adapters={
           name: configs.to_dict(config.model.adapters[name]) for name in of_adapters(config)}))
 
