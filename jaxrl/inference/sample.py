@@ -21,6 +21,7 @@ from jaxrl.training import jsonl
 from jaxrl.training.terminal import Terminal
 
 BOUND = 2 ** 32
+BYTE_ORDER_MARK = "\ufeff"  # which some systems put in front of text
 SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
 
 
@@ -55,7 +56,7 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
   if hasattr(sys.stdin, "reconfigure"):
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text, which tokenizers refuse by name
   if prompt is None and not input and not interactive:
-    prompt = sys.stdin.read().removesuffix("\n")
+    prompt = sys.stdin.read().removeprefix(BYTE_ORDER_MARK).removesuffix("\n")
   if prompt == "":
     raise ValueError("the prompt is empty: say something, as --prompt=TEXT or through a pipe")
   terminal = Terminal(quiet=quiet, stream=sys.stderr)
@@ -68,14 +69,14 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
     print(f"jaxrl: {loaded.unheeded}", file=sys.stderr, flush=True)  # however quiet it is to be
   all_of_them, *vain = recommended.in_force(how, settings, samples)
   note(f"{' checkpoint '.join(map(str, loaded.identity.values()))}, {loaded.decoder.dtype}: {all_of_them}, "
-       f"seed {seed}" + f", date {loaded.tokenizer.date}" * loaded.tokenizer.writes_date)
+       f"seed {seed}" + (f", date {loaded.tokenizer.date}" if loaded.tokenizer.writes_date else ""))
   for line in vain:
     note(line)
   if source is not None:
     asking = files.Asking(how, samples, seed, system, raw, logprobs)
     return _file(loaded, source, pathlib.Path(output), asking, batch, terminal, note)
   if interactive:
-    read = _lines() if sys.stdin.isatty() else lambda _: builtins.input()
+    read = _lines() if sys.stdin.isatty() else lambda _: builtins.input().removeprefix(BYTE_ORDER_MARK)
     chat.chat(loaded, how, seed=seed, system=system, raw=raw, read=read, note=note)
     return None
   ids = loaded.prompt(prompt, system, raw)
@@ -94,6 +95,8 @@ def _check(prompt, input, output, interactive, samples, seed, batch, as_json, lo
         "--chat reads from the terminal: leave --prompt and --input out")
   check(input and pathlib.Path(input).resolve() == pathlib.Path(output).resolve(),
         f"--output={output} is the input: name another file")
+  check(output and pathlib.Path(output).exists() and not pathlib.Path(output).is_file(),
+        f"--output={output} is no file that can be continued: name one")
   check(interactive and (samples != 1 or as_json or logprobs),
         "--samples, --json and --logprobs are not for a chat: give a --prompt, or --input and --output")
   check(logprobs and not (as_json or input), "--logprobs are written with --json, or to an --output")

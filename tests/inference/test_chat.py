@@ -86,6 +86,7 @@ def test_a_pipe_holds_the_prompt_or_the_lines_of_a_chat(tiny, capsys, monkeypatc
   first = piped("hi\n")
   assert first == ask(capsys, f"--model={tiny}", FEW, "--temperature=0", "--quiet", "--prompt=hi")
   assert first and piped("hi\n/reset\nhi\n", "--chat") == first + first  # greedy
+  assert piped("\ufeffhi\n") == piped("\ufeffhi\n", "--chat") == first
 
 
 def test_bytes_that_are_no_text_are_named(tiny, capsys, monkeypatch):

@@ -107,6 +107,10 @@ BAD = [
     ('{"prompt": "a"', "not valid JSON"),
     ('{"question": "a"}', "either 'prompt', a text, or 'messages'.*this one has 'question'"),
     ('{"prompt": ""}', "'prompt' holds ''"),
+    ('{"prompt": 3}', "'prompt' holds 3, but has to hold some text"),
+    ('{"prompt": ["a"]}', "'prompt' holds .'a'., but has to hold some text"),
+    ('{"prompt": "a\\ud800"}', "lone surrogate"),
+    ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "role and content, both text"),
     ('{"prompt": "a", "text": "b"}', "field 'text' is one that the answer has: rename it"),
     ('{"prompt": "a", "ids": []}', "field 'ids' is one that the answer has: rename it"),
     ('{"messages": []}', "at least one"),
@@ -134,6 +138,44 @@ def test_a_bad_row_is_named_with_its_line(model, tmp_path, line, said):
   with pytest.raises(data.BadRow, match=r"in\.jsonl:2: .*" + said):
     files.answer_file(model, data.open_source(str(tmp_path / "in.jsonl")), tmp_path / "out.jsonl", asking)
   assert not list(tmp_path.glob("out*"))
+
+
+WRITTEN_BY_OTHERS = [b'\xef\xbb\xbf{"prompt": "hi"}\n{"prompt": "you"}\n',
+                     b'{"prompt": "hi"}\r\n\r\n{"prompt": "you"}',
+                     b'\n\n{"prompt": "hi"}\n \t\n{"prompt": "you"}\n']
+
+
+@pytest.mark.parametrize("given", WRITTEN_BY_OTHERS, ids=["mark", "crlf", "blank_lines"])
+def test_files_of_other_systems_are_answered_alike(model, tmp_path, given):
+  asking, found = files.Asking(SamplingParams(3), n=2), []
+  for name, content in (("a", given), ("b", b'{"prompt": "hi"}\n{"prompt": "you"}\n')):
+    (tmp_path / f"{name}.jsonl").write_bytes(content)
+    source = data.open_source(str(tmp_path / f"{name}.jsonl"))
+    files.answer_file(model, source, tmp_path / f"{name}.out", asking)
+    found.append((tmp_path / f"{name}.out").read_bytes())
+  assert found[0] == found[1] and found[0].count(b"\n") == 4
+
+
+def test_rows_with_the_same_id_are_rows_of_their_own(model, tmp_path):
+  (tmp_path / "in.jsonl").write_text('{"prompt": "hi", "id": 1}\n' * 2)
+  source, out = data.open_source(str(tmp_path / "in.jsonl")), tmp_path / "out.jsonl"
+  asking = files.Asking(SamplingParams(6, 1.5))
+  files.answer_file(model, source, out, asking)
+  whole = out.read_bytes()
+  first, second = lines_of(out)
+  assert first["id"] == second["id"] and first["seed"] != second["seed"]
+  out.write_bytes(whole[:-9])
+  assert files.answer_file(model, source, out, asking) == 1 and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text,why", [("{", "Expecting property name"), ("[1]", "no JSON object")])
+def test_damaged_settings_are_named_and_nothing_is_touched(answered, tiny, tmp_path, capsys, text, why):
+  whole = (answered[0] / "out.jsonl").read_bytes()
+  (tmp_path / "out.jsonl").write_bytes(whole)
+  (tmp_path / "out.jsonl.settings.json").write_text(text)
+  said = refused(capsys, *answered[1][:2], f"--output={tmp_path / 'out.jsonl'}", *answered[1][3:])
+  assert f"out.jsonl.settings.json, which says how out.jsonl was made, is damaged ({why}" in said
+  assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_a_date_in_the_template_is_that_of_the_first_command(tiny, tmp_path, monkeypatch, capsys):
