@@ -45,7 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
       # model.source, which is also what an untouched `character` becomes)
       alphabet="",  # of character; "" is printable ASCII
       vocab_size=2048,  # of bpe
-      path="")
+      path="",
+      date="")  # YYYY-MM-DD, where the chat template writes one; "" is the day on which the run begins,
+  # or that of config.start; tokenizer/chat_date.txt keeps it
 
   config.model = dict(  # see models.DecoderConfig
       source="",  # directory or hub id of a published model: sets shape and dialect, first parameters

@@ -100,7 +100,7 @@ def _sample(options):
       from jaxrl.inference import sample
     settings = {name: given[name] for name in sample.SETTINGS if given[name] is not None}
     names = ("prompt", "input", "output", "system", "raw", "samples", "seed", "logprobs", "batch", "dtype",
-             "tensor", "quiet")
+             "tensor", "date", "quiet")
     sample.sample(options.model, talk=options.chat, stop=tuple(options.stop), as_json=options.json,
                   settings=settings, **{name: given[name] for name in names})
   except KeyboardInterrupt:
@@ -341,9 +341,11 @@ def _add_sample(commands):
       "sample", help="ask a model: a prompt, a file of prompts, or a chat",
       epilog="Without --prompt and --input a terminal begins a chat, and a pipe holds the prompt. Rows of an "
              "input are {prompt} or {messages}; an output that was interrupted is continued. What is not "
-             "given of max_tokens to min_p is as in the run's last phase, or in generation_config.json.")
+             "given of max_tokens to min_p is as in the run's last phase, or in generation_config.json as "
+             "transformers reads it: temperature 0 unless it says do_sample. What that file leaves out is off "
+             "(max_tokens is 512), and without it a sample is the model's own, at temperature 1.")
   sample.add_argument("--model", required=True, metavar="MODEL",
-                      help="--workdir of a run, or directory or hub id of a published model")
+                      help="--workdir of a run, or directory or hub id of a published model or adapter")
   sample.add_argument("--prompt", metavar="TEXT", help="to answer")
   sample.add_argument("--input", default="", metavar="FILE", help="rows to answer")
   sample.add_argument("--output", default="", metavar="FILE", help="where their answers go, JSON lines")
@@ -364,6 +366,8 @@ def _add_sample(commands):
   sample.add_argument("--batch", type=int, default=64, metavar="N", help="samples at the same time (64)")
   sample.add_argument("--dtype", default="", metavar="TYPE", help="float32 or bfloat16 (the model's own)")
   sample.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share a copy of it (1)")
+  sample.add_argument("--date", default="", metavar="YYYY-MM-DD",
+                      help="that the chat template writes, if it writes one (that of the run, or today)")
   sample.add_argument("--quiet", action="store_true", help="answers alone, no notes")
 
 

@@ -15,7 +15,9 @@ from jaxrl import cli
 from jaxrl import config as configs
 from jaxrl import data, sharding
 from jaxrl.config import ConfigError
+from jaxrl.inference import served
 from jaxrl.models import Decoder, token_logits
+from jaxrl.sampling import SamplingParams
 from jaxrl.training import builders, inputs, pieces, refusals, run, sources
 from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
@@ -203,13 +205,13 @@ def test_a_foreign_model_brings_its_tokenizer(tmp_path):
   parts.scorer.close()
 
 
-def test_a_model_trained_on_chats_says_that_its_turns_end_it(tmp_path):
+def of_chats(source):
+  """The tokenizer of a published model that is written here, and the config of a run on chats with it."""
   tokenizer = data.train_bpe([f"{a}+{b}={a + b}" for a in range(30) for b in range(30)], 280)
   tokenizer.fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
   tokenizer.fast.chat_template = (
       "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
       "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-  source = tmp_path / "source"
   shape = dict(published.SHAPE, vocab_size=320)
   published.model(transformers.Qwen3Config(**shape, head_dim=8)).save_pretrained(source)
   tokenizer.save(source)
@@ -218,11 +220,51 @@ def test_a_model_trained_on_chats_says_that_its_turns_end_it(tmp_path):
   config.tokenizer.alphabet, config.data.chat, config.evaluate.problems = "", True, 0
   config.data.max_prompt_tokens = 0
   config.sft.update(steps=1)
+  return tokenizer, config
+
+
+def test_a_model_trained_on_chats_says_that_its_turns_end_it(tmp_path):
+  tokenizer, config = of_chats(tmp_path / "source")
   run.run(config, tmp_path / "run", quiet=True)
   export(tmp_path / "run", tmp_path / "out")
   theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
   end = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>")
   assert theirs.eos_token_id == [7, tokenizer.eos_id, end] and end != tokenizer.eos_id and theirs.top_k == 3
+
+
+def test_adapters_over_a_published_model_say_where_they_end(tmp_path):
+  tokenizer, config = of_chats(tmp_path / "source")
+  config.model.adapters = dict(default=dict(rank=2))
+  config.optimizer.learning_rate = 0.3
+  config.rollout.stop_ids = (9,)
+  run.run(config, tmp_path / "run", quiet=True)
+  export(tmp_path / "run", tmp_path / "adapter")
+  export(tmp_path / "run", tmp_path / "merged", merge_adapters=True)
+  ends = [7, tokenizer.eos_id, tokenizer.fast.convert_tokens_to_ids("<|im_end|>"), 9]
+  assert transformers.GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == ends
+  assert not (tmp_path / "adapter" / "config.json").exists()
+
+  # A run that knows no chats goes on with them, stops where they do, and says so again.
+  _, plain = of_chats(tmp_path / "source")
+  plain.model.source, plain.data.chat = str(tmp_path / "adapter"), False
+  assert sources.filled(plain, tmp_path / "again").rollout.stop_ids == tuple(ends)
+  run.run(plain, tmp_path / "again", quiet=True)
+  stored = json.loads((tmp_path / "again" / "config.json").read_text())
+  assert stored["rollout"]["stop_ids"] == ends
+  assert sources.filled(plain, tmp_path / "again").rollout.stop_ids == tuple(ends)  # when it is continued
+  export(tmp_path / "again", tmp_path / "adapter_again")
+  assert transformers.GenerationConfig.from_pretrained(tmp_path / "adapter_again").eos_token_id == ends
+
+  # The adapter answers as the model that it makes of its base, and not as the base.
+  asked = {name: served.load(str(tmp_path / name)) for name in ("source", "adapter", "merged")}
+  assert sorted(asked["adapter"].defaults.stop_ids) == sorted(ends)
+  assert asked["adapter"].identity == {"model": str(tmp_path / "adapter")}
+  how = SamplingParams(8, 0.0)
+  said = {name: model.answers(model.sampler(4), [model.prompt("1+2=")], [0], how)[0][0]
+          for name, model in asked.items()}
+  np.testing.assert_array_equal(said["adapter"].tokens, said["merged"].tokens)
+  np.testing.assert_allclose(said["adapter"].logprobs, said["merged"].logprobs, atol=1e-4)
+  assert not np.allclose(said["adapter"].logprobs, said["source"].logprobs, atol=1e-2)
 
 
 def test_a_run_says_which_tensors_of_images_it_leaves(tmp_path):

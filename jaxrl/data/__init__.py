@@ -28,5 +28,6 @@ from jaxrl.data.sources import Source
 from jaxrl.data.tokenizers import CharacterTokenizer
 from jaxrl.data.tokenizers import load_tokenizer
 from jaxrl.data.tokenizers import PretrainedTokenizer
+from jaxrl.data.tokenizers import set_date
 from jaxrl.data.tokenizers import Tokenizer
 from jaxrl.data.tokenizers import train_bpe

@@ -51,6 +51,7 @@ class Comparison:
     weaker: a pair whose preference is not as strong; None where preferences are not compared.
     bare: the answers as rows hold them, without `tasks.solution_template`.
     replies: tokens of the answers with what ends them, where a chat template wrote them; empty elsewhere.
+    end_id: token that ends steps and critiques as it ends other answers; None is EOS.
   """
 
   task: Task
@@ -61,6 +62,7 @@ class Comparison:
   weaker: "Comparison | None" = None
   bare: tuple[str, ...] = ()
   replies: tuple[list[int], ...] = ()
+  end_id: int | None = None
 
 
 @dataclasses.dataclass
@@ -185,8 +187,9 @@ class PairBuilder:
       raise BadRow("no_shared_prompt", where, "the chat template writes the prompt with other tokens before "
                    "each of the answers")
     weaker = self._weaker(row, where) if self.weaker else None
-    return Comparison(dataclasses.replace(task, prompt=found[0].prompt), tuple(written), tuple(columns),
-                      tuple(critiques), tuple(steps), weaker, tuple(answers), tuple(own.reply for own in found))
+    return Comparison(
+        dataclasses.replace(task, prompt=found[0].prompt), tuple(written), tuple(columns), tuple(critiques),
+        tuple(steps), weaker, tuple(answers), tuple(own.reply for own in found), self.tasks.turn_end)
 
   def _weaker(self, row, where):
     inner = present(row, self.weaker, "weaker", where)
@@ -339,14 +342,15 @@ def compared(comparison: Comparison, tokenizer: Tokenizer, *, group: int,
     max_completion_tokens: as in `supervised`.
   """
   found, limit = [], dict(max_completion_tokens=max_completion_tokens)
+  ended = dict(limit, end_id=comparison.end_id)
   for number, (text, columns) in enumerate(zip(comparison.answers, comparison.columns)):
     if comparison.steps:
-      trajectory = parts.stepwise(comparison.task, comparison.steps[number], tokenizer, **limit)
+      trajectory = parts.stepwise(comparison.task, comparison.steps[number], tokenizer, **ended)
     else:
       task = dataclasses.replace(comparison.task, solution=text, reply=comparison.replies[number], said=[])
       trajectory = supervised(task, tokenizer, **limit)
     if comparison.critiques:
-      trajectory = parts.with_critique(trajectory, comparison.critiques[number], tokenizer, **limit)
+      trajectory = parts.with_critique(trajectory, comparison.critiques[number], tokenizer, **ended)
     trajectory.group, trajectory.columns = group, dict(columns)
     found.append(trajectory)
   return found

@@ -14,9 +14,9 @@ STEP_LABELS = "step_labels"  # the signal with the label of a step at its last t
 Step = tuple[str, float | None]  # text, and the probability that it is right, None if nobody says
 
 
-def stepwise(task: Task, steps: Sequence[Step], tokenizer: Tokenizer, *, max_completion_tokens: int = 0
-             ) -> Trajectory:
-  """Prompt, steps and EOS as one sequence whose loss is on the last tokens of the labelled steps.
+def stepwise(task: Task, steps: Sequence[Step], tokenizer: Tokenizer, *, max_completion_tokens: int = 0,
+             end_id: int | None = None) -> Trajectory:
+  """Prompt, steps and what ends answers as one sequence, with the loss on the last tokens of the labelled steps.
 
   Steps are encoded one by one, so that each ends with a token of its own; `tag_ids` count them from 1.
 
@@ -26,6 +26,7 @@ def stepwise(task: Task, steps: Sequence[Step], tokenizer: Tokenizer, *, max_com
     tokenizer: the one that wrote the prompt.
     max_completion_tokens: a longer completion keeps the tokens at its start, and the labels of the steps
       that are whole; 0 for no limit.
+    end_id: token that ends answers, such as that of a turn; None is EOS.
 
   Returns:
     A trajectory with the signal `step_labels`.
@@ -40,13 +41,13 @@ def stepwise(task: Task, steps: Sequence[Step], tokenizer: Tokenizer, *, max_com
   kept = len(tokens) + 1
   if max_completion_tokens and kept > max_completion_tokens:
     kept = max_completion_tokens
-  start = len(task.prompt)
+  start, end_id = len(task.prompt), tokenizer.eos_id if end_id is None else end_id
 
   def whole(values, before, end):
     return np.array([before] * start + [*values, end][:kept])
 
   return Trajectory(
-      tokens=np.array(task.prompt + [*tokens, tokenizer.eos_id][:kept], np.int32),
+      tokens=np.array(task.prompt + [*tokens, end_id][:kept], np.int32),
       loss_mask=whole(mask, False, False), tag_ids=whole(tags, 0, 0),
       signals={STEP_LABELS: whole(labels, 0.0, 0.0)}, task_id=task.id, prompt_length=start,
       text="".join(text for text, _ in steps), finish="stop" if kept > len(tokens) else "length")
@@ -58,14 +59,14 @@ def split_steps(text: str, end: str) -> list[str]:
 
 
 def with_critique(trajectory: Trajectory, critique: str, tokenizer: Tokenizer, *,
-                  max_completion_tokens: int = 0) -> Trajectory:
-  """The sequence, then the critique and another EOS, which have the tag `CRITIQUE` and a loss.
+                  max_completion_tokens: int = 0, end_id: int | None = None) -> Trajectory:
+  """The sequence, then the critique and what ends it, which have the tag `CRITIQUE` and a loss.
 
-  A critique that is longer than `max_completion_tokens`, unless this is 0, keeps its start.
+  That is `end_id` or, if it is None, EOS. A critique that is longer than `max_completion_tokens`, unless this is 0, keeps its start.
   """
   if not critique:
     return trajectory
-  more = tokenizer.encode(critique) + [tokenizer.eos_id]
+  more = tokenizer.encode(critique) + [tokenizer.eos_id if end_id is None else end_id]
   more = more[:max_completion_tokens or None]
 
   def longer(values, value):

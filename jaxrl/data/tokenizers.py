@@ -12,9 +12,12 @@ import pathlib
 import re
 from typing import Any, Protocol
 
+from jaxrl.data import dates
+
 PRINTABLE = "".join(map(chr, range(ord(" "), ord("~") + 1))) + "\n"
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 CHARACTER_FILE = "character_tokenizer.json"
+DATE_FILE = "chat_date.txt"  # of the tokenizer of a run whose chat template writes the date
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -27,6 +30,7 @@ class Tokenizer(Protocol):
     bos_id: None where sequences do not start with a token of their own.
     special_tokens: how special tokens are written in chat templates.
     chats: whether there is a chat template.
+    writes_date: whether that writes the date, which is then the attribute `date`, YYYY-MM-DD.
   """
 
   vocab_size: int
@@ -35,6 +39,7 @@ class Tokenizer(Protocol):
   eos_id: int
   special_tokens: Sequence[str]
   chats: bool
+  writes_date: bool
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, no special ones among them; ValueError for text it cannot write."""
@@ -58,7 +63,7 @@ class CharacterTokenizer:
 
   pad_id, bos_id, eos_id = 0, 1, 2
   special_tokens = ()
-  chats = False
+  chats = writes_date = False
 
   def __init__(self, alphabet: str = PRINTABLE):
     repeated = sorted({c for c in alphabet if alphabet.count(c) > 1})
@@ -124,6 +129,7 @@ class PretrainedTokenizer:
     added_texts, added_ids: tokens beside those that were learned, special ones among them; long texts first,
       and none of blanks.
     special_ids: of those, the ones that are no text: `<|im_end|>`, but not `</think>`.
+    date: what a chat template that asks for the date writes; the day on which this was made, until it is set.
   """
 
   def __init__(self, fast: Any):
@@ -140,6 +146,7 @@ class PretrainedTokenizer:
     self.vocab_size = max(fast.get_vocab().values()) + 1
     self.special_tokens = tuple(fast.all_special_tokens)
     self.name = fast.name_or_path
+    self.date = dates.today()
     added = {str(token): i for i, token in fast.added_tokens_decoder.items() if str(token).strip()}
     self.added_texts, self.added_ids = tuple(sorted(added, key=len, reverse=True)), frozenset(added.values())
     self.special_ids = self.added_ids & {*fast.all_special_ids, *(
@@ -153,6 +160,11 @@ class PretrainedTokenizer:
   def chats(self) -> bool:
     """Whether there is a chat template."""
     return bool(self.fast.chat_template)
+
+  @property
+  def writes_date(self) -> bool:
+    """Whether the chat template writes the date."""
+    return dates.asked_for(self.fast.chat_template)
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text; ValueError for a lone surrogate, which no UTF-8 text can hold."""
@@ -200,6 +212,9 @@ class PretrainedTokenizer:
     for message in messages:
       _refuse_surrogates(message["content"])
     import jinja2
+    if self.writes_date:
+      options["chat_template"] = dates.MACRO + self.fast.get_chat_template()
+      options[dates.TABLE] = dates.table(self.date)
     try:
       return self.fast.apply_chat_template(list(messages), **options)
     except (jinja2.TemplateError, TypeError) as error:  # a TypeError where a field is not as it expects
@@ -207,12 +222,14 @@ class PretrainedTokenizer:
       raise ValueError(f"the chat template refuses messages of roles {roles}: {error}") from error
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes `tokenizer.json` and its configuration."""
+    """Writes `tokenizer.json` and its configuration, and the date if that is written in chats."""
     self.fast.save_pretrained(str(directory))
+    if self.writes_date:
+      (pathlib.Path(directory) / DATE_FILE).write_text(self.date + "\n")
 
   def export(self, directory: str | pathlib.Path) -> None:
-    """The same as `save`."""
-    self.save(directory)
+    """The same as `save`, but for the date: whoever loads it writes that of the day."""
+    self.fast.save_pretrained(str(directory))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PretrainedTokenizer:
@@ -278,7 +295,23 @@ def load_tokenizer(path: str | pathlib.Path) -> CharacterTokenizer | PretrainedT
   except Exception as error:  # transformers and its Rust core raise whatever the damage provokes
     raise ValueError(f"{directory} holds a tokenizer.json that transformers cannot load: {error}"
                      ) from error
-  return PretrainedTokenizer(fast)
+  found = PretrainedTokenizer(fast)
+  if (directory / DATE_FILE).exists():
+    found.date = dates.check((directory / DATE_FILE).read_text().strip(), str(directory / DATE_FILE))
+  return found
+
+
+def set_date(tokenizer: Tokenizer, date: str, name: str) -> None:
+  """Makes the chat template write a date; nothing, if it is empty.
+
+  Raises:
+    ValueError: it is no day, or the template writes none; names the setting.
+  """
+  if date and not tokenizer.writes_date:
+    raise ValueError(f"{name}={date}, but this tokenizer has no chat template that writes the date: leave it "
+                     "out")
+  if date:
+    tokenizer.date = dates.check(date, name)
 
 
 def _refuse_surrogates(text):

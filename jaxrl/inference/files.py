@@ -132,17 +132,43 @@ def _checked(messages):
   return messages
 
 
+def date_of(output: pathlib.Path) -> str:
+  """The date that chats have in an output, which may have been begun on another day; "" if it has none.
+
+  Raises:
+    ValueError: what says how it was made is damaged.
+  """
+  return _made(output).get("date", "") if output.exists() and _settings(output).exists() else ""
+
+
+def _settings(output):
+  return output.with_name(output.name + ".settings.json")
+
+
+def _made(output):
+  """How an output was made."""
+  try:
+    found = json.loads(_settings(output).read_text())
+    if isinstance(found, dict):
+      return found
+    raise ValueError("no JSON object")
+  except ValueError as error:
+    raise ValueError(f"{_settings(output)}, which says how {output.name} was made, is damaged ({error}): name "
+                     "another --output, or delete both") from error
+
+
 def _begun(model, source, output, asking):
   """How many rows are answered already, by the same command."""
-  settings = output.with_name(output.name + ".settings.json")
+  settings = _settings(output)
   own = {f.name: getattr(asking, f.name) for f in dataclasses.fields(asking) if f.name != "how"}
+  own |= {"date": model.tokenizer.date} if model.tokenizer.writes_date else {}
   now = {**model.identity, "dtype": model.decoder.dtype, **own, **dataclasses.asdict(asking.how)}
   now = json.loads(json.dumps(now))
   if output.exists() and output.stat().st_size:
     if not settings.exists():
       raise ValueError(f"{output} is there already, and no {settings.name} says how it was made: name another "
                        "--output, or delete it")
-    before = json.loads(settings.read_text())
+    before = _made(output)
     if before != now:
       differs = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in {**before, **now}
                           if before.get(k) != now.get(k))

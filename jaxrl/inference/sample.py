@@ -12,6 +12,7 @@ from typing import Any
 from jaxrl import data
 from jaxrl.inference import chat
 from jaxrl.inference import files
+from jaxrl.inference import recommended
 from jaxrl.inference import served
 from jaxrl.inference.screen import Screen
 from jaxrl.sampling import SamplingParams
@@ -20,13 +21,14 @@ from jaxrl.training import jsonl
 from jaxrl.training.terminal import Terminal
 
 BOUND = 2 ** 32
+BYTE_ORDER_MARK = "\ufeff"  # which some systems put in front of text
 SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p")
 
 
 def sample(model: str, *, prompt: str | None = None, input: str = "", output: str = "", talk: bool = False,
            system: str = "", raw: bool = False, samples: int = 1, seed: int = 0, stop: tuple[str, ...] = (),
            settings: Mapping[str, Any] = {}, as_json: bool = False, logprobs: bool = False, batch: int = 64,
-           dtype: str = "", tensor: int = 1, quiet: bool = False) -> None:
+           dtype: str = "", tensor: int = 1, date: str = "", quiet: bool = False) -> None:
   """Answers a prompt, or the rows of a file, or whoever is at the terminal.
 
   Args:
@@ -40,8 +42,8 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
     settings: of `SETTINGS`, in place of the model's own.
     as_json: an object for each answer instead of its text.
     batch: as in `files.answer_file`.
-    dtype, tensor: as in `served.load`.
-    quiet: answers, and nothing about them.
+    dtype, tensor, date: as in `served.load`; an output that is continued has its date already.
+    quiet: answers, and nothing about them but what the model asks for and does not get.
 
   Raises:
     BadRow: of the input, with file and line.
@@ -49,26 +51,32 @@ def sample(model: str, *, prompt: str | None = None, input: str = "", output: st
   """
   interactive = talk or (prompt is None and not input and sys.stdin.isatty())
   _check(prompt, input, output, interactive, samples, seed, batch, as_json, logprobs)
-  how = _settings(SamplingParams(served.MAX_TOKENS), settings, stop)  # refused before a model is read
+  how = _settings(SamplingParams(recommended.MAX_TOKENS), settings, stop)  # refused before a model is read
   source = data.open_source(input) if input else None
   if hasattr(sys.stdin, "reconfigure"):
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text, which tokenizers refuse by name
   if prompt is None and not input and not interactive:
-    prompt = sys.stdin.read().removesuffix("\n")
+    prompt = sys.stdin.read().removeprefix(BYTE_ORDER_MARK).removesuffix("\n")
   if prompt == "":
     raise ValueError("the prompt is empty: say something, as --prompt=TEXT or through a pipe")
   terminal = Terminal(quiet=quiet, stream=sys.stderr)
   note = (lambda text: None) if quiet else lambda text: print(text, file=sys.stderr, flush=True)
   compilation.use_cache("", note)
-  loaded = served.load(model, dtype=dtype, tensor=tensor)
+  date = date or (files.date_of(pathlib.Path(output)) if output else "")
+  loaded = served.load(model, dtype=dtype, tensor=tensor, date=date)
   how = _settings(loaded.defaults, settings, stop)
-  note(f"{' checkpoint '.join(map(str, loaded.identity.values()))}, {loaded.decoder.dtype}: "
-       + ", ".join(f"{name} {getattr(how, name):g}" for name in SETTINGS) + f", seed {seed}")
+  if loaded.unheeded:
+    print(f"jaxrl: {loaded.unheeded}", file=sys.stderr, flush=True)  # however quiet it is to be
+  all_of_them, *vain = recommended.in_force(how, settings, samples)
+  note(f"{' checkpoint '.join(map(str, loaded.identity.values()))}, {loaded.decoder.dtype}: {all_of_them}, "
+       f"seed {seed}" + (f", date {loaded.tokenizer.date}" if loaded.tokenizer.writes_date else ""))
+  for line in vain:
+    note(line)
   if source is not None:
     asking = files.Asking(how, samples, seed, system, raw, logprobs)
     return _file(loaded, source, pathlib.Path(output), asking, batch, terminal, note)
   if interactive:
-    read = _lines() if sys.stdin.isatty() else lambda _: builtins.input()
+    read = _lines() if sys.stdin.isatty() else lambda _: builtins.input().removeprefix(BYTE_ORDER_MARK)
     chat.chat(loaded, how, seed=seed, system=system, raw=raw, read=read, note=note)
     return None
   ids = loaded.prompt(prompt, system, raw)
@@ -87,6 +95,8 @@ def _check(prompt, input, output, interactive, samples, seed, batch, as_json, lo
         "--chat reads from the terminal: leave --prompt and --input out")
   check(input and pathlib.Path(input).resolve() == pathlib.Path(output).resolve(),
         f"--output={output} is the input: name another file")
+  check(output and pathlib.Path(output).exists() and not pathlib.Path(output).is_file(),
+        f"--output={output} is no file that can be continued: name one")
   check(interactive and (samples != 1 or as_json or logprobs),
         "--samples, --json and --logprobs are not for a chat: give a --prompt, or --input and --output")
   check(logprobs and not (as_json or input), "--logprobs are written with --json, or to an --output")

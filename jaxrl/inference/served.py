@@ -13,8 +13,11 @@ from jaxrl import config as configs
 from jaxrl import data
 from jaxrl import sharding
 from jaxrl.data import templates
+from jaxrl.inference.recommended import recommended
 from jaxrl.models import DecoderConfig
+from jaxrl.models import adapters
 from jaxrl.models import families
+from jaxrl.models import peft
 from jaxrl.models import pretrained
 from jaxrl.models import rope_configs
 from jaxrl.sampling import Request
@@ -27,7 +30,6 @@ from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
 from jaxrl.training.reward_models import newest
 
-MAX_TOKENS = 512  # of an answer of a published model, unless said otherwise
 FOR_WATCHING = 4  # tokens between two looks of the host while somebody reads along
 DTYPES = ("float32", "bfloat16")
 
@@ -59,6 +61,7 @@ class Model:
     chats: prompts are messages of a chat, which its template writes.
     template: what a prompt is put into, parsed; None if that asks for more than a question.
     max_positions: tokens that it can read, 0 if nothing says so.
+    unheeded: what it asks for that is not done, for people; empty if there is nothing.
   """
 
   identity: Mapping[str, Any]
@@ -70,6 +73,7 @@ class Model:
   chats: bool
   template: Sequence[tuple[str, str | None]] | None = (("", "question"),)
   max_positions: int = 0
+  unheeded: str = ""
 
   def prompt(self, text: str, system: str = "", raw: bool = False) -> list[int]:
     """Token ids of a prompt: a message of the user, or a text to continue.
@@ -177,13 +181,14 @@ def seed_of(seed: int, number: int) -> int:
 # ------------------------------------------------------------------------------------------- loading
 
 
-def load(model: str, *, dtype: str = "", tensor: int = 1) -> Model:
-  """A model by the --workdir of a run, a directory as transformers writes it, or a hub id.
+def load(model: str, *, dtype: str = "", tensor: int = 1, date: str = "") -> Model:
+  """A model by the --workdir of a run, a directory as transformers or PEFT writes it, or a hub id.
 
   Args:
     model: which one; of a run, the newest checkpoint.
     dtype: of weights and computation; "" is that of the run, or as a published model is stored.
     tensor: devices that share one copy of it.
+    date: what its chat template writes as the date; "" is that of the run, or today.
 
   Raises:
     ValueError: there is no such model, or it does not write text.
@@ -194,15 +199,16 @@ def load(model: str, *, dtype: str = "", tensor: int = 1) -> Model:
   try:
     mesh = sharding.make_mesh(tensor=tensor)
     place = pathlib.Path(model).expanduser().absolute()
-    if place.is_dir() and "phases" in pretrained.read_json(place, pretrained.CONFIG):
-      return _of_run(place, dtype, mesh)
-    return _published(model, dtype, mesh)
+    if place.is_dir() and not peft.is_adapter(place) and "phases" in pretrained.read_json(
+        place, pretrained.CONFIG):
+      return _of_run(place, dtype, mesh, date)
+    return _published(model, dtype, mesh, date)
   except ValueError as error:
     text = str(error).replace("config.model.source", "--model").replace("--config.mesh.tensor", "--tensor")
     raise ValueError(text.replace("config.rollout.", "--")) from error
 
 
-def _of_run(place, dtype, mesh):
+def _of_run(place, dtype, mesh, date):
   for needed in ("tokenizer", "checkpoints"):
     if not (place / needed).exists():
       raise ValueError(f"--model={place} has no {needed}: name the --workdir of a run that has saved a "
@@ -213,6 +219,7 @@ def _of_run(place, dtype, mesh):
     raise ValueError(f"--model={place} is a run whose last phase, {trained[-1]}, trained a reward model, which "
                      "gives scores and writes no text: name a run that ends in another")
   tokenizer = data.load_tokenizer(place / "tokenizer")
+  data.set_date(tokenizer, date, "--date")
   decoder = inputs.decoder_config(config.model, tokenizer)
   last = configs.phase_config(config, config.phases[-1])
   number = newest(place)
@@ -238,23 +245,30 @@ def _asked(template):
     return None
 
 
-def _published(model, dtype, mesh):
+def _published(model, dtype, mesh, date):
   place = pretrained.resolve(model)
-  hf = pretrained.read_json(place, pretrained.CONFIG)
+  base = pretrained.resolve(peft.base_of(place)) if peft.is_adapter(place) else place
+  hf = pretrained.read_json(base, pretrained.CONFIG)
   architecture = families.architecture_of(hf)
   if not architecture.endswith("ForCausalLM"):
     raise ValueError(f"--model={model} is a {architecture}, which gives scores and writes no text")
-  tokenizer = data.load_tokenizer(place)
+  tokenizer = data.load_tokenizer(place if (place / "tokenizer.json").exists() else base)
+  data.set_date(tokenizer, date, "--date")
+  defaults, unheeded = recommended(place if (place / pretrained.GENERATION).exists() else base, tokenizer)
   stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
   dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
   fields = dict(configs.import_file(configs.SHIPPED / "base.py").get_config().model)
   found = {k: v for k, v in families.settings(hf).items() if k != "heads_on_top"}
+  if base != place:
+    fields["adapters"] = dict(default=peft.settings(place, DecoderConfig(**found), architecture))
   decoder = inputs.decoder_config({**fields, **found}, tokenizer)
   decoder, wanted = _wanted(decoder, dtype, mesh)
-  params = pretrained.load_parameters(place, decoder, wanted)
+  params = pretrained.load_parameters(base, decoder, wanted)
+  if base != place:
+    params = adapters.joined(params, peft.load(place, decoder, architecture, "default", wanted))
   named = str(place.absolute()) if pathlib.Path(model).expanduser().is_dir() else model
-  return Model(dict(model=named), tokenizer, decoder, params, mesh, _recommended(place, tokenizer),
-               tokenizer.chats, max_positions=hf.get("max_position_embeddings") or 0)
+  return Model(dict(model=named), tokenizer, decoder, params, mesh, defaults, tokenizer.chats,
+               max_positions=hf.get("max_position_embeddings") or 0, unheeded=unheeded)
 
 
 def _wanted(decoder, dtype, mesh):
@@ -263,17 +277,3 @@ def _wanted(decoder, dtype, mesh):
     decoder = dataclasses.replace(decoder, dtype=dtype, param_dtype=dtype)
   sharding.check_divisible(decoder, mesh)
   return decoder, {"params": states.abstract_parameters(decoder, mesh)["params"]}
-
-
-def _recommended(place, tokenizer):
-  """How a published model samples, by its generation_config.json, and where it stops."""
-  path = place / pretrained.GENERATION
-  says = pretrained.read_json(place, pretrained.GENERATION) if path.exists() else {}
-  names = ("temperature", "top_k", "top_p", "min_p") if says.get("do_sample") else ()
-  turn = data.end_of_turn(tokenizer)
-  stops = (tokenizer.eos_id, *sources.stop_ids(place), *([] if turn is None else [turn]))
-  try:
-    return SamplingParams(max_tokens=MAX_TOKENS, stop_ids=tuple(dict.fromkeys(stops)),
-                          **{name: says[name] for name in names if says.get(name) is not None})
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error

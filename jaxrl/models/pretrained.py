@@ -321,18 +321,21 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
   kept = {k: v for k, v in (imported or {}).items() if k in tokens and v is not None}
   hf |= {**tokens, **kept, "dtype": dtype, "torch_dtype": dtype}
   hf.pop("_name_or_path", None)
-  samples = dict(generation or tokens)
-  if stop_ids:
-    says = samples.get("eos_token_id")
-    stops = [i for i in dict.fromkeys((*(says if isinstance(says, list) else [says]), *stop_ids)) if i is not None]
-    samples["eos_token_id"] = stops if len(stops) > 1 else stops[0]
   with writing(directory) as partial:
     write_json(partial / CONFIG, hf)
-    write_json(partial / GENERATION, samples)
+    write_json(partial / GENERATION, ending(generation or tokens, stop_ids))
     tokenizer.export(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
     _write_tensors(leaves, tensor_names.tensors(decoder, hf["architectures"][0]), partial, dtype,
                    max_shard_bytes)
+
+
+def ending(generation: Mapping[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+  """A generation_config.json with more tokens that answers end in."""
+  says = generation.get("eos_token_id")
+  says = says if isinstance(says, list) else [] if says is None else [says]
+  stops = list(dict.fromkeys((*says, *stop_ids)))
+  return {**generation, "eos_token_id": stops if len(stops) > 1 else stops[0]} if stop_ids else dict(generation)
 
 
 @contextlib.contextmanager

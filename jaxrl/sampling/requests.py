@@ -5,6 +5,10 @@ import dataclasses
 
 import numpy as np
 
+LARGEST = 2 ** 31 - 1  # number that a device counts with
+HOTTEST = float(np.finfo(np.float32).max)
+LEAST_SHARE = 1e-30  # of top_p, far from where float32 has nothing but 0
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -33,12 +37,13 @@ class SamplingParams:
     def check(ok, name, remedy):
       if not ok:
         raise ValueError(f"sampling.{name}={getattr(self, name)!r}: {remedy}")
-    check(self.max_tokens >= 1, "max_tokens", "a sample needs at least 1 token")
-    check(0 <= self.temperature < float("inf"), "temperature", "use 0 (greedy) or more")
-    check(self.top_k >= 0, "top_k", "use a positive number of tokens, or 0 to switch it off")
-    check(0 < self.top_p <= 1, "top_p", "use a share in (0, 1]; 1 switches it off")
+    check(1 <= self.max_tokens <= LARGEST, "max_tokens",
+          f"a sample needs at least 1 token, and has at most {LARGEST}")
+    check(0 <= self.temperature <= HOTTEST, "temperature", f"use 0 (greedy) or more, up to {HOTTEST:.1e}")
+    check(0 <= self.top_k <= LARGEST, "top_k", "use a positive number of tokens, or 0 to switch it off")
+    check(LEAST_SHARE <= self.top_p <= 1, "top_p", "use a share in (0, 1]; 1 switches it off")
     check(0 <= self.min_p <= 1, "min_p", "use a share in [0, 1]; 0 switches it off")
-    check(all(i >= 0 for i in self.stop_ids), "stop_ids", "token ids are not negative")
+    check(all(0 <= i <= LARGEST for i in self.stop_ids), "stop_ids", f"token ids are from 0 to {LARGEST}")
     check(not isinstance(self.stop_strings, str)
           and all(s and "\ufffd" not in s for s in self.stop_strings), "stop_strings",
           "use a tuple of non-empty strings without U+FFFD, which stands for half a character")

@@ -125,6 +125,8 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   if splits["train"] is None:
     raise ValueError("config.data.train is empty; name a file, tfds:NAME:SPLIT or task:NAME")
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
+  if tokenizer.writes_date and (config.data.chat or config.data.messages):
+    report(f"the chat template writes the date {tokenizer.date}")
   decoder, phases = make_phases(config, mesh, sampling_mesh, tokenizer)
   builder, pair_builder = make_readers(config, phases, tokenizer)
   held_out, pairs = _held_out(config, splits, builder, pair_builder)

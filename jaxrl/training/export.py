@@ -26,7 +26,8 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
   """Writes the newest checkpoint of a run with everything that `from_pretrained` wants.
 
   Of a model with adapters these alone are written, as PEFT reads them: in `output` the only one, or that
-  called `default`, others in directories of their own below. The base is the published model that the run
+  called `default`, others in directories of their own below, each with a generation_config.json that says where
+  answers end, which PEFT passes over. The base is the published model that the run
   began with; one that has been trained here is written too, to `output/base`.
 
   Parameters are read into the host's memory.
@@ -83,7 +84,8 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
 def _stop_ids(config, tokenizer):
   """The tokens that end what the run has trained on and sampled."""
   phases = [configs.phase_config(config, name) for name in config.phases]
-  return tuple(dict.fromkeys(i for phase in phases for i in inputs.builder(phase, tokenizer).stop_ids))
+  return tuple(dict.fromkeys(i for phase in phases for i in (
+      *inputs.builder(phase, tokenizer).stop_ids, *phase.rollout.stop_ids)))
 
 
 def _export_adapters(params, decoder, architecture, output, config, dtype, how):
@@ -99,6 +101,8 @@ def _export_adapters(params, decoder, architecture, output, config, dtype, how):
       place = partial / ("" if adapter.name == root else adapter.name)
       place.mkdir(exist_ok=True)
       peft.save(params, decoder, adapter, architecture, place, base=base, dtype=dtype)
+      pretrained.write_json(place / pretrained.GENERATION, pretrained.ending(
+          how["generation"] or {}, how["stop_ids"]))
       lines.append(f"{output / place.relative_to(partial)}: adapter {adapter.name!r} of rank {adapter.rank} in "
                    f"{dtype}, for {base}")
     how["tokenizer"].export(partial)

@@ -17,6 +17,7 @@ from jaxrl.data import transforms
 from jaxrl.models import DecoderConfig
 from jaxrl.models import adapters
 from jaxrl.models import pretrained
+from jaxrl.training import processes
 from jaxrl.training.shapes import PAIRED
 
 TOKENIZERS = ("character", "bpe", "pretrained")
@@ -106,27 +107,32 @@ def make_tokenizer(config: ml_collections.ConfigDict, train: data.Source,
     raise ValueError(f"config.tokenizer.kind={spec.kind!r}{compose.nearest(spec.kind, TOKENIZERS)}")
   if directory.exists() and (directory.parent / "config.json").exists():
     return data.load_tokenizer(directory)
-  if config.start:
-    return _adopt_tokenizer(pathlib.Path(config.start), directory)
-  try:
-    if config.model.source and not spec.path:
-      tokenizer = _published_tokenizer(spec, config.model.source)
-    elif spec.kind == "character":
-      tokenizer = data.CharacterTokenizer(*[spec.alphabet] if spec.alphabet else [])
-    elif spec.kind == "bpe":
-      tokenizer = data.train_bpe(_texts(train, config), spec.vocab_size)
-    elif not spec.path:
-      raise ValueError("kind='pretrained' needs a path: the directory of a model or tokenizer")
-    else:
-      tokenizer = data.load_tokenizer(spec.path)
-  except data.BadRow:
-    raise
-  except ValueError as error:
-    raise ValueError(f"config.tokenizer: {error}") from error
+  tokenizer = _tokenizer_of_run(pathlib.Path(config.start)) if config.start else _new_tokenizer(config, train)
+  data.set_date(tokenizer, spec.date, "config.tokenizer.date")
+  if tokenizer.writes_date:
+    processes.meet("the date that the chat template writes", tokenizer.date.encode())
   if jax.process_index() == 0:
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer.save(directory)
   return tokenizer
+
+
+def _new_tokenizer(config, train):
+  spec = config.tokenizer
+  try:
+    if config.model.source and not spec.path:
+      return _published_tokenizer(spec, config.model.source)
+    if spec.kind == "character":
+      return data.CharacterTokenizer(*[spec.alphabet] if spec.alphabet else [])
+    if spec.kind == "bpe":
+      return data.train_bpe(_texts(train, config), spec.vocab_size)
+    if not spec.path:
+      raise ValueError("kind='pretrained' needs a path: the directory of a model or tokenizer")
+    return data.load_tokenizer(spec.path)
+  except data.BadRow:
+    raise
+  except ValueError as error:
+    raise ValueError(f"config.tokenizer: {error}") from error
 
 
 def _published_tokenizer(spec, source):
@@ -139,17 +145,13 @@ def _published_tokenizer(spec, source):
   return tokenizer
 
 
-def _adopt_tokenizer(start, directory):
-  """Copies the tokenizer of the run that this one begins with."""
+def _tokenizer_of_run(start):
+  """The tokenizer of the run that this one begins with."""
   for needed in ("config.json", "tokenizer", "checkpoints"):
     if not (start / needed).exists():
       raise ValueError(f"config.start={str(start)!r} has no {needed}: name the --workdir of a run "
                        "that has saved a checkpoint, or leave it empty")
-  tokenizer = data.load_tokenizer(start / "tokenizer")
-  if jax.process_index() == 0:
-    shutil.rmtree(directory, ignore_errors=True)
-    tokenizer.save(directory)
-  return tokenizer
+  return data.load_tokenizer(start / "tokenizer")
 
 
 def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> DecoderConfig:

@@ -114,7 +114,7 @@ class RewardModel:
     limit = dict(max_completion_tokens=d.max_completion_tokens)
     if d.get("step_labels"):
       steps = [(step, 1.0) for step in data.split_steps(text, d.step_end)]
-      trajectory = data.stepwise(own, steps, self.tokenizer, **limit)
+      trajectory = data.stepwise(own, steps, self.tokenizer, end_id=self.builder.turn_end, **limit)
       if not trajectory.loss_mask.any():
         raise ValueError(f"there is no whole step in {text[:60]!r}")
       return trajectory.tokens.tolist(), np.flatnonzero(trajectory.loss_mask)

@@ -61,7 +61,7 @@ def filled(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> ml_colle
   if wrong:
     raise ValueError(f"config.model.source={source!r} contradicts other settings:\n  " + "\n  ".join(wrong)
                      + "\nleave them out of the config, or set them to what the model has")
-  config.rollout.stop_ids = config.rollout.stop_ids or stop_ids(place)
+  config.rollout.stop_ids = config.rollout.stop_ids or _all_stop_ids(config, place, kept)
   if config.tokenizer.kind == "character" and not config.tokenizer.alphabet:
     config.tokenizer.kind = "pretrained"
   return config
@@ -125,11 +125,24 @@ def _fill_adapters(config, kept, decoder, architecture):
 
 
 def stop_ids(place: pathlib.Path) -> tuple[int, ...]:
-  """Tokens that end what the model says: chat models have several, and one of them is EOS."""
+  """Tokens that end what the model says: chat models have several, and one of them is EOS.
+
+  Raises:
+    ValueError: something else than ids.
+  """
   if not (place / pretrained.GENERATION).exists():
     return ()
   ids = pretrained.read_json(place, pretrained.GENERATION).get("eos_token_id")
-  return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+  found = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+  if not all(type(i) is int and i >= 0 for i in found):
+    raise ValueError(f"{place / pretrained.GENERATION}: eos_token_id={ids!r} is no token id, nor a list of these")
+  return found
+
+
+def _all_stop_ids(config, place, kept):
+  """Those of a model, and of the adapters over it; a run that has begun has kept all in one file."""
+  more = [] if kept else [pretrained.resolve(source, weights=False) for source in of_adapters(config).values()]
+  return tuple(dict.fromkeys(i for own in (place, *more) for i in stop_ids(own)))
 
 
 def _place(config, workdir):
@@ -159,6 +172,9 @@ def keep(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       if (place / name).exists():
         shutil.copyfile(place / name, kept / name)
     if of_adapters(config):
+      path, ids = kept / pretrained.GENERATION, _all_stop_ids(config, place, {})
+      says = pretrained.read_json(kept, path.name) if path.exists() else {}
+      pretrained.write_json(path, pretrained.ending(says, ids))
       pretrained.write_json(kept / ADAPTERS, dict(base=config.model.source, adapters={
           name: configs.to_dict(config.model.adapters[name]) for name in of_adapters(config)}))
 

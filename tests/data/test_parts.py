@@ -6,6 +6,7 @@ import pytest
 from jaxrl import data
 from jaxrl.batch import CRITIQUE, pack, unpack
 from jaxrl.data import compared, Fields, PairBuilder, TaskBuilder
+from tests.data.test_conversations import BLOCKS, CHATML, LLAMA3, tokenizer_of
 
 CHARACTERS = data.CharacterTokenizer()
 
@@ -121,3 +122,28 @@ def test_templates_write_a_reference_into_the_prompt():
   row = dict(prompt="q", chosen="3", rejected="4", reference="9")
   built = builder(more=("reference",), prompt="{question}{reference}|{question}").to_comparison(row, "here")
   assert text_of(built.task.prompt) == "q9|q" and built.answers == ("3", "4")
+
+
+@pytest.mark.parametrize("template,end", [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot|>"), (BLOCKS, "<|im_end|>")],
+                         ids=["chatml", "llama3", "blocks"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_in_chats_all_that_is_said_ends_as_a_turn_does(template, end, chat):
+  tokenizer = tokenizer_of(template)
+  tasks = TaskBuilder(tokenizer, Fields(question="prompt", answer="", solution="chosen"), chat=chat)
+  end, written = end if chat else "</s>", tokenizer.written
+  asked = tokenizer.render_chat([dict(role="user", content="one?")], True) if chat else [
+      tokenizer.bos_id, *tokenizer.encode("one?")]
+  row = dict(prompt="one?", chosen="three", rejected="yes", chosen_critique="brief", rejected_critique="",
+             steps=["one", "two"], labels=[1, 0])
+
+  imitated = data.supervised(tasks.to_task(row, "here", solved=True), tokenizer)
+  built = PairBuilder(tasks, critique="critique").to_comparison(row, "here")
+  chosen, rejected = compared(built, tokenizer, group=0)
+  in_steps, = compared(PairBuilder(tasks, chosen="steps", rejected="", step_labels="labels").to_comparison(
+      row, "here"), tokenizer, group=0)
+  for trajectory, said in ((imitated, f"three{end}"), (chosen, f"three{end}brief{end}"),
+                           (rejected, f"yes{end}"), (in_steps, f"one\ntwo\n{end}")):
+    assert written(trajectory.tokens) == written(asked) + said
+    assert trajectory.tokens[-1] in tasks.stop_ids  # where a sample would end
+  assert (in_steps.tokens[in_steps.loss_mask] != in_steps.tokens[-1]).all()
+  assert data.mismatched([built, built], tokenizer, group=0)[0].tokens[-1] == chosen.tokens[-1]

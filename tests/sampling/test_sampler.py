@@ -388,6 +388,11 @@ def test_buckets_hold_their_size_and_waste_at_most_a_third(size):
     (lambda: SamplingParams(max_tokens=0), "max_tokens=0"),
     (lambda: SamplingParams(max_tokens=1, temperature=-1.0), "temperature=-1"),
     (lambda: SamplingParams(max_tokens=1, top_p=0.0), "top_p=0"),
+    (lambda: SamplingParams(max_tokens=1, top_p=1e-300), "top_p=1e-300: use a share"),  # 0 in float32
+    (lambda: SamplingParams(max_tokens=1, temperature=1e300), "temperature=1e.300: use 0"),  # infinite there
+    (lambda: SamplingParams(max_tokens=2 ** 31), "max_tokens=2147483648: .* at most 2147483647"),
+    (lambda: SamplingParams(max_tokens=1, top_k=2 ** 31), "top_k=2147483648"),
+    (lambda: SamplingParams(max_tokens=1, stop_ids=(2 ** 31,)), "stop_ids=.2147483648"),
     (lambda: SamplingParams(max_tokens=1, stop_strings="end"), "tuple"),
     (lambda: sampler().sample({}, [ask([VOCAB], max_tokens=1)], KEY), "vocabulary of 12"),
     (lambda: sampler().sample({}, [ask([1], max_tokens=1, stop_strings=("x",))], KEY), "decode="),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxrl import data
+from jaxrl.data import dates
 from jaxrl.training import inputs
 
 
@@ -97,6 +98,28 @@ def test_a_run_that_began_keeps_its_tokenizer_and_an_attempt_does_not(config, tm
   (directory.parent / "config.json").write_text("{}")
   config.tokenizer.alphabet = "abcde"
   assert make(config, directory).alphabet == "abcd"
+
+
+def test_a_run_that_is_continued_has_the_day_on_which_it_began(config, tmp_path, monkeypatch):
+  def on(day, place):
+    monkeypatch.setattr(dates, "today", lambda: day)
+    config.tokenizer.update(date="", kind="pretrained", path=str(tmp_path / "theirs"))
+    return make(config, tmp_path / place / "tokenizer").date
+  theirs = data.train_bpe(["a"], 259)
+  theirs.fast.chat_template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+  theirs.export(tmp_path / "theirs")
+  assert on("2025-01-05", "run") == "2025-01-05"
+  assert on("2025-01-06", "run") == "2025-01-06"  # for it has not begun
+  (tmp_path / "run/config.json").write_text("{}")
+  assert on("2025-01-07", "run") == "2025-01-06" and on("2025-01-07", "other") == "2025-01-07"
+  (tmp_path / "run/checkpoints").mkdir()
+  config.start = str(tmp_path / "run")
+  assert on("2025-01-08", "next") == "2025-01-06"  # the same prompts as before it
+  config.tokenizer.date = "2024-12-31"
+  assert make(config, tmp_path / "last/tokenizer").date == "2024-12-31"
+  config.start, config.tokenizer.kind = "", "character"
+  with pytest.raises(ValueError, match="config.tokenizer.date=2024-12-31, but .* has no chat template"):
+    make(config, tmp_path / "none/tokenizer")
 
 
 def test_bpe_learns_from_what_is_trained_on(config, tmp_path):
