@@ -83,7 +83,8 @@ def unbox(parameters: PyTree) -> PyTree:
 def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
                   signals: Collection[str] = (), logprobs: bool = True,
                   temperature: float | Array = 1.0, vocabulary_chunk: int = 4096,
-                  reference: PyTree | None = None) -> ModelOutputs:
+                  reference: PyTree | None = None, reference_config: DecoderConfig | None = None
+                  ) -> ModelOutputs:
   """Runs the decoder over packed rows and computes what was asked for.
 
   Args:
@@ -105,6 +106,7 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     temperature: of the distribution that the log-probabilities and entropies are about.
     vocabulary_chunk: as `chunk` of `token_logprobs`.
     reference: parameters of the reference, for `reference_kl`.
+    reference_config: its decoder, if that is another one, over as many tokens.
 
   Returns:
     All but states, `scores` and `yes_logprobs` are 0 on padding and at the first token of segments,
@@ -135,10 +137,11 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
   if of_distribution:
     found = distributions.about_tokens(before, vocabulary, of_distribution, **how)
   if DIVERGENCE in signals:
-    reference = jax.lax.stop_gradient(reference)
-    _, other, _ = _hidden_states(decoder, reference, batch)
+    reference, theirs = jax.lax.stop_gradient(reference), Decoder(reference_config or config)
+    _, other, _ = _hidden_states(theirs, reference, batch)
     found[DIVERGENCE] = distributions.divergence(
-        before, vocabulary, other, decoder.apply(reference, method="vocabulary"), **how)
+        before, vocabulary, other, theirs.apply(reference, method="vocabulary"),
+        other_soft_cap=theirs.config.logit_soft_cap, **how)
   outputs = outputs.replace(distribution={k: jnp.where(predicted, x, 0) for k, x in found.items()})
   if set(VALUES) & set(signals):
     critic, critic_params, states = decoder, params, (before, hidden)
