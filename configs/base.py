@@ -124,7 +124,8 @@ def get_config() -> ml_collections.ConfigDict:
       decay=0.0,  # share of itself that it keeps then: 0 is a copy, 0.99 a moving average
       follows="policy",  # or a model of config.frozen
       lag=False,  # follow the policy as it was before the update
-      adapted=True)  # False begins with the trained adapters switched off: as the base
+      adapted=True,  # False begins with the trained adapters switched off: as the base
+      source="")  # workdir of another run, whose last policy, of any shape, is meant instead
   config.frozen = dict()  # more such models by name, as dict(average=dict(every=1, decay=0.99)), whose
   # signals (`average_logprobs`) a piece reads; see training.frozen
 

@@ -167,6 +167,8 @@ class ModelOutputs:
   logprobs: Float[Array, "rows length"] | None = None  # of tokens[t], 0 where nothing predicts it
   entropy: Float[Array, "rows length"] | None = None  # of the distribution that tokens[t] is from
   hidden: Float[Array, "rows length width"] | None = None  # final hidden state at tokens[t]
+  # Those of other layers, by the name of the signal: `hidden@3`.
+  layers: dict[str, Float[Array, "rows length width"]] = flax.struct.field(default_factory=dict)
   values: Float[Array, "rows length"] | None = None  # value of the state before tokens[t]
   action_values: Float[Array, "rows length"] | None = None  # the same head, read at tokens[t]
   scores: Float[Array, "rows length heads"] | None = None  # scalar heads read at tokens[t]
@@ -176,7 +178,7 @@ class ModelOutputs:
 
   def get(self, name: str) -> Float[Array, "rows length ..."] | None:
     """A signal by name, None if nobody asked for it."""
-    return self.distribution.get(name) if name in self.distribution else getattr(self, name, None)
+    return (self.layers | self.distribution).get(name, getattr(self, name, None))
 
 
 # ---------------------------------------------------------------------------------------- packing

@@ -1,5 +1,6 @@
 """Meshes change where arrays are and nothing else. The suite has 8 virtual CPU devices."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -72,6 +73,28 @@ def test_gradients_equal_those_of_one_device(shape):
   scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
   for got, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
     assert np.linalg.norm(got - right) <= 1e-5 * np.linalg.norm(right) + 1e-7 * scale
+
+
+@pytest.mark.parametrize("how", [dict(), dict(remat="full"), dict(scan_layers=False)], ids=str)
+def test_gradients_through_states_of_a_layer_equal_those_of_one_device(how):
+  config, found = dataclasses.replace(CONFIG, **how), []
+  make = functools.partial(init_parameters, config)
+  params = unbox(jax.jit(make)(jax.random.key(0)))
+
+  def loss(params, batch):
+    states = model_outputs(config, params, batch, signals=("hidden@1",), logprobs=False).layers["hidden@1"]
+    return jnp.sum(jnp.where(batch.loss_mask[..., None], states, 0) ** 2)
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    mesh = mesh_of(*shape)
+    placed = jax.device_put(params, sharding.shardings_of(jax.eval_shape(make, jax.random.key(0)), mesh))
+    with jax.set_mesh(mesh):
+      found.append(jax.device_get(jax.jit(jax.grad(loss))(placed, sharding.put_batch(batch_of(12), mesh))))
+  jax.tree.map(lambda got, right: np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4), *found[::-1])
+  blocks = found[0]["params"]
+  first, second = (jax.tree.map(lambda x: x[i], blocks["blocks"]) if config.scan_layers else
+                   blocks[f"blocks_{i}"] for i in (0, 1))
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(first["mlp"]))
+  assert not any(g.any() for g in jax.tree.leaves(second)), "nothing after that layer matters"
 
 
 def test_initial_state_does_not_depend_on_the_mesh():

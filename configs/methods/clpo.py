@@ -7,7 +7,8 @@ DAPO 64.5, CLPO 73.7. Small-scale check: tests/methods/test_clpo.py.
 
 In the released code original hard questions may keep the whole KL; here old and new ones have half.
 The toy's rewriting swaps the operands: =123+456= is answered 456+123=, which its warm start has seen;
-simplifying and varying are one thing there, and the answer is not shown.
+simplifying and varying are one thing there, and the answer is not shown. One arm has the operands
+swapped by a rule, the rewriter that the policy's own can at best be as good as.
 """
 
 from configs import grpo
@@ -29,7 +30,10 @@ def get_evidence():
             "sft.until.at_least": 0.45, "sft.steps": 4000},
       overrides={"data.task": dict(digits=3, answer_format="reversed")},
       arms=dict(filter_only=dict(overrides={"rollout.episode.mode": "none",
-                                            "rollout.episode.samples": 16})),
+                                            "rollout.episode.samples": 16}),
+          oracle=dict(overrides={"rollout.episode.oracle": (r"^(\d+)\+(\d+)=$", r"\2+\1=")})),
       claims=[
           dict(text="answers get better than with twice the samples and no rewriting",
-               metric="test/sampled_accuracy", expect="higher", baseline="filter_only")])
+               metric="test/sampled_accuracy", expect="higher", baseline="filter_only"),
+          dict(text="but not as good as with rewritings by an oracle", metric="test/sampled_accuracy",
+               expect="lower", baseline="oracle")])

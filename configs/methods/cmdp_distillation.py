@@ -5,8 +5,9 @@ budget a penalty instead of its reward, and `objectives.divergence_cost` is the 
 penalty's gradient that does not go through sampling; without it the rest still learns. Only the
 abstract and a public discussion were read, so the form is a choice: KL(student || teacher) over the
 vocabulary, its mean over the tokens of an answer, 0.1 nats, and -(1 + excess) beyond. The teacher
-is the reference, here the warm start itself, so the budget need not be annealed; a student that
-begins outside it gets `budget=dict(schedule="linear", ...)`. Reported: better constraint
+is the reference, here the warm start itself, so the budget need not be annealed; a larger one of another
+run is `config.reference.source`, and a student that begins outside its budget gets
+`budget=dict(schedule="linear", ...)`. Reported: better constraint
 satisfaction and reasoning than soft Lagrangian baselines (Qwen2.5-Math-1.5B, Llama-3.2-3B), no
 figure that was read. Small-scale check: tests/methods/test_cmdp_distillation.py.
 """

@@ -10,6 +10,7 @@ from jaxrl.advantages.certainty import weigh_by_certainty
 from jaxrl.advantages.confidence_targets import target_confidence
 from jaxrl.advantages.constraints import constrain_divergence
 from jaxrl.advantages.contrast import contrast_halves
+from jaxrl.advantages.corrections import mask_disagreement
 from jaxrl.advantages.corrections import penalise_centred_kl
 from jaxrl.advantages.corrections import penalise_kl
 from jaxrl.advantages.corrections import truncate_importance

@@ -102,3 +102,32 @@ def truncate_importance(batch: TokenBatch, values: Float[Array, "..."], *, cap_a
   return Credit(jnp.where(batch.loss_mask, weight * per_token, 0),
                 metrics={"importance_weight": mean(weight),
                          "importance_capped": mean(ratio > cap_at)})
+
+
+@needs("logprobs")
+def mask_disagreement(batch: TokenBatch, values: Float[Array, "..."], *, low: float = 0.5,
+                      high: float = 5.0) -> Credit:
+  """Takes credit from tokens on whose probability trainer and sampler disagree too much (as IcePop does).
+
+    k_t = pi_trainer(t) / pi_sampler(t),    value_t = v_t if low <= k_t <= high else 0
+
+  Both have the same parameters, as in `truncate_importance`. Such tokens still count in the denominators
+  of means.
+
+  Args:
+    batch: supplies `signals["logprobs"]`, of the trainer at the start of the batch, and
+      `behaviour_logprobs`.
+    values: one per sequence or per token.
+    low, high: of the ratios that are trusted, below and above 1.
+
+  Returns:
+    One value per token; metric `disagreement`, the share of loss tokens that lost their credit.
+  """
+  if not 0 <= low < 1 < high:
+    raise ValueError(f"mask_disagreement: low={low}, high={high}; equal probabilities have a ratio of 1, "
+                     "which has to lie between them: 0.5 and 5.0, say")
+  ratios = jnp.exp(cap(log_ratio(batch, batch.signals["logprobs"], batch.behaviour_logprobs)))
+  per_token = values if values.ndim == 2 else to_tokens(batch, values)
+  trusted = (ratios >= low) & (ratios <= high)
+  masked = jnp.sum(batch.loss_mask & ~trusted) / jnp.maximum(jnp.sum(batch.loss_mask), 1)
+  return Credit(jnp.where(batch.loss_mask & trusted, per_token, 0), metrics={"disagreement": masked})

@@ -13,12 +13,12 @@ LIMIT = 5.0  # of relative deviations
 NAMES = ("rank_acceleration", "rank_velocity", "rank")
 
 
-@needs("hidden")
+@needs(lambda layer: (_signal(layer),))
 @carries(lambda: {"means": jnp.zeros(3), "batches": jnp.zeros((), jnp.int32)})
 def favour_hidden_rank(batch: TokenBatch, values: Float[Array, "..."], carried: dict, *,
                        stride: int = 40, kappa: float = 2.0, gain: float = 2.0, update: float = 0.3,
                        scale: float = 1.0, max_tokens: int = 512, where: str = "all",
-                       from_zero: bool = False) -> Credit:
+                       from_zero: bool = False, layer: int = -1) -> Credit:
   """A bounded bonus for answers of high or growing effective rank (VERL, arXiv:2509.23808).
 
   With x = (acceleration, velocity, rank) of an answer's hidden states, see `rank_growth`, and mu
@@ -34,7 +34,7 @@ def favour_hidden_rank(batch: TokenBatch, values: Float[Array, "..."], carried: 
   any advantages gets none.
 
   Args:
-    batch: supplies `loss_mask` and `signals["hidden"]`, of which loss tokens count.
+    batch: supplies `loss_mask` and the states of `layer` as a signal, of which loss tokens count.
     values: advantages, one per sequence or per token.
     carried: the moving averages, and the number of batches that they are of.
     stride: tokens between the prefixes that velocity and acceleration are measured at.
@@ -48,6 +48,8 @@ def favour_hidden_rank(batch: TokenBatch, values: Float[Array, "..."], carried: 
       code.
     from_zero: the averages begin at 0, as in the released code, instead of at the first batch's
       means, so that early deviations are large.
+    layer: whose states are meant: 0 is what enters the first, i what leaves the i-th; negative numbers
+      count from the end, and -1 is the last one after its norm.
 
   Returns:
     Advantages, per sequence where values are and `where` is "all"; metrics `rank`, `rank_velocity`
@@ -57,7 +59,8 @@ def favour_hidden_rank(batch: TokenBatch, values: Float[Array, "..."], carried: 
     ValueError: an argument out of its range.
   """
   _check(stride, kappa, update, max_tokens, where)
-  found = jax.lax.stop_gradient(_by_sequence(batch, stride, max_tokens))  # [sequences, 3]
+  states = batch.signals[_signal(layer)]
+  found = jax.lax.stop_gradient(_by_sequence(batch, states, stride, max_tokens))  # [sequences, 3]
   scored, count = batch.sequence_mask[:, None], jnp.sum(batch.sequence_mask)
   now = jnp.sum(jnp.where(scored, found, 0), axis=0) / jnp.maximum(count, 1)
   means, known = carried["means"], carried["batches"] > 0
@@ -126,9 +129,13 @@ def _mean(mask, x):
   return jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def _by_sequence(batch, stride, max_tokens):
+def _signal(layer):
+  """The signal with the states of a layer."""
+  return "hidden" if layer == -1 else f"hidden@{layer}"
+
+
+def _by_sequence(batch, hidden, stride, max_tokens):
   """`rank_growth` of the last loss tokens of every sequence. [sequences, 3]"""
-  hidden = batch.signals["hidden"]
   hidden = hidden.reshape(-1, hidden.shape[-1])
   sequences, size = batch.num_sequences, min(max_tokens, batch.tokens.shape[1])
   mask = batch.loss_mask.reshape(-1)

@@ -39,17 +39,19 @@ def of_reward_model(workdir: pathlib.Path) -> dict[str, float]:
           "centred_rank": effective_rank(features - features.mean(axis=0))}
 
 
-def states_of(model: RewardModel) -> np.ndarray:
-  """The final hidden state where each answer of the test pairs of a model's run ends. [answers, width]
+def states_of(model: RewardModel, *, layer: int = -1) -> np.ndarray:
+  """The hidden state where each answer of the test pairs of a model's run ends. [answers, width]
 
   Args:
     model: on one device.
+    layer: as in the signal `hidden@layer`; -1 is the final state.
   """
   config, found = model.config, []
   pairs = inputs.read_tasks(inputs.pair_builder(config, model.builder), inputs.open_split(config, "test"),
                             config.evaluate.pairs)
-  read = jax.jit(lambda params, batch: model_outputs(model.decoder, params, batch, signals=("hidden",),
-                                                     logprobs=False).hidden)
+  signal = f"hidden@{layer}"
+  read = jax.jit(lambda params, batch: model_outputs(model.decoder, params, batch, signals=(signal,),
+                                                     logprobs=False).layers[signal])
   limit = config.data.max_completion_tokens
   for start in range(0, len(pairs), TOGETHER):
     some = [t for group, pair in enumerate(pairs[start:start + TOGETHER])

@@ -25,6 +25,8 @@ from jaxrl.models.cached_attention import DecodeStep, KeyValues, LayerCache, Row
 from jaxrl.models.decoder_config import ACTIVATIONS, REMAT_POLICIES, THRESHOLDS, VALUE, DecoderConfig
 from jaxrl.models.packed_attention import PackedRows
 
+STATES = "states"  # the collection of `Decoder.keep`
+
 
 def partitioned(initializer, *axes):
   """An initializer whose parameter carries logical axis names."""
@@ -279,11 +281,23 @@ class Block(nn.Module):
     return sharding.constrain(x, "rows", "length", None) if cache is None else x, key_values
 
 
-def _rematerialised(c: DecoderConfig) -> type[nn.Module]:
+class Keeping(Block):
+  """A block of a scan that keeps the states after some layers; others pass them on.
+
+  The carry is `(x, {layer: states})`, so that memory holds those of the layers wanted, not of all.
+  """
+
+  def __call__(self, carry, turns, packed, step, cache, sliding, layer):
+    x, kept = carry
+    x, key_values = super().__call__(x, turns, packed, step, cache, sliding)
+    return (x, {wanted: jnp.where(layer == wanted, x, old) for wanted, old in kept.items()}), key_values
+
+
+def _rematerialised(c: DecoderConfig, block: type[Block] = Block) -> type[nn.Module]:
   """The block whose backward pass computes again what the config says."""
   if c.remat == "none":
-    return Block
-  return nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+    return block
+  return nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
 
 
 @functools.lru_cache(maxsize=32)
@@ -294,9 +308,16 @@ def _block(c: DecoderConfig, sparse: bool) -> Callable:
 
 
 class Decoder(nn.Module):
-  """Token ids to final hidden states; `vocabulary` is the matrix that makes logits of them."""
+  """Token ids to final hidden states; `vocabulary` is the matrix that makes logits of them.
+
+  Attributes:
+    config: sizes and dialect.
+    keep: layers whose states are sown into the collection `states`, each under its number: 0 is what
+      enters the first block, i what leaves the i-th. `apply(..., mutable=[STATES])` returns them.
+  """
 
   config: DecoderConfig
+  keep: tuple[int, ...] = ()
 
   def setup(self):
     c = self.config
@@ -307,9 +328,9 @@ class Decoder(nn.Module):
       self.unembedding = self.param("unembedding", init, shape, c.param_dtype)
     if c.scan_layers:
       self.blocks = nn.scan(
-          _rematerialised(c), variable_axes={"params": 0, "scales": 0}, split_rngs={"params": True},
-          length=c.layers,
-          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+          _rematerialised(c, Keeping if self.keep else Block), variable_axes={"params": 0, "scales": 0},
+          split_rngs={"params": True}, length=c.layers,
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, *([0] if self.keep else ())),
           metadata_params={nn.PARTITION_NAME: "layers"})(c, all(c.is_sparse))
     else:
       self.blocks = [Block(c, sparse) for sparse in c.is_sparse]
@@ -380,7 +401,11 @@ class Decoder(nn.Module):
       x = x * jnp.asarray(c.d_model ** 0.5, c.dtype)
     if offset is not None:
       x = x + offset.astype(c.dtype)
-    if c.scan_layers:
+    kept = dict.fromkeys(self.keep, x)
+    if c.scan_layers and self.keep:
+      (x, kept), key_values = self.blocks((x, kept), turns, packed, step, cache, jnp.array(c.is_sliding),
+                                          jnp.arange(1, c.layers + 1))
+    elif c.scan_layers:
       x, key_values = self.blocks(x, turns, packed, step, cache, jnp.array(c.is_sliding))
     else:
       key_values = []
@@ -389,4 +414,7 @@ class Decoder(nn.Module):
             _block(c, c.is_sparse[i]), block.variables)
         x, kv = run(x, turns, packed, step, cache and cache[i], c.is_sliding[i])
         key_values.append(kv)
+        kept |= {i + 1: x} if i + 1 in kept else {}
+    for layer, states in kept.items():
+      self.sow(STATES, str(layer), states)
     return self.final_norm(x), key_values

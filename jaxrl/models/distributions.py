@@ -95,13 +95,18 @@ def about_tokens(hidden: Float[Array, "rows length width"], vocabulary: Float[Ar
 def divergence(hidden: Float[Array, "rows length width"], vocabulary: Float[Array, "vocab width"],
                other_hidden: Float[Array, "rows length width"],
                other_vocabulary: Float[Array, "vocab width"], *, temperature: float | Array,
-               soft_cap: float) -> Float[Array, "rows length"]:
-  """KL(policy || other) over the whole vocabulary, in nats, at every token."""
+               soft_cap: float, other_soft_cap: float | None = None) -> Float[Array, "rows length"]:
+  """KL(policy || other) over the whole vocabulary, in nats, at every token.
+
+  `other_soft_cap` is the soft cap of the other; None is the same.
+  """
+  other_soft_cap = soft_cap if other_soft_cap is None else other_soft_cap
+
   def of_one(states):
     state, other = states
-    log_p, log_q = (jax.nn.log_softmax(token_logits(s, v, temperature=temperature,
-                                                    soft_cap=soft_cap))
-                    for s, v in ((state, vocabulary), (other, other_vocabulary)))
+    log_p, log_q = (jax.nn.log_softmax(token_logits(s, v, temperature=temperature, soft_cap=cap))
+                    for s, v, cap in ((state, vocabulary, soft_cap),
+                                      (other, other_vocabulary, other_soft_cap)))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
 
   return in_blocks(of_one, (hidden, other_hidden), vocabulary.shape[0])

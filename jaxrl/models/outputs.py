@@ -15,7 +15,7 @@ from jaxrl.batch import ModelOutputs, TokenBatch
 from jaxrl.compose import nearest
 from jaxrl.models import adapters
 from jaxrl.models import distributions
-from jaxrl.models.decoder import Decoder, DecoderConfig
+from jaxrl.models.decoder import STATES, Decoder, DecoderConfig
 from jaxrl.models.decoder_config import VALUE as VALUE_HEAD
 from jaxrl.models.logprobs import token_logits, token_logprobs
 
@@ -23,6 +23,7 @@ DIVERGENCE = "reference_kl"  # the signal of two models
 MODEL_SIGNALS = ("logprobs", "entropy", "hidden", "values", "action_values", "scores", "yes_logprobs",
                  *distributions.SIGNALS)
 VALUES = ("values", "action_values")  # of the critic, if the config has one
+HIDDEN = "hidden"
 
 
 def init_parameters(config: DecoderConfig, key: Array) -> PyTree:
@@ -42,7 +43,22 @@ def init_parameters(config: DecoderConfig, key: Array) -> PyTree:
 
 def is_signal(name: str) -> bool:
   """Whether a model can say what is named; other signals come from episodes or credit."""
-  return name == DIVERGENCE or distributions.split(name)[0] in MODEL_SIGNALS
+  return name == DIVERGENCE or layer_of(name) is not None or distributions.split(name)[0] in MODEL_SIGNALS
+
+
+def layer_of(name: str) -> int | None:
+  """`hidden@-2` -> -2; None for signals that are no states of a layer.
+
+  Raises:
+    ValueError: no whole number after the @.
+  """
+  base, at, layer = name.partition("@")
+  if base != HIDDEN or not at:
+    return None
+  try:
+    return int(layer)
+  except ValueError:
+    raise ValueError(f"signal {name!r} is written {HIDDEN}@LAYER, as in {HIDDEN}@3 or {HIDDEN}@-2") from None
 
 
 def critic_of(config: DecoderConfig) -> DecoderConfig:
@@ -67,7 +83,8 @@ def unbox(parameters: PyTree) -> PyTree:
 def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
                   signals: Collection[str] = (), logprobs: bool = True,
                   temperature: float | Array = 1.0, vocabulary_chunk: int = 4096,
-                  reference: PyTree | None = None) -> ModelOutputs:
+                  reference: PyTree | None = None, reference_config: DecoderConfig | None = None
+                  ) -> ModelOutputs:
   """Runs the decoder over packed rows and computes what was asked for.
 
   Args:
@@ -77,6 +94,8 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     signals: any of `MODEL_SIGNALS`:
       `entropy`: of the distribution that tokens[t] is drawn from, in nats; differentiable.
       `hidden`: final hidden state at tokens[t].
+      `hidden@L`: that of a layer: 0 is what enters the first, i what leaves the i-th, and that of the
+        last is the final one, after the last norm; -1, -2, ... count from it, as in transformers.
       `values`: the head `value` read just before tokens[t].
       `action_values`: the head `value` read at tokens[t], which knows the token.
       `scores`: all other heads read at tokens[t], in the order of the config, and its verdict.
@@ -87,19 +106,22 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     temperature: of the distribution that the log-probabilities and entropies are about.
     vocabulary_chunk: as `chunk` of `token_logprobs`.
     reference: parameters of the reference, for `reference_kl`.
+    reference_config: its decoder, if that is another one, over as many tokens.
 
   Returns:
-    All but `hidden`, `scores` and `yes_logprobs` are 0 on padding and at the first token of segments,
+    All but states, `scores` and `yes_logprobs` are 0 on padding and at the first token of segments,
     which nothing predicts. What was not asked for is None.
 
   Raises:
     ValueError: unknown signal, or a head that the config lacks.
   """
   check_signals(config, signals)
-  decoder = Decoder(config)
-  hidden, before = _hidden_states(decoder, params, batch)
+  decoder, layers = Decoder(config), _layers(config, signals)
+  keep = tuple(sorted(set(layers.values()) - {config.layers}))
+  hidden, before, kept = _hidden_states(decoder.clone(keep=keep), params, batch)
   predicted = _is_predicted(batch)
-  outputs = ModelOutputs(hidden=hidden if "hidden" in signals else None)
+  outputs = ModelOutputs(hidden=hidden if HIDDEN in signals else None,
+                         layers={name: kept.get(layer, hidden) for name, layer in layers.items()})
   logprobs = logprobs or "logprobs" in signals
   vocabulary = decoder.apply(params, method="vocabulary")
   if logprobs or "entropy" in signals:
@@ -109,21 +131,23 @@ def model_outputs(config: DecoderConfig, params: PyTree, batch: TokenBatch, *,
     kept = [None if x is None else jnp.where(predicted, x, 0) for x in about_tokens]
     outputs = outputs.replace(logprobs=kept[0] if logprobs else None, entropy=kept[1])
   how = dict(temperature=temperature, soft_cap=config.logit_soft_cap)
-  of_distribution = [s for s in signals if distributions.split(s)[0] in distributions.SIGNALS]
+  of_distribution = [s for s in signals
+                     if s not in layers and distributions.split(s)[0] in distributions.SIGNALS]
   found = {}
   if of_distribution:
     found = distributions.about_tokens(before, vocabulary, of_distribution, **how)
   if DIVERGENCE in signals:
-    reference = jax.lax.stop_gradient(reference)
-    _, other = _hidden_states(decoder, reference, batch)
+    reference, theirs = jax.lax.stop_gradient(reference), Decoder(reference_config or config)
+    _, other, _ = _hidden_states(theirs, reference, batch)
     found[DIVERGENCE] = distributions.divergence(
-        before, vocabulary, other, decoder.apply(reference, method="vocabulary"), **how)
+        before, vocabulary, other, theirs.apply(reference, method="vocabulary"),
+        other_soft_cap=theirs.config.logit_soft_cap, **how)
   outputs = outputs.replace(distribution={k: jnp.where(predicted, x, 0) for k, x in found.items()})
   if set(VALUES) & set(signals):
     critic, critic_params, states = decoder, params, (before, hidden)
     if config.critic:
       critic, critic_params = Decoder(critic_of(config)), {"params": params["critic"]}
-      states = _hidden_states(critic, critic_params, batch)[::-1]
+      states = _hidden_states(critic, critic_params, batch)[1::-1]
     for name, state in zip(VALUES, states):
       if name in signals:
         values = critic.apply(critic_params, VALUE_HEAD, state, method="head")[..., 0]
@@ -155,7 +179,8 @@ def scores_at(decoder: Decoder, params: PyTree, hidden: Float[Array, "rows lengt
 
 
 def _hidden_states(decoder, params, batch):
-  """Hidden states at the tokens of rows, and just before each of them. [rows, length, width]"""
+  """Hidden states at the tokens of rows, just before each of them, and after the layers that the
+  decoder keeps, by their numbers. [rows, length, width]"""
   trunks, trunk_length = batch.trunk_tokens.shape
   index = jnp.broadcast_to(jnp.arange(trunk_length), batch.trunk_tokens.shape)
   in_trunk = index < batch.trunk_lengths[:, None]
@@ -163,18 +188,27 @@ def _hidden_states(decoder, params, batch):
   def unit(trunk, rows):
     return jnp.concatenate([trunk, rows.reshape(trunks, -1)], axis=1) if trunk_length else rows
 
-  hidden, _ = decoder.apply(
+  def of_rows(states):
+    return states[:, trunk_length:].reshape(*batch.tokens.shape, -1)
+
+  (hidden, _), sown = decoder.apply(
       params, unit(batch.trunk_tokens, batch.tokens), unit(index, batch.positions),
       unit(in_trunk.astype(jnp.int32), batch.segment_ids), trunk_length=trunk_length,
-      rows=batch.rows_per_trunk if trunk_length else 1, longest=batch.longest)
-  trunk, hidden = hidden[:, :trunk_length], hidden[:, trunk_length:]
-  hidden = hidden.reshape(*batch.tokens.shape, -1)
+      rows=batch.rows_per_trunk if trunk_length else 1, longest=batch.longest, mutable=[STATES])
+  trunk, hidden = hidden[:, :trunk_length], of_rows(hidden)
+  kept = {int(layer): of_rows(states) for layer, (states,) in sown.get(STATES, {}).items()}
   before = jnp.roll(hidden, 1, axis=1)
   if trunk_length:  # the end of its trunk is what comes before the first token of a segment
     last = jnp.maximum(batch.trunk_lengths - 1, 0)[:, None, None]
     last = jnp.repeat(jnp.take_along_axis(trunk, last, axis=1), batch.rows_per_trunk, axis=0)
     before = jnp.where(_starts(batch)[..., None], last, before)
-  return hidden, before
+  return hidden, before, kept
+
+
+def _layers(config, signals):
+  """The layers, counted from 0, whose states signals ask for, by the name of the signal."""
+  found = {name: layer for name in signals if (layer := layer_of(name)) is not None}
+  return {name: layer if layer >= 0 else config.layers + 1 + layer for name, layer in found.items()}
 
 
 def _starts(batch: TokenBatch) -> Bool[Array, "rows length"]:
@@ -202,6 +236,10 @@ def check_signals(config: DecoderConfig, signals: Iterable[str]) -> None:
   for name in signals:
     if not is_signal(name):
       raise ValueError(f"a model has no signal {name!r}{nearest(name, MODEL_SIGNALS)}")
+  for name, layer in _layers(config, signals).items():
+    if not 0 <= layer <= config.layers:
+      raise ValueError(f"signal {name!r}, but config.model.layers={config.layers}: layers are 0, which is "
+                       f"before the first, to {config.layers}, or -{config.layers + 1} to -1 from the end")
   wanted = sorted(set(VALUES) & set(signals))
   if wanted and VALUE_HEAD not in heads and not config.critic:
     raise ValueError(f"signal {wanted[-1]!r} needs a value head, but config.model.heads_on_top={heads}: "

@@ -185,7 +185,8 @@ def _compiler(mesh, target):
 def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
   state = builders.state_of(phase.learning, mesh)
   held = {name: sharding.bytes_of(tree) for name, tree in (
-      ("parameters", state.params), ("optimiser", state.opt_state), ("frozen models", state.frozen))}
+      ("parameters", state.params), ("optimiser", state.opt_state),
+      ("frozen models", (state.frozen, state.others)))}
   shape, count, gradients, update, signals = None, 0, 0.0, None, None
   if phase.kind != "evaluate":
     shape = builders.make_shape(phase, phase.learning.decoder, mesh, *sizes)

@@ -43,7 +43,7 @@ def choose_rollouts(step: Step, *, share: float = 0.5, count: int = 0, buffer: i
 
   Args:
     step: the batch; sequences that are not scored are no candidates.
-    share: of the fresh rollouts that are chosen.
+    share: of the candidates that are chosen, fresh ones and remembered ones together.
     count: how many are chosen, instead of a share; 0 is the share.
     buffer: batches that are remembered, first in, first out; 0 chooses among fresh ones only.
     rule: "bandit", or for comparison "random", "advantage" (the largest by magnitude).
@@ -80,7 +80,7 @@ def choose_rollouts(step: Step, *, share: float = 0.5, count: int = 0, buffer: i
   _learn(memory, fresh, step, entropy_weight, entropy_floor, smoothing, window, learning_rate, passes)
   candidates = fresh + memory["store"]
   contexts = np.array([_context(c, now) for c in candidates])
-  places = min(count or max(1, round(share * len(fresh))), len(candidates))
+  places = min(count or max(1, round(share * len(candidates))), len(candidates))
   chosen = _choose(memory, candidates, contexts, places, rule, explore, rng)
   memory["pending"] = contexts[chosen]
   for i in chosen:

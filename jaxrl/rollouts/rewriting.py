@@ -1,5 +1,9 @@
 """Questions that the policy puts in other words for itself."""
 
+from collections.abc import Sequence
+import functools
+import re
+
 from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
@@ -12,7 +16,8 @@ REWRITTEN = {"both": ("hard", "medium"), "hard": ("hard",), "medium": ("medium",
 @compose.supplies(columns=("kl_weight",))
 async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, mode: str = "both",
                              hard: float = 0.3, medium: float = 0.7, rewrite_tokens: int = 400,
-                             kl_hard: float = 0.5, right_from: float = 1.0) -> list[Trajectory]:
+                             kl_hard: float = 0.5, right_from: float = 1.0, oracle: Sequence[str] = ()
+                             ) -> list[Trajectory]:
   """Hard questions are simplified, middling ones varied, and all are answered (CLPO,
   arXiv:2509.25004).
 
@@ -32,6 +37,9 @@ async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, m
     kl_hard: `columns["kl_weight"]` of answers to hard questions, old and new, for
       `objectives.kl(weight="kl_weight")`; 1 elsewhere.
     right_from: smallest reward of a right answer.
+    oracle: a pattern and what takes its place (`re.sub`) in the question; the new question is then made
+      by this rule, as if by a perfect rewriter, and the policy is not asked. Where nothing matches the
+      question is asked again as it is. () asks the policy.
 
   Returns:
     Group 0, answers to the question; group 1, those to the rewritten one. Evidence of the latter:
@@ -39,11 +47,12 @@ async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, m
       contains the reference answer.
 
   Raises:
-    ValueError: another mode, or shares out of order.
+    ValueError: another mode, shares out of order, or an oracle that is no pattern with a replacement.
   """
   if mode not in REWRITTEN or not 0 <= hard <= medium <= 1:
     raise ValueError(f"rewrite_and_answer: mode={mode!r}, hard={hard}, medium={medium}; modes are "
                      f"{', '.join(map(repr, REWRITTEN))}, and 0 <= hard <= medium <= 1")
+  rule = _rule(oracle)
   group = await ctx.sample(task.prompt, n=samples, train=True)
   await ctx.score(task, group)
   right = [t.reward >= right_from for t in group if t.scored]
@@ -52,21 +61,37 @@ async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, m
   teaches = _filter(group, right_from)
   second = []
   if right and level in REWRITTEN[mode]:
-    asked = ctx.prompt("simplify" if level == "hard" else "vary", question=task.question,
-                       answer=task.answer)
-    rewriting, = await ctx.sample(asked, max_tokens=rewrite_tokens)
-    if ctx.render("rewritten", question=rewriting.text):
-      prompt = ctx.prompt("rewritten", question=rewriting.text)
+    if rule:
+      text = rule(task.question)
+    else:
+      asked = ctx.prompt("simplify" if level == "hard" else "vary", question=task.question,
+                         answer=task.answer)
+      rewriting, = await ctx.sample(asked, max_tokens=rewrite_tokens)
+      text = rewriting.text
+    if ctx.render("rewritten", question=text):
+      prompt = ctx.prompt("rewritten", question=text)
       second = await ctx.sample(prompt, n=samples, train=True)
       await ctx.score(task, second)
       rescued = _filter(second, right_from) and not teaches
-      leaked = bool(task.answer) and task.answer in rewriting.text
+      leaked = bool(task.answer) and task.answer in text
       for t in second:
         t.group = 1
         t.evidence |= {"rescued": ok(float(rescued)), "leaked": ok(float(leaked))}
   for t in group + second:
     t.columns = {"kl_weight": kl_hard if level == "hard" else 1.0}
   return group + second
+
+
+def _rule(oracle):
+  """The function of a question that an oracle is, None for none."""
+  if not oracle:
+    return None
+  try:
+    pattern, replacement = oracle
+    return functools.partial(re.compile(pattern).sub, replacement)
+  except (TypeError, ValueError, re.error) as error:
+    raise ValueError(f"rewrite_and_answer: oracle={oracle!r} has to be a pattern and its replacement, such "
+                     rf"as (r'(\d+)\+(\d+)', r'\2+\1'): {error}") from error
 
 
 def _filter(group: list[Trajectory], right_from: float) -> bool:

@@ -36,6 +36,7 @@ from jaxrl.tasks import sorting
 from jaxrl.tasks import tastes
 from jaxrl.tasks import transitions
 from jaxrl.tasks import votes
+from jaxrl.tasks import walks
 from jaxrl.tasks import worked_sums
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
@@ -46,7 +47,7 @@ TASKS = dict(addition=addition, brackets=brackets, copying=copying,
              rated_addition=rated_addition, repeated_addition=repeated_addition,
              running_sum=running_sum, scratchpad_addition=scratchpad_addition, series=series,
              societies=societies, sorting=sorting, tastes=tastes, transitions=transitions, votes=votes,
-             worked_sums=worked_sums)
+             walks=walks, worked_sums=worked_sums)
 SPLITS = ("train", "validation", "test")
 DRAWS = 3000  # a split with one problem in 200 is then missed once in 3 million rows
 

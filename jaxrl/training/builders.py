@@ -44,6 +44,7 @@ from jaxrl.training import references
 from jaxrl.training import refusals
 from jaxrl.training import sources
 from jaxrl.training import state as states
+from jaxrl.training import teachers
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
 from jaxrl.training.loop import PhaseRun
@@ -204,7 +205,7 @@ def _fresh_state(parts, phase, params, rng):
   """The same, before transformations have looked at it."""
   learning = phase.learning
   shardings = jax.tree.map(lambda x: x.sharding, abstract_state(parts, phase))
-  shardings = shardings.replace(params=learning.part(shardings.params))
+  shardings = shardings.replace(params=learning.part(shardings.params), others={})
 
   critic_begins = (parts.decoder.critic and learning.needs_values
                    and not any(p.learning.needs_values for p in parts.phases[:phase.index]
@@ -219,7 +220,8 @@ def _fresh_state(parts, phase, params, rng):
     return state.replace(frozen={name: own if learning.models[name].adapted else adapters.off(own)
                                  for name, own in state.frozen.items()})
   state = jax.jit(start, out_shardings=shardings)(params, rng)
-  return state.replace(params=adapters.joined(params, state.params))  # no copy of what is not trained
+  return state.replace(params=adapters.joined(params, state.params),  # no copy of what is not trained
+                       others=teachers.parameters(learning.models, learning.others, parts.mesh))
 
 
 def _taught_critic(run):
@@ -455,9 +457,10 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
           kind != "evaluate") else []
   scheduled = pieces.schedules(settings)
   rate = scheduled.get("optimizer.learning_rate")
+  models = frozen.read(settings.reference, settings.frozen, scheduled.get("reference.decay"))
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
-      models=frozen.read(settings.reference, settings.frozen, scheduled.get("reference.decay")),
+      models=models, decoders=teachers.decoders(models, tokenizer, mesh),
       advantage=[compose.build(pieces.plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
       optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms, rate),
@@ -540,7 +543,7 @@ def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   # Data of references has a shape of its own.
   kept = tuple(x.shape for x in jax.tree.leaves(state_of(phase.learning, mesh).opt_state))
   key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in built),
-         phase.learning.decoder, mesh, repr(shape), kept)
+         phase.learning.decoder, mesh, repr(shape), kept, tuple(phase.learning.others.items()))
   if key not in _REHEARSALS:
     while len(_REHEARSALS) >= REMEMBERED:
       _REHEARSALS.pop(next(iter(_REHEARSALS)))
@@ -559,7 +562,8 @@ def rehearsal(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
 def state_of(learning: learner.Learning, mesh: jax.sharding.Mesh) -> states.TrainState:
   """Shapes, types and shardings of a phase's state."""
   return states.abstract_state(learning.decoder, mesh, learning.optimizer,
-                               frozen=learning.kept, carried=learning.carried, trains=learning.trains)
+                               frozen=learning.kept, carried=learning.carried, trains=learning.trains,
+                               others=learning.others)
 
 
 def _empty_batch(phase, shape):

@@ -6,12 +6,14 @@ with, receives no gradient, and follows the policy, or another frozen model, eve
     frozen=dict(average=dict(every=1, decay=0.99),                  # Polyak average
                 previous=dict(every=100),                           # the policy 1 to 100 updates ago
                 before=dict(every=100, follows="previous"),         # and that before it
-                start=dict())                                       # the policy of the phase's start
+                start=dict(),                                       # the policy of the phase's start
+        teacher=dict(source="runs/teacher"))                # the last of another run, of any shape
 
 A piece reads what one says as the signal `NAME_SIGNAL`, such as `average_logprobs`, exactly as
 `reference_logprobs`. In a model with adapters a frozen model is a copy of what the phase trains, over the
-one base, and one with `adapted=False` begins as the base. A model is kept only in phases where a piece
-reads it, or a model that follows it.
+one base, and one with `adapted=False` begins as the base. A model with a `source` is that run's policy,
+whole and with its own shape, see `training.teachers`; it stays as it is, and nothing follows it. A model is
+kept only in phases where a piece reads it, or a model that follows it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,6 +44,7 @@ class Refresh:
       are refreshed by the same update form a shift register.
     lag: follow the policy as it was before the update (Humanline, arXiv:2509.24207).
     adapted: False begins with the adapters that the phase trains switched off.
+    source: workdir of the run whose last policy it is; "" begins as the policy of this one.
   """
 
   every: int = 0
@@ -49,6 +52,7 @@ class Refresh:
   follows: str = POLICY
   lag: bool = False
   adapted: bool = True
+  source: str = ""
 
 
 def read(reference: Mapping[str, Any], frozen: Mapping[str, Any], decay: Schedule | None = None
@@ -78,9 +82,9 @@ def read(reference: Mapping[str, Any], frozen: Mapping[str, Any], decay: Schedul
 
 
 def kept(models: Mapping[str, Refresh], wanted: Iterable[str]) -> tuple[str, ...]:
-  """Those of the models that are wanted, and those that they follow."""
+  """Those of the models that are wanted and begin as the policy, and those that they follow."""
   found = set()
-  for name in wanted:
+  for name in (name for name in wanted if not models[name].source):
     while name != POLICY and name not in found:
       found.add(name)
       name = models[name].follows if models[name].every else POLICY
@@ -114,6 +118,11 @@ def refresh(models: Mapping[str, Refresh], frozen: Mapping[str, Any], before: An
   return {name: moved(name, own) for name, own in frozen.items()}
 
 
+def place_of(name: str) -> str:
+  """Where in a config a frozen model is described."""
+  return "config.reference" if name == REFERENCE else f"config.frozen.{name}"
+
+
 def _check_name(name, where):
   if name in (POLICY, OLD, REFERENCE):
     what = "config.reference has its settings" if name == REFERENCE else "that is the policy"
@@ -142,11 +151,16 @@ def _refresh_of(fields, where):
   for field in ("lag", "adapted"):
     if not isinstance(getattr(rule, field), bool):
       raise ValueError(f"{where}.{field}={getattr(rule, field)!r} must be True or False")
+  if not isinstance(rule.source, str):
+    raise ValueError(f"{where}.source={rule.source!r} must be the --workdir of a run, '' for none")
+  if rule.source and rule != Refresh(source=rule.source):
+    raise ValueError(f"{where}.source={rule.source!r} is another run's policy, which stays as it is: leave "
+                     "every, decay, follows, lag and adapted out")
   return rule
 
 
 def _check_follows(name, models):
-  where = "config.reference" if name == REFERENCE else f"config.frozen.{name}"
+  where = place_of(name)
   followed, seen = models[name].follows, [name]
   if models[name].lag and followed != POLICY:
     raise ValueError(f"{where}.lag=True is about the policy before an update, but the model follows "
@@ -155,6 +169,9 @@ def _check_follows(name, models):
     if followed not in models:
       raise ValueError(f"{where}.follows={followed!r} is no model"
                        f"{nearest(followed, [POLICY, *models])}")
+    if models[followed].source:
+      raise ValueError(f"{where}.follows={models[name].follows!r}, but {followed!r} is of another run, which "
+                       "stays as it is: read that one itself")
     if followed in seen:
       raise ValueError(f"{where}.follows={models[name].follows!r}: {' -> '.join([*seen, followed])} never "
                        "comes to the policy, so nothing would move")

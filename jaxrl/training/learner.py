@@ -53,6 +53,7 @@ class Learning:
     with_behaviour: tokens were sampled, so their `behaviour_logprobs` mean something.
     streams: threads that share the micro-batches, on one device: see `streams.SideBySide`.
     models: frozen ones that pieces may read, by name, and how they follow the policy.
+    decoders: of those of them that other runs have trained, by name.
     asks_reference: rollouts ask the reference, whatever the pieces read.
     transforms: those of gradients and updates that are part of the optimiser.
     trains: names of the adapters that are trained; () is all, if there are any.
@@ -71,6 +72,7 @@ class Learning:
   streams: int = 1
   models: Mapping[str, frozen.Refresh] = dataclasses.field(
       default_factory=lambda: {frozen.REFERENCE: frozen.Refresh()})
+  decoders: Mapping[str, DecoderConfig] = dataclasses.field(default_factory=dict)
   asks_reference: bool = False
   transforms: Sequence[Callable] = ()
   trains: tuple[str, ...] = ()
@@ -81,11 +83,17 @@ class Learning:
 
   @property
   def kept(self) -> tuple[str, ...]:
-    """The frozen models that pieces or rollouts read, and those that they follow."""
-    read = {frozen.REFERENCE if name == model_signals.DIVERGENCE else source
-            for source, name in self._read}
-    read |= {frozen.REFERENCE} if self.asks_reference else set()
-    return frozen.kept(self.models, read & set(self.models))
+    """The frozen models that pieces or rollouts read, and those that they follow, but for `others`."""
+    return frozen.kept(self.models, self._read_models)
+
+  @property
+  def others(self) -> dict[str, DecoderConfig]:
+    """The frozen models of other runs that pieces read."""
+    return {name: decoder for name, decoder in self.decoders.items() if name in self._read_models}
+
+  def decoder_of(self, source: str) -> DecoderConfig:
+    """That of a frozen model, or of the policy."""
+    return self.decoders.get(source, self.decoder)
 
   def temperature_at(self, step: jax.Array) -> float | jax.Array:
     """That of the samples which update `step` learns from."""
@@ -144,6 +152,13 @@ class Learning:
       return ""
     return (f". There is no frozen model {model!r}{compose.nearest(model, self.models)}; one is made by "
             f"config.frozen.{model} = dict(every=..., decay=...)")
+
+  @property
+  def _read_models(self):
+    read = {frozen.REFERENCE if name == model_signals.DIVERGENCE else source
+            for source, name in self._read}
+    read |= {frozen.REFERENCE} if self.asks_reference else set()
+    return read & set(self.models)
 
   @property
   def _read(self):
@@ -266,21 +281,24 @@ def _outputs(learning, state, batch, part=0, parts=1):
   """Signals of frozen models and of the policy before updates; where there are several parts, 0 on
   the rows of others."""
   found = {}
-  for source in (*state.frozen, frozen.OLD):
+  for source in (*state.frozen, *state.others, frozen.OLD):
     if names := learning.frozen_signals[source]:
       params = state.params if source == frozen.OLD else state.model(source)
-      outputs = _forward(learning, params, batch, names, state, part, parts)
+      outputs = _forward(learning, learning.decoder_of(source), params, batch, names, state, part, parts)
       found |= {f"{source}_{name}": x for name, x in outputs.items()}
   return found
 
 
-def _forward(learning, params, batch, names, state, part, parts):
+def _forward(learning, decoder, params, batch, names, state, part, parts):
   """Named outputs of a forward pass over a part's micro-batches. -> {name: [all rows, length, ...]}"""
+  reference = _reference(state, names)
+
   def one(i):
-    outputs = model_outputs(learning.decoder, params, _rows(batch, i), signals=names,
+    outputs = model_outputs(decoder, params, _rows(batch, i), signals=names,
                             logprobs="logprobs" in names,
                             temperature=learning.temperature_at(state.step),
-                            vocabulary_chunk=learning.vocabulary_chunk, reference=state.reference)
+                            vocabulary_chunk=learning.vocabulary_chunk, reference=reference,
+                            reference_config=learning.decoder_of(frozen.REFERENCE))
     return {name: _by_unit(outputs.get(name), batch) for name in names}
 
   def all_rows(x, axes):  # the first of which say which token
@@ -300,7 +318,7 @@ def _forward(learning, params, batch, names, state, part, parts):
 def _sums(learning: Learning, shardings: Any, state: TrainState, batch: TokenBatch, part: int = 0,
           parts: int = 1) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, Any]:
   """Loss, metrics, gap and gradient of a prepared batch, summed over a part's micro-batches."""
-  batch, reference = _weighted(learning, batch), _reference(learning, state)
+  batch, reference = _weighted(learning, batch), _reference(state, learning.term_signals)
   # Jitted, so that the loop and the shapes of its sums share one trace.
   gradient_of = jax.jit(jax.value_and_grad(functools.partial(_loss_of_part, learning), has_aux=True))
 
@@ -345,15 +363,15 @@ def _weighted(learning, batch):
   return batch.with_signals(**means, **weights)
 
 
-def _reference(learning, state):
-  """Parameters of the reference, if a term compares whole distributions with its own."""
-  return state.reference if model_signals.DIVERGENCE in learning.term_signals else None
+def _reference(state, signals):
+  """Parameters of the reference, if signals compare whole distributions with its own."""
+  return state.model(frozen.REFERENCE) if model_signals.DIVERGENCE in signals else None
 
 
 def _measured(learning: Learning, state: TrainState, batch: TokenBatch, part: int = 0, parts: int = 1
               ) -> dict[str, jax.Array]:
   """Loss and metrics of a prepared batch, summed over a part's micro-batches."""
-  batch, reference = _weighted(learning, batch), _reference(learning, state)
+  batch, reference = _weighted(learning, batch), _reference(state, learning.term_signals)
 
   def one(i):
     loss, (metrics, _) = _loss(learning, state.params, _rows(batch, i), state.step, reference)
@@ -403,7 +421,8 @@ def _loss(learning, params, rows, step, reference):
   outputs = model_outputs(learning.decoder, params, rows, signals=signals,
                           logprobs=learning.reads_logprobs,
                           temperature=learning.temperature_at(step),
-                          vocabulary_chunk=learning.vocabulary_chunk, reference=reference)
+                          vocabulary_chunk=learning.vocabulary_chunk, reference=reference,
+                          reference_config=learning.decoder_of(frozen.REFERENCE))
   means = [rows.signals[_means_of(term)] for term in learning.terms]
   weights = [a.weight_at(step) * rows.signals[_weights_of(a)] for a in learning.aggregations]
   terms = [compose.at(term, step) for term in learning.terms]

@@ -15,6 +15,7 @@ from jaxrl.evaluation import policy
 from jaxrl.models import DecoderConfig
 from jaxrl.models import outputs
 from jaxrl.models import rope_configs
+from jaxrl.training import frozen
 from jaxrl.training import inputs
 from jaxrl.training import pieces
 from jaxrl.training import state as states
@@ -92,7 +93,19 @@ def _check_signals(learning):
   for section, pieces_of in (("objective", learning.terms), ("advantage", learning.advantage)):
     for i, piece in enumerate(pieces_of):
       with compose.named(f"config.{section}[{i}] ({compose.name_of(piece)})"):
-        outputs.check_signals(learning.decoder, sorted(name for _, name in learning.sources([piece])))
+        read = learning.sources([piece])
+        for source in sorted({source for source, _ in read}):
+          outputs.check_signals(learning.decoder_of(source), sorted(n for s, n in read if s == source))
+        _check_vocabularies(learning, {name for _, name in read})
+
+
+def _check_vocabularies(learning, names):
+  """Refuses to compare whole distributions of different length."""
+  ours, theirs = learning.decoder.vocab_size, learning.decoder_of(frozen.REFERENCE).vocab_size
+  if outputs.DIVERGENCE in names and ours != theirs:
+    raise ValueError(f"signal {outputs.DIVERGENCE!r} is over the whole vocabulary, of {ours} ids here and of "
+                     f"{theirs} in config.reference.source: set config.model.vocab_size={max(ours, theirs)} "
+                     "for both")
 
 
 def _check_samples(settings, built):
@@ -118,9 +131,13 @@ def _check_until(until, where, pairs):
 
 
 def check_frozen(phases: Sequence[Any]) -> None:
-  """Refuses frozen models that no phase keeps, and averages that would stand still."""
-  kept = {name for phase in phases for name in phase.learning.kept}
+  """Refuses frozen models that no phase keeps, averages that would stand still, and to sample another
+  run's model."""
+  kept = {name for phase in phases for name in (*phase.learning.kept, *phase.learning.others)}
   for phase in phases:
+    if phase.learning.asks_reference and frozen.REFERENCE in phase.learning.decoders:
+      raise ValueError(f"config.reference.source: the episode of phase {phase.name} asks the reference, and "
+                       "sampler and likelihoods are of this run's own shape: leave the source out")
     for name in phase.learning.kept:
       decay, dtype = phase.learning.models[name].decay, phase.learning.decoder.param_dtype
       decoder = phase.learning.decoder  # whose adapters, of float32, are all that is trained without these

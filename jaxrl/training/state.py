@@ -1,6 +1,6 @@
 """What training changes: parameters, optimiser state, counters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any
 
@@ -31,6 +31,7 @@ class TrainState:
     frozen: parameters of other models by name, the reference among them: those of the policy at the
       start of the phase, or what followed it since (see `training.frozen`). As the optimiser's, they are
       of what the phase trains; what it does not, as the base below adapters, is there once.
+    others: parameters of frozen models by name that other runs have trained (see `training.teachers`).
     carried: what pieces of credit remember from batch to batch, by name of piece.
     bad_steps: updates in a row that were skipped because a gradient was not finite.
     skipped_steps: all updates of this phase that were skipped.
@@ -46,15 +47,16 @@ class TrainState:
   skipped_steps: Int[Array, ""]
   rng: Array
   carried: Any = flax.struct.field(default_factory=dict)
+  others: dict[str, Any] = flax.struct.field(default_factory=dict)
 
   @property
   def reference(self) -> Any:
-    """Parameters of the reference, None if nothing reads what it says."""
+    """Parameters of the reference, None if nothing reads what it says, or it is another run's."""
     return self.model("reference") if "reference" in self.frozen else None
 
   def model(self, name: str) -> Any:
     """All parameters of a frozen model."""
-    return adapters.joined(self.params, self.frozen[name])
+    return self.others[name] if name in self.others else adapters.joined(self.params, self.frozen[name])
 
 
 def start_phase(params: Any, rng: Array, optimizer: optax.GradientTransformation, *,
@@ -123,17 +125,20 @@ def _initialize(config):
 
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
                    optimizer: optax.GradientTransformation, *, frozen: Sequence[str] = (),
-                   carried: Any = None, trains: Sequence[str] = ()) -> TrainState:
+                   carried: Any = None, trains: Sequence[str] = (),
+                   others: Mapping[str, DecoderConfig] | None = None) -> TrainState:
   """Shapes, types and shardings of a state, without computing it: what a restore fills in.
 
   Args:
     trains: names of the adapters that are trained; () is all.
+    others: architectures of the models of other runs, by name.
   """
   state = _abstract_state(config, mesh, optimizer, tuple(frozen), tuple(trains))
   replicated = jax.NamedSharding(mesh, jax.P())
-  return state.replace(carried=jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=replicated),
-      carried or {}))
+  carried = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=replicated), carried or {})
+  return state.replace(carried=carried, others={
+      name: abstract_parameters(decoder, mesh) for name, decoder in (others or {}).items()})
 
 
 @functools.lru_cache(maxsize=8)

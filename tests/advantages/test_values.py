@@ -88,6 +88,22 @@ def test_importance_weights_are_cut_at_the_cap(level):
   assert not found[~np.asarray(batch.loss_mask)].any()
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_tokens_that_trainer_and_sampler_disagree_on_get_no_credit(per_token):
+  batch, low, high = batch_of(5, unscored=(1,)), 0.7, 1.6
+  noise = np.random.default_rng(1).normal(size=batch.tokens.shape).astype(np.float32)
+  values = noise if per_token else batch.rewards
+  found = advantages.mask_disagreement(batch, values, low=low, high=high)
+  of_tokens = values if per_token else values[np.maximum(batch.sequence_ids, 0)]
+  ratios = np.exp(np.float64(batch.signals["logprobs"]) - batch.behaviour_logprobs)
+  lost = np.asarray(batch.loss_mask) & ((ratios < low) | (ratios > high))
+  assert 0 < (lost & (ratios < low)).sum() and 0 < (lost & (ratios > high)).sum()
+  np.testing.assert_array_equal(found.values, np.where(batch.loss_mask & ~lost, of_tokens, 0))
+  np.testing.assert_allclose(found.metrics["disagreement"], lost.sum() / np.sum(batch.loss_mask), rtol=1e-6)
+  with pytest.raises(ValueError, match="mask_disagreement: low=1.2, high=5.0"):
+    advantages.mask_disagreement(batch, values, low=1.2)
+
+
 def test_whitened_tokens_have_mean_0_and_variance_1_where_they_count():
   batch = batch_of(6, unscored=(1, 5))
   values = np.random.default_rng(7).normal(3.0, 4.0, batch.tokens.shape).astype(np.float32)

@@ -1,6 +1,7 @@
 """CLPO: levels, the second group, the filter, and the weighted KL."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jaxrl import compose, objectives, rollouts, tasks
 from jaxrl import config as configs
 from jaxrl.batch import Task
+from jaxrl.evidence.methods import evidence_of
 from jaxrl.objectives import kl
 from jaxrl.rewards import Scored, ok
 from jaxrl.rollouts import Rollouts
@@ -74,6 +76,22 @@ def test_hard_questions_are_simplified_and_middling_ones_varied(first, prompt, w
     assert all(t.loss_mask.sum() == 1 for t in found)
 
 
+def test_an_oracle_rewrites_in_place_of_the_policy():
+  found, world = play(["0"], oracle=(r"(\d)\+(\d).*", r"\1+\2"))
+  assert [p for p, *_ in world.asked] == ["q", "<3+4>"], "which is not asked for a rewriting"
+  assert [t.group for t in found] == [0] * 4 + [1] * 4
+  assert all(t.evidence["rescued"].score == 1 for t in found[4:])
+  _, world = play(["7"], oracle=("3", "4"))
+  assert len(world.asked) == 1, "nor is an easy question rewritten"
+
+
+def test_the_evidence_s_oracle_swaps_the_operands_of_every_question():
+  pattern, replacement = evidence_of("clpo").arms["oracle"][1]["rollout.episode.oracle"]
+  for row in tasks.open_task("addition", split="test", size=50, seed=0, digits=3, answer_format="reversed"):
+    swapped = re.sub(pattern, replacement, row["question"])
+    assert swapped == f"{row['b']}+{row['a']}=" and row["a"] + row["b"] == int(row["answer"][::-1])
+
+
 def test_only_groups_with_a_contrast_are_trained_on_and_a_rewriting_can_rescue():
   found, _ = play(["0"], second=("7", "0"))
   assert [t.scored for t in found] == [False] * 4 + [True] * 4
@@ -105,7 +123,8 @@ def test_what_cannot_be_judged_decides_nothing():
   assert [t.scored for t in found[:4]] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("options", [dict(mode="easy"), dict(hard=0.8), dict(medium=1.2)])
+@pytest.mark.parametrize("options", [dict(mode="easy"), dict(hard=0.8), dict(medium=1.2),
+                                     dict(oracle=("(", "")), dict(oracle=("a", "b", "c"))])
 def test_bad_settings_are_refused(options):
   with pytest.raises(rollouts.EpisodeFailure, match="rewrite_and_answer"):
     play(["0"], **options)

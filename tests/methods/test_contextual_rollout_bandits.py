@@ -65,6 +65,14 @@ def test_replayed_rollouts_keep_what_they_had_and_leave_first_in_first_out():
   assert len({t.group for t in found if t.group < 0}) == sum(t.group < 0 for t in found)
 
 
+@pytest.mark.parametrize("rule", ["advantage", "random", "bandit"])
+def test_half_of_all_candidates_are_chosen_remembered_ones_included(rule):
+  memory = {}
+  for index, expected in enumerate((4, 8, 12, 12)):  # of 8, 16, 24 and 24 candidates
+    found, _ = play(memory, index, group_of([1, 0, 1, 0, 0, 0, 1, 0], 0, seed=index), buffer=2, rule=rule)
+    assert len(found) == len({id(t.tokens) for t in found}) == expected
+
+
 def test_groups_may_lie_among_one_another():
   a, b = group_of([1, 0, 0], 0), group_of([1, 1, 0], 1)
   found, _ = play({}, 0, [t for pair in zip(a, b) for t in pair], share=1.0, explore=0.0)

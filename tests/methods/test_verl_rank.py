@@ -12,6 +12,7 @@ from jaxrl import config as configs
 from jaxrl.advantages.chain import credit, initial_carried
 from jaxrl.advantages.hidden_rank import effective_rank, rank_growth
 from jaxrl.batch import Trajectory, pack
+from jaxrl.training import builders
 
 WIDTH = 12
 
@@ -157,6 +158,27 @@ def test_the_first_batch_gets_no_bonus_and_the_averages_follow_earlier_batches()
   nothing = batch.replace(sequence_mask=np.zeros(16, bool))
   after = steps(nothing, nothing.rewards, carried).carried["favour_hidden_rank"]
   np.testing.assert_array_equal(after["means"], carried["favour_hidden_rank"]["means"])
+
+
+def test_it_reads_the_layer_that_it_names():
+  batch, _ = ragged(4)
+  piece = compose.build(dict(name="favour_hidden_rank", layer=-2, stride=1), advantages)
+  assert compose.signals_of(piece) == ("hidden@-2",)
+  hidden = batch.signals["hidden"]
+  other = batch.with_signals(**{"hidden@-2": hidden}, hidden=np.zeros_like(hidden))
+  mu = remembered([0.1, 0.1, 0.5])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5),
+               jax.jit(piece)(other, other.rewards, mu), run(batch, batch.rewards, mu, stride=1))
+
+
+@pytest.mark.parametrize("layer, message", [
+    (9, r"config.advantage\[2\] \(favour_hidden_rank\): signal 'hidden@9', but config.model.layers=4"),
+    ("top", "'hidden@top' is written hidden@LAYER")])
+def test_a_layer_that_the_model_lacks_is_refused_before_anything_is_computed(layer, message, tmp_path):
+  config = configs.load("configs/methods/verl_rank.py")
+  config.advantage[-1]["layer"] = layer
+  with pytest.raises(ValueError, match=message):
+    builders.build_parts(config, tmp_path, print)
 
 
 def test_averages_from_zero_are_a_share_of_the_first_batch():

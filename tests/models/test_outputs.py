@@ -113,6 +113,9 @@ def test_heads_read_the_hidden_state_in_float32():
 
 
 @pytest.mark.parametrize("signals, heads, message", [
+    (("hidden@2",), (), r"'hidden@2', but config.model.layers=1: layers are 0, .* to 1, or -2 to -1"),
+    (("hidden@-3",), (), "'hidden@-3', but config.model.layers=1"),
+    (("hidden@last",), (), "'hidden@last' is written hidden@LAYER"),
     (("entropies",), (), "no signal 'entropies'; did you mean 'entropy'"),
     (("values",), (("score", 1),), r"add \('value', 1\) to config.model.heads_on_top"),
     (("scores",), (("value", 1),), r"add \('score', 1\) to config.model.heads_on_top")])

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from jaxrl.models import Decoder, DecoderConfig, token_logits
+from jaxrl.batch import Trajectory, pack
+from jaxrl.models import Decoder, DecoderConfig, model_outputs, token_logits
 
 SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -100,14 +101,19 @@ def parameters_of(state, config):
   return {"params": params}
 
 
-@pytest.mark.parametrize("name", DIALECTS)
-def test_logits_equal_those_of_transformers(name):
-  theirs, ours = DIALECTS[name]
+def random_model(theirs):
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").eval()
   with torch.no_grad():
     for parameter in model.parameters():  # norms and biases too: their defaults would hide errors
       parameter.normal_(std=0.3)
+  return model
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_logits_equal_those_of_transformers(name):
+  theirs, ours = DIALECTS[name]
+  model = random_model(theirs)
   tokens = np.random.default_rng(0).integers(0, 61, size=(2, 24))
   with torch.no_grad():
     expected = model(torch.tensor(tokens)).logits.numpy()
@@ -124,3 +130,29 @@ def test_logits_equal_those_of_transformers(name):
 
   assert np.std(expected) > 0.3
   np.testing.assert_allclose(logits(params, tokens), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(remat="full"), dict(scan_layers=True),
+                                 dict(scan_layers=True, remat="full")], ids=str)
+def test_states_of_every_layer_equal_those_of_transformers(how):
+  """From either end, of sequences that share a row."""
+  theirs, ours = DIALECTS["gemma3"]
+  model, rng = random_model(theirs), np.random.default_rng(0)
+  config = DecoderConfig(**{**OURS, **ours}, **how)
+  params = parameters_of(model.state_dict(), config)
+  if config.scan_layers:
+    blocks = [params["params"].pop(f"blocks_{i}") for i in range(config.layers)]
+    params["params"]["blocks"] = jax.tree.map(lambda *x: np.stack(x), *blocks)
+  sequences = [rng.integers(0, 61, size=n) for n in (9, 13)]
+  batch = pack([Trajectory(s, np.zeros(len(s))) for s in sequences], row_length=32)
+  names = tuple(f"hidden@{layer}" for layer in range(-7, 7))
+  outputs = jax.jit(lambda p, b: model_outputs(config, p, b, signals=("hidden", *names), logprobs=False))(
+      params, batch)
+  for item, sequence in enumerate(sequences):
+    with torch.no_grad():
+      theirs = model(torch.tensor(sequence[None]), output_hidden_states=True).hidden_states
+    for name in names:
+      found = np.asarray(outputs.get(name))[batch.sequence_ids == item]
+      expected = theirs[int(name.split("@")[1])][0]
+      np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4, err_msg=name)
+  np.testing.assert_array_equal(outputs.get("hidden@-1"), outputs.hidden)

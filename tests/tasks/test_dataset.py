@@ -107,6 +107,7 @@ def test_every_knob_has_a_default_and_a_type(name):
     ("modular_arithmetic", dict(modulus=1), "modulus=1"),
     ("noisy_addition", dict(slips=2.0), "slips=2.0: use a share"),
     ("sorting", dict(longest=0), "longest=0"),
+    ("walks", dict(nodes=9), "nodes=9: use an even number"),
     ("copying", dict(longest=1, alphabet="a"), "no problem of the test split"),
 ])
 def test_bad_names_and_knobs_are_refused_when_opened(name, knobs, said):

@@ -16,6 +16,7 @@ from jaxrl.tasks import countdown
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import noisy_addition
 from jaxrl.tasks import sorting
+from jaxrl.tasks import walks
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2 ** 32)
@@ -203,3 +204,23 @@ def test_shares_of_noisy_sums_are_wrong_as_the_knobs_say():
     assert noisy_addition.check(row, row["answer"]) and not noisy_addition.check(row, row["answer"] + "0")
   shares = {name: np.mean(values) for name, values in found.items()}
   assert shares == pytest.approx(dict(signed=0.5, wrong=0.3, slips=0.6, doubtful=0.4), abs=0.04)
+
+
+@given(seeds, st.sampled_from([(4, 2), (10, 3), (52, 5)]), st.integers(0, 3))
+@few
+def test_walks_go_along_the_edges_of_a_regular_graph(seed, size, graph):
+  """Every node has so many edges, both ways; a walk is right if none of its steps is 0 in the matrix."""
+  nodes, degree = size
+  edges = np.array(walks.neighbours(nodes, degree, graph))
+  adjacent = np.zeros((nodes, nodes), int)
+  np.add.at(adjacent, (np.repeat(np.arange(nodes), degree), edges.ravel()), 1)
+  assert (adjacent == adjacent.T).all() and (adjacent.sum(0) == degree).all()
+  assert not adjacent.diagonal().any()
+  rng = np.random.default_rng(seed)
+  row = walks.sample(rng, nodes=nodes, degree=degree, graph=graph, longest=6)
+  start, goal = (walks.NODES.index(row["question"][i]) for i in (0, 2))
+  for walk in ([walks.NODES.index(c) for c in row["solution"]],
+               rng.integers(0, nodes, rng.integers(1, 9)).tolist()):
+    joined = np.prod([adjacent[a, b] for a, b in zip([start, *walk], walk)]) > 0
+    right = joined and walk[-1] == goal and goal not in walk[:-1] and len(walk) <= 6
+    assert walks.check(row, "".join(walks.NODES[i] for i in walk)) == right

@@ -12,7 +12,7 @@ from jaxrl.models import DecoderConfig, init_parameters, model_outputs, unbox
 from jaxrl.training.learner import make_learner, to_micro_batches
 from jaxrl.training.machine import CompileCounter
 
-SIGNALS = ("entropy", "hidden", "values", "scores")
+SIGNALS = ("entropy", "hidden", "hidden@1", "values", "scores")
 PLAIN = DecoderConfig(vocab_size=12, layers=2, d_model=16, heads=4, kv_heads=2, d_ff=32,
                       heads_on_top=(("value", 1), ("score", 1)))
 DIALECTS = {
@@ -56,10 +56,10 @@ def test_outputs_are_those_of_each_sequence_alone(toys, name, rows_per_trunk):
     alone = model_outputs(config, params, pack([t]), signals=SIGNALS)
     places = np.nonzero(batch.sequence_ids == item)
     assert len(places[0]) == len(t.tokens) - t.prompt_length
-    for field in ("logprobs", "entropy", "hidden", "values", "scores"):
+    for field in ("logprobs", *SIGNALS):
       np.testing.assert_allclose(
-          np.asarray(getattr(shared, field))[places],
-          np.asarray(getattr(alone, field))[0, t.prompt_length:len(t.tokens)], atol=2e-5,
+          np.asarray(shared.get(field))[places],
+          np.asarray(alone.get(field))[0, t.prompt_length:len(t.tokens)], atol=2e-5,
           err_msg=f"{field} of sequence {item}")
 
 

@@ -1,0 +1,76 @@
+"""Frozen models that other runs have trained, of any shape, over the same tokens.
+
+`config.frozen.teacher = dict(source=WORKDIR)` is the last policy of that run as it is now: a phase that
+begins reads it, and checkpoints hold it, so that a run continues with the same one whatever becomes of the
+other. `config.reference.source` makes one the reference, as for distillation.
+"""
+
+from collections.abc import Mapping
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+
+from jaxrl import config as configs
+from jaxrl import data
+from jaxrl import sharding
+from jaxrl.models import DecoderConfig
+from jaxrl.training import frozen
+from jaxrl.training import inputs
+from jaxrl.training import state as states
+from jaxrl.training.checkpoints import read_parameters
+
+
+def decoders(models: Mapping[str, frozen.Refresh], tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
+             ) -> dict[str, DecoderConfig]:
+  """The architectures of those models that have a source, by name.
+
+  Raises:
+    ValueError: there is no such run, it has other tokens, or it does not divide over the mesh.
+  """
+  found = {}
+  for name, rule in models.items():
+    if rule.source:
+      found[name] = _decoder(pathlib.Path(rule.source), tokenizer, mesh, frozen.place_of(name))
+  return found
+
+
+def parameters(models: Mapping[str, frozen.Refresh], of: Mapping[str, DecoderConfig], mesh: jax.sharding.Mesh
+               ) -> dict[str, Any]:
+  """The last parameters of the runs, on a mesh.
+
+  Args:
+    models: says where each is.
+    of: the architectures of those that are wanted.
+
+  Raises:
+    CheckpointError: a checkpoint is missing or damaged.
+  """
+  return {name: read_parameters(pathlib.Path(models[name].source) / "checkpoints",
+                                states.abstract_parameters(decoder, mesh)) for name, decoder in of.items()}
+
+
+def _decoder(run, tokenizer, mesh, where):
+  where = f"{where}.source={str(run)!r}"
+  for needed in ("config.json", "tokenizer", "checkpoints"):
+    if not (run / needed).exists():
+      raise ValueError(f"{where} has no {needed}: name the --workdir of a run that has saved a checkpoint")
+  theirs = data.load_tokenizer(run / "tokenizer")
+  if hasattr(tokenizer, "save") and _files(tokenizer) != _files(theirs):
+    raise ValueError(f"{where} has another tokenizer (of {theirs.vocab_size} tokens, and here of "
+                     f"{tokenizer.vocab_size}), so its probabilities are of other tokens: this run needs the "
+                     "same config.tokenizer")
+  decoder = inputs.decoder_config(configs.of_run(run).model, theirs)
+  try:
+    sharding.check_divisible(decoder, mesh)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+  return decoder
+
+
+def _files(tokenizer):
+  """All that a tokenizer writes, by name."""
+  with tempfile.TemporaryDirectory() as scratch:
+    tokenizer.save(scratch)
+    return {path.name: path.read_bytes() for path in sorted(pathlib.Path(scratch).iterdir())}
