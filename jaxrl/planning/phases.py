@@ -8,7 +8,8 @@ the compiler says. FLOPs are those of matrix products in the traced programs.
 The compiler is that of the devices where they are here. For TPUs that are not, it is their own where
 `libtpu` is installed; for other machines it is XLA's for as many virtual CPU devices, whose temporary
 arrays stand for theirs: they hold scores of attention, which a fused kernel does not, and float32 copies of
-bfloat16 caches and weights. `scripts/bench/plan.py` compares plans with runs on a CPU:
+bfloat16 caches and weights. They hold nothing of what an offloaded optimiser fetches, so that an update is
+taken to need that and a gradient at least. `scripts/bench/plan.py` compares plans with runs on a CPU:
 of models of 19 and 69 M parameters, supervised tuning took 961 and 2,809 MB, planned as 0.99 and 1.06 of
 that, and GRPO 625 and 2,328 MB, planned as 1.20 and 1.07 (results/bench/plan.md).
 """
@@ -95,7 +96,7 @@ class PhasePlan:
 
   @property
   def fetching(self) -> float:
-    """Bytes of what an optimiser fetches from host memory, with the gradient; XLA's for CPUs counts no copy."""
+    """Bytes of what an optimiser fetches from host memory, with the gradient."""
     return self.gradient + sum(self.host.values()) if self.update and self.host else 0.0
 
   @property
@@ -203,7 +204,8 @@ def _compiler(mesh, target):
 def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
   state = builders.state_of(phase.learning, mesh)
   moments, copy = master.split(state.opt_state)
-  trees = {"parameters": state.params, "optimiser": moments, "float32 master": copy, "frozen models": state.frozen}
+  trees = {"parameters": state.params, "optimiser": moments, "float32 master": copy,
+           "frozen models": state.frozen}
   held = {name: sharding.bytes_of(tree) for name, tree in trees.items()}
   host = {name: size for name, tree in trees.items() if (size := sharding.bytes_of(tree, on_host=True))}
   gradient = builders.gradient_bytes(phase.learning, state)

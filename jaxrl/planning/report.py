@@ -126,8 +126,8 @@ def _of_optimizer(phase, plan):
   if state and plan.target.platform != "cpu" and not phase.optimizer["offload"]:
     # It is on the device while it is updated, beside the gradient.
     least = max(phase.update_peak - state, phase.kept + phase.gradient, phase.sampling_peak - state)
-    found["--config.optimizer.offload=True keeps the optimiser in host memory between updates, which then "
-          "wait for it"] = phase.peak - least
+    found["--config.optimizer.offload=True keeps the optimiser in host memory between updates, which wait for "
+          "it"] = phase.peak - least
   return {line: saved for line, saved in found.items() if saved > 0}
 
 

@@ -1,6 +1,6 @@
 """A float32 master of parameters of a smaller type, kept by their optimiser.
 
-A bfloat16 has 8 bits, so a step of less than 1/256 to 1/512 of a weight rounds to nothing, as most of Adam's at a
+A bfloat16 has 8 bits, so a step of less than 1/512 of a weight rounds to nothing, as most of Adam's at a
 learning rate of 1e-5 do. With a master the steps add up in float32,
 
     master <- master + update(gradient, moments, master),      parameters = round(master),

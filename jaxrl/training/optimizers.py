@@ -142,8 +142,9 @@ def _check_types(config):
     if value not in valid:
       raise ValueError(f"config.optimizer.{field}={value!r} must be {valid[1]!r}, or '' to leave it out")
   if config.get("moments_dtype") and config["name"] not in OF_MOMENTS:
-    raise ValueError(f"config.optimizer.moments_dtype={config['moments_dtype']!r}, but {config['name']} has no "
-                     f"moments of a type of their own: set it to '', or use {' or '.join(OF_MOMENTS)}")
+    raise ValueError(f"config.optimizer.moments_dtype={config['moments_dtype']!r}, but {config['name']} "
+                     "has no moments of a type of their own: set it to '', or use "
+                     f"{' or '.join(OF_MOMENTS)}")
 
 
 def _key(index, piece):

@@ -95,8 +95,8 @@ def _check_master(phase, mesh):
   if dtype and all(x.dtype == dtype for x in trained):
     what = ("what it trains, adapters, is float32 in any model" if learning.decoder.adapters else
             f"config.model.param_dtype is {learning.decoder.param_dtype!r}")
-    raise ValueError(f"config.optimizer.master_dtype={dtype!r} in phase {phase.name} keeps a copy of parameters "
-                     f"of a smaller type, but {what}: set it to ''")
+    raise ValueError(f"config.optimizer.master_dtype={dtype!r} in phase {phase.name} keeps a copy of "
+                     f"parameters of a smaller type, but {what}: set it to ''")
 
 
 def _check_signals(learning):
