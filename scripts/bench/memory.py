@@ -140,9 +140,10 @@ def table(content):
   if shares:
     count = content["iters"]
     of = f"medians of {count} updates" if count > 1 else "of one update"
-    lines += ["", f"Seconds are {of} after a first one, taken while other processes used {min(shares):.0%} to {max(shares):.0%} of the "
-              "CPUs" + (": those of all cores, which wait for nobody, can be compared, if roughly; the "
-                        "others cannot." if max(shares) > 0.05 else ".")]
+    lines += ["", f"Seconds are {of} after a first one, taken while other processes used {min(shares):.0%} to "
+              f"{max(shares):.0%} of the CPUs" + (
+                  ": rows cannot be compared by them, nor well by those of all cores, though these wait for "
+                  "nobody." if max(shares) > 0.05 else ".")]
   return "\n".join(lines) + "\n"
 
 
