@@ -21,7 +21,6 @@ from jaxrl.planning import report
 from jaxrl.training import builders
 from jaxrl.training import master
 from jaxrl.training import optimizers
-from jaxrl.training import refusals
 from jaxrl.training import run as runs
 from jaxrl.training import state as states
 from jaxrl.training.checkpoints import Checkpoints
