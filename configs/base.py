@@ -84,6 +84,12 @@ def get_config() -> ml_collections.ConfigDict:
       weight_decay=0.0,  # of matrices, with adamw and lion
       clip_norm=1.0,  # largest global norm of a gradient; 0 is off
       adapters=(),  # those of model.adapters that are trained; () is all
+      master_dtype="",  # "float32" adds up the steps of bfloat16 parameters (model.param_dtype) in a copy of
+      # them, with moments of float32; without one, steps below 1/512 of a weight are lost
+      moments_dtype="",  # "bfloat16" for the first moment of adamw, whose second stays, and the one of lion;
+      # adafactor has none of the first and a factored second; optax has no optimiser of 8 bits
+      offload=False,  # keep the optimiser's state in host memory between updates; scripts/bench/memory.py
+      # measures all of these
       transforms=[],  # of gradients and updates: pieces of jaxrl.transforms
       max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
   config.batch = dict(

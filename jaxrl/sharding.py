@@ -41,6 +41,7 @@ RULES = {
 DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"),
            ("kv_heads", "kv_heads"), ("d_ff", "mlp"), ("expert_d_ff", "mlp"))  # field of a model config, its logical axis
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HOST = "pinned_host"  # the memory kind of what is offloaded
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as dead
 MOST_STREAMS = 8  # each has a gradient of its own
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
@@ -217,10 +218,31 @@ def axis_size(name: str) -> int:
   return 1 if mesh.empty else _parts(name, mesh)
 
 
-def bytes_of(tree: PyTree, itemsize: int = 0) -> int:
-  """Bytes of arrays, or abstract ones, on one device: of their own types or of `itemsize` a number."""
+def bytes_of(tree: PyTree, itemsize: int = 0, *, on_host: bool = False) -> int:
+  """Bytes of arrays, or abstract ones, on one device: of their own types or of `itemsize` a number.
+
+  Args:
+    on_host: of those that lie in host memory for the device, instead of those that lie on it.
+  """
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
-             for x in jax.tree.leaves(tree))
+             for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == on_host)
+
+
+def on_host(abstract: PyTree) -> PyTree:
+  """Abstract arrays as they are when all that is large lies in the pinned memory of the devices' hosts."""
+  def place(x):
+    kind = x.sharding.with_memory_kind(HOST) if _is_large(x) else x.sharding
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=kind)
+  return jax.tree.map(place, abstract)
+
+
+def on_device(tree: PyTree) -> PyTree:
+  """Inside a jitted function, what `on_host` says lies in host memory, on the devices."""
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_large(x) else x, tree)
+
+
+def _is_large(x):
+  return x.ndim > 0 and jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

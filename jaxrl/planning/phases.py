@@ -8,15 +8,18 @@ the compiler says. FLOPs are those of matrix products in the traced programs.
 The compiler is that of the devices where they are here. For TPUs that are not, it is their own where
 `libtpu` is installed; for other machines it is XLA's for as many virtual CPU devices, whose temporary
 arrays stand for theirs: they hold scores of attention, which a fused kernel does not, and float32 copies of
-bfloat16 caches and weights. `scripts/bench/plan.py` compares plans with runs on a CPU:
+bfloat16 caches and weights. They hold nothing of what an offloaded optimiser fetches, so that an update is
+taken to need that and a gradient at least. `scripts/bench/plan.py` compares plans with runs on a CPU:
 of models of 19 and 69 M parameters, supervised tuning took 961 and 2,809 MB, planned as 0.99 and 1.06 of
 that, and GRPO 625 and 2,328 MB, planned as 1.20 and 1.07 (results/bench/plan.md).
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 import jax
 import ml_collections
@@ -30,6 +33,7 @@ from jaxrl.planning import sampling
 from jaxrl.planning.programs import Program
 from jaxrl.training import builders
 from jaxrl.training import inputs
+from jaxrl.training import master
 from jaxrl.training import pieces
 from jaxrl.training import refusals
 from jaxrl.training import sources
@@ -46,9 +50,11 @@ class PhasePlan:
     name, kind: of the phase.
     shape: of its batches; None where it makes no updates.
     micro_batches: of the largest batch that is expected.
-    held: bytes by name of all that stays: parameters, optimiser, frozen models, batch, and copies for
-      sampling ahead.
-    gradients: bytes of their sum over micro-batches and of those of the next, float32.
+    held: bytes by name of all that stays: parameters, optimiser, its master of them, frozen models, batch,
+      and copies for sampling ahead.
+    host: likewise of what stays in host memory, for each device.
+    gradient, gradients: bytes of one; of their sum over micro-batches and of those of the next; float32.
+    optimizer: `config.optimizer` of the phase.
     update: an update, gradients included.
     signals: what runs once for each batch: frozen models, the policy as it was, and credit.
     updates: on each batch.
@@ -62,7 +68,10 @@ class PhasePlan:
   shape: Shape | None
   micro_batches: int
   held: dict[str, float]
+  host: dict[str, float]
+  gradient: float
   gradients: float
+  optimizer: Mapping[str, Any]
   update: Program | None
   signals: Program | None
   updates: int
@@ -83,7 +92,12 @@ class PhasePlan:
   @property
   def update_peak(self) -> float:
     """Bytes while an update, or what comes before it, runs."""
-    return self.kept + max((p.added for p in (self.update, self.signals) if p), default=0.0)
+    return self.kept + max([self.fetching, *(p.added for p in (self.update, self.signals) if p)])
+
+  @property
+  def fetching(self) -> float:
+    """Bytes of what an optimiser fetches from host memory, with the gradient."""
+    return self.gradient + sum(self.host.values()) if self.update and self.host else 0.0
 
   @property
   def sampling_peak(self) -> float:
@@ -137,13 +151,18 @@ class Plan:
   @property
   def worst(self) -> PhasePlan:
     """The phase that needs most."""
-    return max(self.phases, key=lambda phase: (phase.refused, phase.peak))
+    return max(self.phases, key=lambda phase: (phase.refused, self.needed(phase)))
+
+  def needed(self, phase: PhasePlan) -> float:
+    """Bytes at the peak of a phase, of the memory of one device: that of a CPU is its host's."""
+    shared = self.target.platform == "cpu" and self.target.memory_bytes is not None
+    return phase.peak + shared * sum(phase.host.values())
 
   @property
   def fits(self) -> bool | None:
     """Whether all phases fit the memory; None if that is unknown."""
     limit = self.target.memory_bytes
-    return None if limit is None else not self.worst.refused and self.worst.peak <= limit
+    return None if limit is None else not self.worst.refused and self.needed(self.worst) <= limit
 
 
 def plan(config: ml_collections.ConfigDict, target: chips.Target, workdir: pathlib.Path | None = None) -> Plan:
@@ -184,16 +203,19 @@ def _compiler(mesh, target):
 
 def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
   state = builders.state_of(phase.learning, mesh)
-  held = {name: sharding.bytes_of(tree) for name, tree in (
-      ("parameters", state.params), ("optimiser", state.opt_state),
-      ("frozen models", (state.frozen, state.others)))}
+  moments, copy = master.split(state.opt_state)
+  trees = {"parameters": state.params, "optimiser": moments, "float32 master": copy,
+           "frozen models": (state.frozen, state.others)}
+  held = {name: sharding.bytes_of(tree) for name, tree in trees.items()}
+  host = {name: size for name, tree in trees.items() if (size := sharding.bytes_of(tree, on_host=True))}
+  gradient = builders.gradient_bytes(phase.learning, state)
   shape, count, gradients, update, signals = None, 0, 0.0, None, None
   if phase.kind != "evaluate":
     shape = builders.make_shape(phase, phase.learning.decoder, mesh, *sizes)
     rehearsal = builders.rehearsal(phase, mesh, shape)
     count = rehearsal.batch.tokens.shape[0] // shape.micro_batch_rows
     streams = min(phase.learning.streams, count)
-    gradients = builders.gradient_bytes(phase.learning, state) * (2 if count > streams else 1) * streams
+    gradients = gradient * (2 if count > streams else 1) * streams
     held["batch"] = sharding.bytes_of(rehearsal.batch)
     with jax.set_mesh(mesh):
       signals, update = (
@@ -210,7 +232,8 @@ def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
   rollouts = [call for call in calls if call.what == "rollouts"]
   planner = planners[sampling_mesh]
   return PhasePlan(
-      phase.name, phase.kind, shape, count, held, gradients, update, signals,
+      phase.name, phase.kind, shape, count, held, host, gradient, gradients,
+      phase.settings.optimizer, update, signals,
       phase.settings.rollout.updates if phase.kind == "rl" else 1,
       planner.largest(calls), planner.flops(rollouts), sampling_mesh is not mesh)
 

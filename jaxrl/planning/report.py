@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 from jaxrl import chips
 from jaxrl.planning.phases import PhasePlan, Plan
+from jaxrl.training.optimizers import OF_MOMENTS
 
 GB, MB = 1e9, 1e6
+OF_OPTIMIZER = ("optimiser", "float32 master")
 TIGHT = 0.9  # of the memory, above which a plan is called tight: allocators leave gaps
 
 
@@ -41,6 +43,8 @@ def _phase(phase: PhasePlan, plan: Plan) -> Iterator[str]:
   for name, size in phase.held.items():
     if size:
       yield line(name, size)
+  for name, size in phase.host.items():
+    yield line(name, size, "in host memory, beside the device's")
   if phase.update:
     yield line("gradients", phase.gradients)
     yield line("activations of an update", phase.activations)
@@ -76,12 +80,13 @@ def _seconds(phase, plan):
 
 def _verdict(plan):
   limit, worst = plan.target.memory_bytes, plan.worst
+  peak = plan.needed(worst)
   if limit is None:
-    return [f"{worst.peak / GB:.3g} GB on each device at the peak, in phase {worst.name}; --plan=NAME compares "
+    return [f"{peak / GB:.3g} GB on each device at the peak, in phase {worst.name}; --plan=NAME compares "
             "that with the memory of a machine"]
-  share = f"{worst.peak / GB:.3g} of {limit / GB:.3g} GB on each device at the peak ({worst.peak / limit:.0%}), "
+  share = f"{peak / GB:.3g} of {limit / GB:.3g} GB on each device at the peak ({peak / limit:.0%}), "
   if plan.fits:
-    tight = ", which is tight" * (worst.peak > TIGHT * limit)
+    tight = ", which is tight" * (peak > TIGHT * limit)
     return [f"fits: {share}in phase {worst.name}{tight}"]
   return [f"does not fit: {share}in phase {worst.name}", *(f"  {line}" for line in remedies(plan))]
 
@@ -91,7 +96,7 @@ def remedies(plan: Plan) -> list[str]:
   phase, limit, decoder = plan.worst, plan.target.memory_bytes or 0.0, plan.decoder
   pieces = plan.mesh["fsdp"] * plan.mesh["tensor"]
   found = {}
-  spread = sum(phase.held.get(name, 0.0) for name in ("parameters", "optimiser", "frozen models"))
+  spread = sum(phase.held.get(name, 0.0) for name in ("parameters", *OF_OPTIMIZER, "frozen models"))
   if plan.mesh["data"] > 1:
     found[f"--config.mesh.fsdp={plan.mesh['fsdp'] * plan.mesh['data']} divides parameters over all devices"] = (
         (spread + phase.gradients) * (1 - 1 / plan.mesh["data"]))
@@ -104,9 +109,26 @@ def remedies(plan: Plan) -> list[str]:
         phase.held["optimiser"])
   if decoder.param_dtype == "float32":
     found["--config.model.param_dtype=bfloat16 halves parameters and optimiser (small steps are lost "
-          "below 1/256 of a weight)"] = spread / 2
+          "below 1/256 of a weight; --config.optimizer.master_dtype=float32 keeps them, and moments as they "
+          "are, at 4 bytes a parameter, which an offload takes off the device)"] = spread / 2
+  found |= _of_optimizer(phase, plan)
   found |= _of_update(phase, plan) if phase.update_peak >= phase.sampling_peak else _of_sampling(phase)
   return [line for line, _ in sorted(found.items(), key=lambda item: -item[1])]
+
+
+def _of_optimizer(phase, plan):
+  found, moments = {}, phase.held["optimiser"]
+  exact = plan.decoder.param_dtype == "float32" or phase.held["float32 master"]
+  if phase.optimizer["name"] in OF_MOMENTS and not phase.optimizer["moments_dtype"] and exact and moments:
+    found["--config.optimizer.moments_dtype=bfloat16 halves the first moment"] = (
+        moments / (4 if phase.optimizer["name"] == "adamw" else 2))
+  state = sum(phase.held[name] for name in OF_OPTIMIZER)
+  if state and plan.target.platform != "cpu" and not phase.optimizer["offload"]:
+    # It is on the device while it is updated, beside the gradient.
+    least = max(phase.update_peak - state, phase.kept + phase.gradient, phase.sampling_peak - state)
+    found["--config.optimizer.offload=True keeps the optimiser in host memory between updates, which wait for "
+          "it"] = phase.peak - least
+  return {line: saved for line, saved in found.items() if saved > 0}
 
 
 def _of_update(phase, plan):

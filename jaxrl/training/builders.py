@@ -471,7 +471,7 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
       updates_per_batch=settings.rollout.updates if sampled else 1,
       vocabulary_chunk=settings.batch.vocabulary_chunk or (1024 if on_cpu else 8192),
       with_behaviour=sampled, streams=sharding.streams(mesh),
-      trains=tuple(settings.optimizer.adapters),
+      trains=tuple(settings.optimizer.adapters), offload=settings.optimizer.offload,
       asks_reference=sampled and "reference" in compose.signals_of(pieces.episode(settings)))
   return Phase(index, name, kind, steps, settings, learning)
 
@@ -563,7 +563,7 @@ def state_of(learning: learner.Learning, mesh: jax.sharding.Mesh) -> states.Trai
   """Shapes, types and shardings of a phase's state."""
   return states.abstract_state(learning.decoder, mesh, learning.optimizer,
                                frozen=learning.kept, carried=learning.carried, trains=learning.trains,
-                               others=learning.others)
+                               others=learning.others, offload=learning.offload)
 
 
 def _empty_batch(phase, shape):

@@ -22,11 +22,14 @@ def fingerprint(array: jax.Array) -> UInt[Array, ""]:
   the order of reduction do not matter.
 
   Args:
-    array: any shape, any dtype of whole bytes; may be sharded over devices of several processes.
+    array: any shape, any dtype of whole bytes; may be sharded over devices of several processes, or lie
+      in the memory of their hosts.
 
   Returns:
     A replicated uint32 scalar on the devices of `array`, not waited for.
   """
+  if jax.typeof(array).memory_space != jax.memory.Space.Device:
+    array = jax.device_put(array, jax.memory.Space.Device)
   words = _words(array)
   index = jnp.zeros(words.shape, jnp.uint32)
   for axis in range(words.ndim):

@@ -30,6 +30,7 @@ from jaxrl.models import outputs as model_signals
 from jaxrl.objectives import aggregate
 from jaxrl.schedule import Schedule
 from jaxrl.training import frozen
+from jaxrl.training import master
 from jaxrl.training import streams
 from jaxrl.training.state import TrainState
 
@@ -57,6 +58,7 @@ class Learning:
     asks_reference: rollouts ask the reference, whatever the pieces read.
     transforms: those of gradients and updates that are part of the optimiser.
     trains: names of the adapters that are trained; () is all, if there are any.
+    offload: the optimiser's arrays lie in host memory between updates, see `sharding.on_host`.
   """
 
   decoder: DecoderConfig
@@ -76,6 +78,7 @@ class Learning:
   asks_reference: bool = False
   transforms: Sequence[Callable] = ()
   trains: tuple[str, ...] = ()
+  offload: bool = False
 
   def part(self, params: Any) -> Any:
     """What of the parameters, or of a tree like them, is trained."""
@@ -458,16 +461,16 @@ def _apply(learning, shardings, state, loss, gradient):
   """One optimiser update, skipped and counted when a gradient is not finite."""
   grad_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  optimizer = optax.with_extra_args_support(learning.optimizer)
+  opt_state = state.opt_state
+  if learning.offload:  # fetched when there is a gradient, and no activations any more
+    gradient, opt_state = jax.lax.optimization_barrier((gradient, opt_state))
+    opt_state = sharding.on_device(opt_state)
 
   def take(params, opt_state):
-    updates, opt_state = optimizer.update(
-        jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params), opt_state, params,
-        gradient_of=_gradient_of(learning, shardings, state))
-    return optax.apply_updates(params, updates), opt_state
+    return master.step(learning.optimizer, gradient, opt_state, params,
+                       gradient_of=_gradient_of(learning, shardings, state))
 
-  part, opt_state = jax.lax.cond(finite, take, lambda *same: same, learning.part(state.params),
-                                 state.opt_state)
+  part, opt_state = jax.lax.cond(finite, take, lambda *same: same, learning.part(state.params), opt_state)
   bad = 1 - finite.astype(jnp.int32)
   return state.replace(step=state.step + 1, params=adapters.joined(state.params, part), opt_state=opt_state,
                        bad_steps=(state.bad_steps + 1) * bad,

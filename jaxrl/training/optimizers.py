@@ -13,19 +13,24 @@ from jaxrl import compose
 from jaxrl import transforms as pieces
 from jaxrl.compose import nearest
 from jaxrl.schedule import Schedule
+from jaxrl.training import master
 from jaxrl.transforms.start import PhaseStart
 
 OPTIMIZERS = {
     "adamw": lambda lr, c: optax.adamw(lr, c["b1"], c["b2"], c["epsilon"],
-                                       weight_decay=c["weight_decay"], mask=_is_matrix),
+                                       weight_decay=c["weight_decay"], mask=_is_matrix,
+                                       mu_dtype=_moments_dtype(c)),
     "lion": lambda lr, c: optax.lion(lr, c["b1"], c["b2"], weight_decay=c["weight_decay"],
-                                     mask=_is_matrix),
+                                     mask=_is_matrix, mu_dtype=_moments_dtype(c)),
     "adafactor": lambda lr, c: optax.adafactor(lr, multiply_by_parameter_scale=False),
     "sgd": lambda lr, c: optax.sgd(lr, momentum=c["b1"] or None),
 }
 DECAYING = ("adamw", "lion")  # those that know weight decay
+OF_MOMENTS = ("adamw", "lion")  # those whose first moment can have another type
 NO_MATRIX = ("bias", "scale")  # names of parameters that are not decayed
 SCHEDULES = ("constant", "linear", "cosine")
+MOMENTS_DTYPES = ("", "bfloat16")
+MASTER_DTYPES = ("", "float32")
 PLACES = ("gradient", "update")  # before clipping, after the optimiser
 
 
@@ -63,7 +68,8 @@ def learning_rate(config: Mapping, steps: int, own: Schedule | None = None) -> o
 
 def build(config: Mapping, steps: int, transforms: Sequence[Callable] = (),
           rate: Schedule | None = None) -> optax.GradientTransformation:
-  """Clipping by global norm (`clip_norm`, 0 is off), then the named optimiser.
+  """Clipping by global norm (`clip_norm`, 0 is off), then the named optimiser; all of it on a master of the
+  parameters, if there is to be one.
 
   Args:
     config: `config.optimizer`.
@@ -81,14 +87,15 @@ def build(config: Mapping, steps: int, transforms: Sequence[Callable] = (),
   if config["weight_decay"] and name not in DECAYING:
     raise ValueError(f"config.optimizer.weight_decay={config['weight_decay']}, but {name} has "
                      f"none: set it to 0, or use {' or '.join(DECAYING)}")
+  _check_types(config)
   optimizer = OPTIMIZERS[name](learning_rate(config, steps, rate), config)
   if config["clip_norm"]:
     optimizer = optax.chain(optax.clip_by_global_norm(config["clip_norm"]), optimizer)
-  if not transforms:
-    return optimizer
-  chain = {place: [(_key(i, piece), piece()) for i, piece in enumerate(transforms)
-                   if _place(piece) == place] for place in PLACES}
-  return optax.named_chain(*chain["gradient"], ("optimizer", optimizer), *chain["update"])
+  if transforms:
+    chain = {place: [(_key(i, piece), piece()) for i, piece in enumerate(transforms)
+                     if _place(piece) == place] for place in PLACES}
+    optimizer = optax.named_chain(*chain["gradient"], ("optimizer", optimizer), *chain["update"])
+  return master.with_master(optimizer) if config.get("master_dtype") else optimizer
 
 
 def read_transforms(config: Mapping, references: Callable[[Any, str], Sequence[Any]]
@@ -118,9 +125,26 @@ def read_transforms(config: Mapping, references: Callable[[Any, str], Sequence[A
 
 def begin(transforms: Sequence[Callable], opt_state: Any, start: PhaseStart) -> Any:
   """The state of an optimiser with transformations, once those have looked at the phase's start."""
+  if isinstance(opt_state, master.Master):
+    return opt_state._replace(inner=begin(transforms, opt_state.inner, start))
   return type(opt_state)({**opt_state, **{
       _key(i, piece): compose.begun(piece, opt_state[_key(i, piece)], start)
       for i, piece in enumerate(transforms)}})
+
+
+def _moments_dtype(config):
+  return config.get("moments_dtype") or None
+
+
+def _check_types(config):
+  for field, valid in (("moments_dtype", MOMENTS_DTYPES), ("master_dtype", MASTER_DTYPES)):
+    value = config.get(field, "")
+    if value not in valid:
+      raise ValueError(f"config.optimizer.{field}={value!r} must be {valid[1]!r}, or '' to leave it out")
+  if config.get("moments_dtype") and config["name"] not in OF_MOMENTS:
+    raise ValueError(f"config.optimizer.moments_dtype={config['moments_dtype']!r}, but {config['name']} "
+                     "has no moments of a type of their own: set it to '', or use "
+                     f"{' or '.join(OF_MOMENTS)}")
 
 
 def _key(index, piece):

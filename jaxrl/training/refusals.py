@@ -51,6 +51,7 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
   if phase.kind != "evaluate":
     _check_signals(phase.learning)
   _check_adapters(phase)
+  _check_master(phase, mesh)
   pieces.sampling(s.rollout, ())
   pieces.episode(s)
   pieces.asking(s)
@@ -86,6 +87,17 @@ def _check_adapters(phase):
       where = "config.reference" if name == "reference" else f"config.frozen.{name}"
       raise ValueError(f"{where}.adapted=False in phase {phase.name} switches adapters off, but "
                        "config.model.adapters is empty: leave it out")
+
+
+def _check_master(phase, mesh):
+  """Refuses a master of parameters that are of its type."""
+  dtype, learning = phase.settings.optimizer.master_dtype, phase.learning
+  trained = jax.tree.leaves(learning.part(states.abstract_parameters(learning.decoder, mesh)))
+  if dtype and all(x.dtype == dtype for x in trained):
+    what = ("what it trains, adapters, is float32 in any model" if learning.decoder.adapters else
+            f"config.model.param_dtype is {learning.decoder.param_dtype!r}")
+    raise ValueError(f"config.optimizer.master_dtype={dtype!r} in phase {phase.name} keeps a copy of "
+                     f"parameters of a smaller type, but {what}: set it to ''")
 
 
 def _check_signals(learning):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -29,7 +30,8 @@ from jaxrl.training.stopping import Stop
 from jaxrl.training.stopping import Stopped
 
 START = "start"  # the moment of the first evaluation
-FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed
+FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed; likewise
+FREE_FIELD = re.compile(r"config(\.\w+)?\.optimizer\.offload: ")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False,
@@ -198,6 +200,7 @@ def _check_workdir(workdir, plain):
   old = configs.with_defaults(json.loads(path.read_text()))
   changed = configs.differences(*({k: v for k, v in c.items() if k not in FREE_TO_CHANGE}
                                   for c in (old, plain)))
+  changed = [line for line in changed if not FREE_FIELD.match(line)]
   if changed:
     raise ValueError(f"{workdir} holds a run with another config:\n  " + "\n  ".join(changed[:20])
                      + "\ncontinue it with the config that it was started with, or pass another "

@@ -126,14 +126,18 @@ def _initialize(config):
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
                    optimizer: optax.GradientTransformation, *, frozen: Sequence[str] = (),
                    carried: Any = None, trains: Sequence[str] = (),
-                   others: Mapping[str, DecoderConfig] | None = None) -> TrainState:
+                   others: Mapping[str, DecoderConfig] | None = None,
+                   offload: bool = False) -> TrainState:
   """Shapes, types and shardings of a state, without computing it: what a restore fills in.
 
   Args:
     trains: names of the adapters that are trained; () is all.
     others: architectures of the models of other runs, by name.
+    offload: the optimiser's arrays lie in host memory.
   """
   state = _abstract_state(config, mesh, optimizer, tuple(frozen), tuple(trains))
+  if offload:
+    state = state.replace(opt_state=sharding.on_host(state.opt_state))
   replicated = jax.NamedSharding(mesh, jax.P())
   carried = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=replicated), carried or {})
