@@ -13,6 +13,7 @@ from jaxrl.tasks import addition
 from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
 from jaxrl.tasks import countdown
+from jaxrl.tasks import detours
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import noisy_addition
 from jaxrl.tasks import sorting
@@ -203,3 +204,16 @@ def test_shares_of_noisy_sums_are_wrong_as_the_knobs_say():
     assert noisy_addition.check(row, row["answer"]) and not noisy_addition.check(row, row["answer"] + "0")
   shares = {name: np.mean(values) for name, values in found.items()}
   assert shares == pytest.approx(dict(signed=0.5, wrong=0.3, slips=0.6, doubtful=0.4), abs=0.04)
+
+
+@given(seeds, st.integers(1, 4))
+@few
+def test_only_every_other_digit_of_a_detour_counts(seed, digits):
+  row = drawn(detours, seed, digits=digits)
+  a, b = map(int, row["question"].removesuffix("=").split("+"))
+  solution = row["solution"]
+  assert len(solution) == 2 * digits + 2 and int(solution[::2][::-1]) == a + b
+  for place, digit in enumerate(solution):
+    changed = solution[:place] + str((int(digit) + 1) % 10) + solution[place + 1:]
+    assert detours.check(row, changed) == (place % 2 == 1)
+  assert not detours.check(row, solution[:-1]) and not detours.check(row, solution[::2])
