@@ -6,8 +6,8 @@ have one turn, so here a step is a token. Entropies are compared over the whole 
 and the last centring is over steps. Reported: success on ALFWorld 74.8 -> 78.5, WebShop 65.6 -> 69.3
 (GRPO, 7B); Deep Search 62.0 -> 65.3 (DAPO, 32B). Small-scale check: tests/methods/test_empg.py.
 
-The row asks whether entropy tells which of 8 steps mattered: 4 of them are digits of a sum, and after each
-comes a coin flip of ten sides without effect (task:detours), one reward at the end. It is no environment that
+The row asks whether entropy tells which of 9 steps mattered: 3 of them are digits of a sum, and after each
+come two coin flips of ten sides without effect (task:detours), one reward at the end. It is no environment that
 answers: all that steps depend on is in the question and in the steps before. Of the card's arms that of the
 bonus alone is left out, and there are three seeds, where it wants ten.
 """
@@ -26,8 +26,8 @@ def get_evidence():
   task = "task:detours"
   return dict(
       reported="ALFWorld success 74.8 -> 78.5 with GRPO (7B)",
-      warm={"data.train": task, "data.validation": task, "data.test": task, "data.task": dict(digits=3),
-            "rollout.max_tokens": 10, "reward.criteria": [dict(name="jaxrl.tasks:oracle")]},
+      warm={"data.train": task, "data.validation": task, "data.test": task, "data.task": dict(digits=2, flips=2),
+            "rollout.max_tokens": 11, "reward.criteria": [dict(name="jaxrl.tasks:oracle")]},
       overrides={"rl.evaluate.every": 20},
       arms=dict(
           grpo=dict(config="configs/grpo.py"),
