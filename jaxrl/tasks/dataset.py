@@ -17,6 +17,7 @@ from jaxrl.tasks import copying
 from jaxrl.tasks import corrected_addition
 from jaxrl.tasks import countdown
 from jaxrl.tasks import cues
+from jaxrl.tasks import detours
 from jaxrl.tasks import endings
 from jaxrl.tasks import guarded_addition
 from jaxrl.tasks import habits
@@ -40,7 +41,7 @@ from jaxrl.tasks import walks
 from jaxrl.tasks import worked_sums
 
 TASKS = dict(addition=addition, brackets=brackets, copying=copying,
-             corrected_addition=corrected_addition, countdown=countdown, cues=cues,
+             corrected_addition=corrected_addition, countdown=countdown, cues=cues, detours=detours,
              endings=endings, guarded_addition=guarded_addition, habits=habits, leanings=leanings,
              letters=letters, modular_arithmetic=modular_arithmetic, noisy_addition=noisy_addition,
              preferred_addition=preferred_addition, principles=principles,

@@ -13,6 +13,7 @@ from jaxrl.tasks import addition
 from jaxrl.tasks import brackets
 from jaxrl.tasks import copying
 from jaxrl.tasks import countdown
+from jaxrl.tasks import detours
 from jaxrl.tasks import modular_arithmetic
 from jaxrl.tasks import noisy_addition
 from jaxrl.tasks import sorting
@@ -224,3 +225,16 @@ def test_walks_go_along_the_edges_of_a_regular_graph(seed, size, graph):
     joined = np.prod([adjacent[a, b] for a, b in zip([start, *walk], walk)]) > 0
     right = joined and walk[-1] == goal and goal not in walk[:-1] and len(walk) <= 6
     assert walks.check(row, "".join(walks.NODES[i] for i in walk)) == right
+
+
+@given(seeds, st.integers(1, 18), st.integers(0, 3))
+@few
+def test_only_digits_of_the_sum_count_in_a_detour(seed, digits, flips):
+  row = drawn(detours, seed, digits=digits, flips=flips)
+  a, b = map(int, row["question"].removesuffix("=").split("+"))
+  solution, step = row["solution"], flips + 1
+  assert len(solution) == (digits + 1) * step and int(solution[::step][::-1]) == a + b
+  for place, digit in enumerate(solution):
+    changed = solution[:place] + str((int(digit) + 1) % 10) + solution[place + 1:]
+    assert detours.check(row, changed) == (place % step > 0)
+  assert not detours.check(row, solution[:-1]) and not detours.check(row, solution + "0")
