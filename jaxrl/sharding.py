@@ -38,8 +38,8 @@ RULES = {
     "layers": (),
     "length": (),
 }
-DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"),
-           ("kv_heads", "kv_heads"), ("d_ff", "mlp"), ("expert_d_ff", "mlp"))  # field of a model config, its logical axis
+DIVIDED = (("d_model", "embed"), ("vocab_size", "vocab"), ("heads", "heads"), ("kv_heads", "kv_heads"),
+           ("d_ff", "mlp"), ("expert_d_ff", "mlp"))  # field of a model config, its logical axis
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HOST = "pinned_host"  # the memory kind of what is offloaded
 HEARTBEAT_SECONDS = 30  # without a sign of life after which a process counts as dead

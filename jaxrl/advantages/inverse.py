@@ -26,8 +26,8 @@ def inverse_rewards(batch: TokenBatch, rewards: Float[Array, "sequences"], *,
   the log-likelihood of the expert under p(tau) ~ exp(R(tau)) has the gradient of r at the expert minus
   that at the policy's answers, weighed by w: importance weights of the policy as the proposal for
   the partition function. R is the return from the first token on, undiscounted, one for the whole
-  answer: the card's A_j has no token index, and its discount is 1 by default. Means in place of sums keep w from preferring short answers, and r0 keeps R
-  from preferring long ones; what a cap cuts off is lost.
+  answer: the card's A_j has no token index, and its discount is 1 by default. Means in place of sums keep w
+  from preferring short answers, and r0 keeps R from preferring long ones; what a cap cuts off is lost.
 
   Args:
     batch: supplies groups, `columns["expert"]` of `rollouts.group_and_expert`,

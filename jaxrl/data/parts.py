@@ -62,7 +62,8 @@ def with_critique(trajectory: Trajectory, critique: str, tokenizer: Tokenizer, *
                   max_completion_tokens: int = 0, end_id: int | None = None) -> Trajectory:
   """The sequence, then the critique and what ends it, which have the tag `CRITIQUE` and a loss.
 
-  That is `end_id` or, if it is None, EOS. A critique that is longer than `max_completion_tokens`, unless this is 0, keeps its start.
+  That is `end_id` or, if it is None, EOS. A critique that is longer than `max_completion_tokens`, unless this
+  is 0, keeps its start.
   """
   if not critique:
     return trajectory

@@ -46,8 +46,8 @@ def markdown(result: dict) -> str:
       f"# {result['device']['kind']} ({result['device']['platform']})\n",
       "Measured by `scripts/bench/accelerator.py`: bfloat16 products "
       f"{_tera(limits['matmul_flops'])} TFLOP/s, copies "
-      f"{limits['copy_bytes_per_s'] / 1e9:.0f} GB/s; {sheet}. Shares are of the data sheet / of the measured limit. Random weights; medians of "
-      f"{s['repeats']} calls. jax {result['versions']['jax']}.\n"]
+      f"{limits['copy_bytes_per_s'] / 1e9:.0f} GB/s; {sheet}. Shares are of the data sheet / of the measured limit. "
+      f"Random weights; medians of {s['repeats']} calls. jax {result['versions']['jax']}.\n"]
   for name, sections in result["models"].items():
     lines.append(f"## {name}\n")
     for section, found in sections.items():

@@ -20,8 +20,9 @@ SMALLEST = dict(layers=1, d_model=16, heads=2, kv_heads=2, d_ff=16)
 SIZES = {"19M": dict(layers=6, d_model=512, heads=8, kv_heads=4, d_ff=1536),
          "68M": dict(layers=10, d_model=768, heads=12, kv_heads=4, d_ff=2304)}
 KINDS = {
-    "sft": ["--config.phases=('sft',)", "--config.sft.steps=2", "--config.sft.batch.examples=16", "--config.sft.until=None",
-            "--config.batch.row_length=512", "--config.data.task.digits=18", "--config.data.task_size=2000",
+    "sft": ["--config.phases=('sft',)", "--config.sft.steps=2", "--config.sft.batch.examples=16",
+            "--config.sft.until=None", "--config.batch.row_length=512",
+            "--config.data.task.digits=18", "--config.data.task_size=2000",
             "--config.data.max_prompt_tokens=64", "--config.data.max_completion_tokens=64"],
     "rl": ["--config.phases=('rl',)", "--config.rl.steps=2", "--config.rl.until=None",
            "--config.rollout.prompts=4", "--config.rollout.max_tokens=64",

@@ -65,8 +65,8 @@ def learning(kind="grpo", **changes):
   return Learning(**{**dict(
       decoder=DECODER, terms=[compose.build(t, objectives) for t in terms],
       advantage=[compose.build(a, advantages) for a in chain],
-      aggregations=[Aggregation("token_mean")] * len(terms), optimizer=gradient_keeper(), learning_rate=optax.constant_schedule(RATE),
-      temperature=0.8 if sampled else 1.0, vocabulary_chunk=5,
+      aggregations=[Aggregation("token_mean")] * len(terms), optimizer=gradient_keeper(),
+      learning_rate=optax.constant_schedule(RATE), temperature=0.8 if sampled else 1.0, vocabulary_chunk=5,
       with_behaviour=sampled), **changes})
 
 
