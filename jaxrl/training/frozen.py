@@ -7,7 +7,7 @@ with, receives no gradient, and follows the policy, or another frozen model, eve
                 previous=dict(every=100),                           # the policy 1 to 100 updates ago
                 before=dict(every=100, follows="previous"),         # and that before it
                 start=dict(),                                       # the policy of the phase's start
-        teacher=dict(source="runs/teacher"))                # the last of another run, of any shape
+                teacher=dict(source="runs/teacher"))            # the last of another run, of any shape
 
 A piece reads what one says as the signal `NAME_SIGNAL`, such as `average_logprobs`, exactly as
 `reference_logprobs`. In a model with adapters a frozen model is a copy of what the phase trains, over the
