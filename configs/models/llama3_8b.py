@@ -1,13 +1,13 @@
 """Llama-3.1-8B-Instruct with GRPO on GSM8K (arXiv:2407.21783), one variant for each machine.
 
-Largest use of a device, `jaxrl run --plan`; not measured, not trained. By XLA for CPUs, with
-XLA_PYTHON_CLIENT_MEM_FRACTION=.95:
+Largest use of a device, `jaxrl run --plan`; not measured, not trained:
 
-  h200-1  128.6 of 134 GB   an update, with Adafactor; tight, as the gradients of float32 alone are 64 GB
+  v5e-8    15.0 of 16.9 GB   an update, with bfloat16 parameters and Adafactor; by the TPU compiler
+  v5p-64   24.7 of 102.8 GB  an update, 4.2e16 FLOPs a step; likewise
+  h200-1  128.6 of 134 GB    an update, with Adafactor; tight, as the gradients of float32 alone are 64 GB; by XLA
+                             for CPUs, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95
 
-v5e-8, with bfloat16 parameters and Adafactor, has parameters and gradients of 10.1 GB and a cache of 3.2 of its
-16.9 GB, v5p-64 parameters, optimiser and gradients of 10.0 and a cache of 3.2 of its 102.8; their activations
-have not been planned. One H100 is too small for all parameters.
+One H100 is too small for all parameters.
 """
 
 from configs.models import gsm8k

@@ -3,10 +3,9 @@
 Largest use of a device, `jaxrl run --plan`; not measured, not trained:
 
   v5e-8    9.8 of 16.9 GB   an update, 8.9e15 FLOPs a step; by the TPU compiler
+  v5p-64  10.0 of 102.8 GB  an update; likewise
   h100-1  60.4 of 76 GB     an update; by XLA for CPUs, with XLA_PYTHON_CLIENT_MEM_FRACTION=.95
   h200-1  88.1 of 134 GB    sampling; likewise
-
-v5p-64 has not been planned to the end.
 """
 
 from configs.models import gsm8k
