@@ -20,7 +20,7 @@ MODEL = dict(
     rope_theta=1_000_000.0, rope_local_theta=10_000.0, rope_scaling=(("rope_type", "linear"), ("factor", 8.0)),
     layer_types=tuple("sliding" if (i + 1) % 6 else "full" for i in range(LAYERS)), sliding_window=1024)
 MACHINES = {
-    "v5e-8": dict(mesh=dict(fsdp=4, tensor=2), batch=dict(micro_batch_rows=16),
+    "v5e-8": dict(mesh=dict(fsdp=2, tensor=4), batch=dict(micro_batch_rows=8),
               optimizer=dict(moments_dtype="bfloat16"), rollout=dict(max_rows=128)),
     "v5p-64": dict(mesh=dict(fsdp=8)),
     "h100-1": dict(optimizer=dict(name="adafactor"), rollout=dict(max_rows=64)),
