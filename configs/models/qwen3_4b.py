@@ -1,13 +1,14 @@
 """Qwen3-4B with GRPO on GSM8K (arXiv:2505.09388), one variant for each machine.
 
-Largest use of a device, `jaxrl run --plan`; not measured, not trained. By XLA for CPUs, with
+Largest use of a device, `jaxrl run --plan`; not measured, not trained. The last two by XLA for CPUs, with
 XLA_PYTHON_CLIENT_MEM_FRACTION=.95:
 
-  h100-1   67.9 of 76 GB    an update, with Adafactor
-  h200-1  115.6 of 134 GB   an update
+  v5e-8    14.5 of 16.9 GB   an update, AdamW's first moment in bfloat16; by the TPU compiler
+  v5p-64   23.6 of 102.8 GB  an update, 2.4e16 FLOPs a step; likewise
+  h100-1   67.9 of 76 GB     an update, with Adafactor
+  h200-1  115.6 of 134 GB    an update
 
-v5e-8 has parameters, optimiser and gradients of 10.1 GB and a cache of 3.6 of its 16.9 GB; its activations, and
-v5p-64, have not been planned.
+With float32 moments, a v5e-8 takes 16.7 GB as fsdp=4, tensor=2 and 18.9 as fsdp=8.
 """
 
 from configs.models import gsm8k
