@@ -1,13 +1,14 @@
 """The text model of Gemma-3-4B-it with GRPO on GSM8K (arXiv:2503.19786), one variant for each machine.
 
-Largest use of a device, `jaxrl run --plan`; not measured, not trained. By XLA for CPUs, with
+Largest use of a device, `jaxrl run --plan`; not measured, not trained. The last two by XLA for CPUs, with
 XLA_PYTHON_CLIENT_MEM_FRACTION=.95:
 
+  v5e-8   14.6 of 16.9 GB   an update, AdamW's first moment in bfloat16; by the TPU compiler
+  v5p-64  21.9 of 102.8 GB  an update, 2.3e16 FLOPs a step; likewise
   h100-1  69.2 of 76 GB     an update, with Adafactor; tight
   h200-1  91.9 of 134 GB    an update
 
-v5e-8 has parameters, optimiser and gradients of 9.7 GB and a cache of 3.4 of its 16.9 GB; its activations, and
-v5p-64, have not been planned.
+With float32 moments and fsdp=4, tensor=2, a v5e-8 takes 16.8 GB.
 """
 
 from configs.models import gsm8k
