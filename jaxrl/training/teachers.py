@@ -21,6 +21,8 @@ from jaxrl.training import inputs
 from jaxrl.training import state as states
 from jaxrl.training.checkpoints import read_parameters
 
+OF_IDS = ("character_tokenizer.json", "tokenizer.json")  # files of tokenizers
+
 
 def decoders(models: Mapping[str, frozen.Refresh], tokenizer: data.Tokenizer, mesh: jax.sharding.Mesh
              ) -> dict[str, DecoderConfig]:
@@ -51,13 +53,20 @@ def parameters(models: Mapping[str, frozen.Refresh], of: Mapping[str, DecoderCon
                                 states.abstract_parameters(decoder, mesh)) for name, decoder in of.items()}
 
 
+def same_tokens(one: data.Tokenizer, other: data.Tokenizer) -> bool:
+  """Whether the same texts have the same ids. Settings beside those, such as the date of chats, change none."""
+  return _ids(one) == _ids(other)
+
+
 def _decoder(run, tokenizer, mesh, where):
   where = f"{where}.source={str(run)!r}"
   for needed in ("config.json", "tokenizer", "checkpoints"):
     if not (run / needed).exists():
       raise ValueError(f"{where} has no {needed}: name the --workdir of a run that has saved a checkpoint")
+  if not any((run / "checkpoints").glob("[0-9]*")):
+    raise ValueError(f"{where} has no checkpoint yet: name a run that has saved one")
   theirs = data.load_tokenizer(run / "tokenizer")
-  if hasattr(tokenizer, "save") and _files(tokenizer) != _files(theirs):
+  if hasattr(tokenizer, "save") and not same_tokens(tokenizer, theirs):
     raise ValueError(f"{where} has another tokenizer (of {theirs.vocab_size} tokens, and here of "
                      f"{tokenizer.vocab_size}), so its probabilities are of other tokens: this run needs the "
                      "same config.tokenizer")
@@ -69,8 +78,8 @@ def _decoder(run, tokenizer, mesh, where):
   return decoder
 
 
-def _files(tokenizer):
-  """All that a tokenizer writes, by name."""
+def _ids(tokenizer):
   with tempfile.TemporaryDirectory() as scratch:
     tokenizer.save(scratch)
-    return {path.name: path.read_bytes() for path in sorted(pathlib.Path(scratch).iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(pathlib.Path(scratch).iterdir())
+            if path.name in OF_IDS}

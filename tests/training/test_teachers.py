@@ -11,6 +11,7 @@ import pytest
 
 from jaxrl import compose
 from jaxrl import config as configs
+from jaxrl import data
 from jaxrl import planning
 from jaxrl import sharding
 from jaxrl.batch import pack
@@ -20,6 +21,7 @@ from jaxrl.models import model_outputs
 from jaxrl.models import unbox
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import run
+from jaxrl.training import teachers
 from jaxrl.training.frozen import Refresh
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
@@ -124,6 +126,31 @@ def test_a_plan_counts_it(teacher):
   theirs = sum(x.nbytes for name, x in arrays_of(teacher, 2).items() if name.startswith("['params']"))
   phase, = planning.plan(student(teacher), planning.find(devices=8)).phases
   assert phase.held["frozen models"] == phase.held["parameters"] + theirs, "beside the reference"
+
+
+def test_settings_of_a_tokenizer_and_the_date_of_its_chats_make_no_other_tokens(tmp_path):
+  ours = data.train_bpe(["hello world", "12+13=25"] * 9, 280)  # is saved with other settings than once loaded
+  ours.fast.chat_template = "{{ strftime_now('%d') }}"
+  ours.date = "2025-01-31"
+  ours.save(tmp_path)
+  theirs = data.load_tokenizer(tmp_path)
+  theirs.date = "2025-02-01"
+  assert teachers.same_tokens(ours, theirs)
+  assert not teachers.same_tokens(ours, data.train_bpe(["other words"] * 9, 280))
+
+
+def test_a_teacher_without_a_checkpoint_is_refused_at_once(teacher, tmp_path):
+  begun = shutil.copytree(teacher, tmp_path / "begun", ignore=lambda where, names: (
+      names if where.endswith("checkpoints") else []))
+  with pytest.raises(ValueError, match="config.frozen.teacher.source=.*begun.* has no checkpoint yet"):
+    run.run(student(begun), tmp_path / "run", quiet=True)
+
+
+def test_another_reference_that_nothing_reads_is_refused(teacher, tmp_path):
+  config = student(teacher, **{"reference.source": str(teacher)})
+  config.preference.objective = [dict(name="simpo", beta=2.0), dict(name="kl", beta=0.1, model="teacher")]
+  with pytest.raises(ValueError, match="config.reference.source=.* nothing reads"):
+    run.run(config, tmp_path / "run", quiet=True)
 
 
 @pytest.mark.parametrize("changes, message", [
