@@ -22,6 +22,7 @@ from jaxrl.training import machine
 from jaxrl.training import processes
 from jaxrl.training import sources
 from jaxrl.training import state as states
+from jaxrl.training import teachers
 from jaxrl.training.builders import Parts
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.loop import Progress
@@ -69,6 +70,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
       parts = builders.build_parts(config, workdir, reporter.note, fresh=fresh)
     try:
       sources.keep(config, workdir)
+      teachers.keep((rule.source for phase in parts.phases for rule in phase.learning.models.values()
+                     if rule.source), workdir)
       reporter.config(plain)
       checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                                 report=reporter.note)

@@ -102,7 +102,8 @@ def teacher(tmp_path_factory):
 
 
 def test_a_run_with_a_teacher_goes_on_after_a_stop_to_the_same_bits(teacher, tmp_path):
-  run.run(student(teacher), tmp_path / "whole", quiet=True)
+  source = shutil.copytree(teacher, tmp_path / "teacher")
+  run.run(student(source), tmp_path / "whole", quiet=True)
   final, theirs = arrays_of(tmp_path / "whole", 3), arrays_of(teacher, 2)
   held = {name.replace("['others']['teacher']", "['params']"): x for name, x in final.items()
           if "others" in name}
@@ -113,7 +114,8 @@ def test_a_run_with_a_teacher_goes_on_after_a_stop_to_the_same_bits(teacher, tmp
   for number in (2, 3):
     shutil.rmtree(tmp_path / "again" / "checkpoints" / str(number))
   (tmp_path / "again" / "summary.json").unlink()
-  run.run(student(teacher), tmp_path / "again", quiet=True)
+  source.rename(tmp_path / "gone")  # which what continues has no need of
+  run.run(student(source), tmp_path / "again", quiet=True)
   found = arrays_of(tmp_path / "again", 3)
   assert set(found) == set(final)
   for name, array in final.items():
