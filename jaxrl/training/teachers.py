@@ -41,8 +41,8 @@ def decoders(models: Mapping[str, frozen.Refresh], tokenizer: data.Tokenizer, me
     ValueError: there is no such run, it has other tokens, or it does not divide over the mesh.
   """
   kept = _kept(workdir) if workdir else {}
-  return {name: _decoder(pathlib.Path(rule.source), kept.get(rule.source), tokenizer, mesh, frozen.place_of(name))
-          for name, rule in models.items() if rule.source}
+  return {name: _decoder(pathlib.Path(rule.source), kept.get(rule.source), tokenizer, mesh,
+                         frozen.place_of(name)) for name, rule in models.items() if rule.source}
 
 
 def keep(wanted: Iterable[str], workdir: pathlib.Path) -> None:
@@ -80,7 +80,7 @@ def parameters(models: Mapping[str, frozen.Refresh], of: Mapping[str, DecoderCon
 
 
 def same_tokens(one: data.Tokenizer, other: data.Tokenizer) -> bool:
-  """Whether the same texts have the same ids. Settings beside those, such as the date of chats, change none."""
+  """Whether the same texts have the same ids, whatever the settings beside them, such as the date of chats."""
   return _ids(one) == _ids(other)
 
 

@@ -159,6 +159,9 @@ def test_another_reference_that_nothing_reads_is_refused(teacher, tmp_path):
     ({"tokenizer.alphabet": "0123456789+=x"},
      "config.frozen.teacher.source=.* has another tokenizer .of 15 tokens, and here of 16"),
     ({"frozen.teacher.source": "nowhere"}, "config.frozen.teacher.source='nowhere' has no config.json"),
+    ({"reference.source": "there",
+      "schedules": "[dict(of='reference.decay', schedule='linear', start=0.5, end=0.9, steps=5)]"},
+     "config.schedules.*, but config.reference.source='there' is another run's policy"),
     ({"frozen.teacher.every": "1"}, "another run's policy, which stays as it is: leave every"),
     ({"frozen.other": "dict(every=1, follows='teacher')"}, "config.frozen.other.follows='teacher', but")])
 def test_what_cannot_be_a_teacher_is_refused(teacher, tmp_path, changes, message):
