@@ -80,7 +80,7 @@ def parameters(models: Mapping[str, frozen.Refresh], of: Mapping[str, DecoderCon
 
 
 def same_tokens(one: data.Tokenizer, other: data.Tokenizer) -> bool:
-  """Whether the same texts have the same ids, whatever the settings beside them, such as the date of chats."""
+  """Whether the same texts have the same ids, whatever settings, as the date of chats, lie beside them."""
   return _ids(one) == _ids(other)
 
 
