@@ -190,13 +190,13 @@ def with_defaults(plain: dict[str, Any]) -> dict[str, Any]:
   """A plain config of an earlier version, with what `configs/base.py` has had since at its default."""
   base = to_dict(import_file(SHIPPED / "base.py").get_config())
 
-  def filled(own, default):
-    if not (isinstance(own, dict) and isinstance(default, dict)) or "name" in own:
+  def filled(own, default, where):
+    if not (isinstance(own, dict) and isinstance(default, dict)) or OPEN.fullmatch(where):
       return own
     return {**{k: v for k, v in default.items() if k not in own},
-            **{k: filled(v, default.get(k)) for k, v in own.items()}}
+            **{k: filled(v, default.get(k), f"{where}.{k}") for k, v in own.items()}}
   sections = {k: v for k, v in base.items() if isinstance(v, dict) and k in plain}
-  return {**plain, **{k: filled(plain[k], v) for k, v in sections.items()}}
+  return {**plain, **{k: filled(plain[k], v, f"config.{k}") for k, v in sections.items()}}
 
 
 def import_file(path: pathlib.Path):

@@ -128,7 +128,7 @@ def build_parts(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   tokenizer = inputs.make_tokenizer(config, splits["train"], workdir / "tokenizer")
   if tokenizer.writes_date and (config.data.chat or config.data.messages):
     report(f"the chat template writes the date {tokenizer.date}")
-  decoder, phases = make_phases(config, mesh, sampling_mesh, tokenizer)
+  decoder, phases = make_phases(config, mesh, sampling_mesh, tokenizer, workdir)
   builder, pair_builder = make_readers(config, phases, tokenizer)
   held_out, pairs = _held_out(config, splits, builder, pair_builder)
   for phase in phases:
@@ -412,8 +412,14 @@ def _correct(parts, phase):
 
 
 def make_phases(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, sampling_mesh: jax.sharding.Mesh,
-                tokenizer: data.Tokenizer) -> tuple[DecoderConfig, list[Phase]]:
+                tokenizer: data.Tokenizer, workdir: pathlib.Path | None = None
+                ) -> tuple[DecoderConfig, list[Phase]]:
   """The model and the phases of a config, refused where they do not go together, whatever the data is.
+
+  Args:
+    config: of all phases.
+    mesh, sampling_mesh, tokenizer: see `Parts`.
+    workdir: has what the models of other runs were, if the run has begun.
 
   Raises:
     ValueError: a mistake in the model, in settings or in pieces.
@@ -423,7 +429,7 @@ def make_phases(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, samp
   sources.check_start(config, decoder)
   if decoder.adapters:
     adapters.check_targets(decoder.adapters, states.abstract_parameters(decoder, mesh))
-  phases = [_phase(config, index, name, decoder, mesh, tokenizer)
+  phases = [_phase(config, index, name, decoder, mesh, tokenizer, workdir)
             for index, name in enumerate(configs.phase_names(config))]
   refusals.check_frozen(phases)
   refusals.check_lengths(phases, decoder, config.data)
@@ -440,7 +446,7 @@ def make_readers(config: ml_collections.ConfigDict, phases: Sequence[Phase], tok
   return builder, inputs.pair_builder(config, builder, ranges) if paired else None
 
 
-def _phase(config, index, name, decoder, mesh, tokenizer):
+def _phase(config, index, name, decoder, mesh, tokenizer, workdir):
   settings = configs.phase_config(config, name)
   kind, steps = settings.kind, settings.get("steps", 0)
   if kind not in KINDS:
@@ -460,7 +466,7 @@ def _phase(config, index, name, decoder, mesh, tokenizer):
   models = frozen.read(settings.reference, settings.frozen, scheduled.get("reference.decay"))
   learning = learner.Learning(
       decoder=decoder, terms=terms, aggregations=aggregations,
-      models=models, decoders=teachers.decoders(models, tokenizer, mesh),
+      models=models, decoders=teachers.decoders(models, tokenizer, mesh, workdir),
       advantage=[compose.build(pieces.plain(a), advantages, where=f"config.advantage[{i}]")
                  for i, a in enumerate(settings.advantage)] if sampled else [],
       optimizer=optimizers.build(settings.optimizer, optimizer_steps, transforms, rate),

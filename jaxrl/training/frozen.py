@@ -75,6 +75,9 @@ def read(reference: Mapping[str, Any], frozen: Mapping[str, Any], decay: Schedul
       _check_name(name, where)
     models[name] = _refresh_of(fields, where)
   if decay is not None:
+    if source := models[REFERENCE].source:
+      raise ValueError(f"config.schedules is about reference.decay, but config.reference.source={source!r} is another "
+                       "run's policy, which stays as it is: leave one of them out")
     models[REFERENCE] = dataclasses.replace(models[REFERENCE], decay=decay)
   for name in models:
     _check_follows(name, models)

@@ -150,6 +150,9 @@ def check_frozen(phases: Sequence[Any]) -> None:
     if phase.learning.asks_reference and frozen.REFERENCE in phase.learning.decoders:
       raise ValueError(f"config.reference.source: the episode of phase {phase.name} asks the reference, and "
                        "sampler and likelihoods are of this run's own shape: leave the source out")
+    if (source := phase.settings.reference.source) and frozen.REFERENCE not in kept:
+      raise ValueError(f"config.reference.source={source!r}, but nothing reads the reference: no term and no "
+                       "piece of credit declares a signal of it, such as 'reference_logprobs'; leave it out")
     for name in phase.learning.kept:
       decay, dtype = phase.learning.models[name].decay, phase.learning.decoder.param_dtype
       decoder = phase.learning.decoder  # whose adapters, of float32, are all that is trained without these

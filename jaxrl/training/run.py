@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import time
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxrl.training import machine
 from jaxrl.training import processes
 from jaxrl.training import sources
 from jaxrl.training import state as states
+from jaxrl.training import teachers
 from jaxrl.training.builders import Parts
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.loop import Progress
@@ -31,7 +31,7 @@ from jaxrl.training.stopping import Stopped
 
 START = "start"  # the moment of the first evaluation
 FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed; likewise
-FREE_FIELD = re.compile(r"config(\.\w+)?\.optimizer\.offload: ")
+FREE_OF_OPTIMIZER = ("offload",)  # in all phases or one
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False,
@@ -69,6 +69,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
       parts = builders.build_parts(config, workdir, reporter.note, fresh=fresh)
     try:
       sources.keep(config, workdir)
+      teachers.keep((rule.source for phase in parts.phases for rule in phase.learning.models.values()
+                     if rule.source), workdir)
       reporter.config(plain)
       checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                                 report=reporter.note)
@@ -198,10 +200,16 @@ def _check_workdir(workdir, plain):
   if not path.exists():
     return
   old = configs.with_defaults(json.loads(path.read_text()))
-  changed = configs.differences(*({k: v for k, v in c.items() if k not in FREE_TO_CHANGE}
-                                  for c in (old, plain)))
-  changed = [line for line in changed if not FREE_FIELD.match(line)]
-  if changed:
+  if changed := configs.differences(_lasting(old), _lasting(plain)):
     raise ValueError(f"{workdir} holds a run with another config:\n  " + "\n  ".join(changed[:20])
                      + "\ncontinue it with the config that it was started with, or pass another "
                      f"--workdir, or delete {workdir}")
+
+
+def _lasting(plain):
+  """What of a plain config stays as it is while a run lasts."""
+  def lasting(section):
+    own = {k: v for k, v in section.get("optimizer", {}).items() if k not in FREE_OF_OPTIMIZER}
+    return {k: v for k, v in section.items() if k != "optimizer"} | ({"optimizer": own} if own else {})
+  kept = {k: v for k, v in plain.items() if k not in FREE_TO_CHANGE}
+  return lasting({k: lasting(v) if k in plain["phases"] else v for k, v in kept.items()})

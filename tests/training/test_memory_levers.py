@@ -264,7 +264,8 @@ def on_one_device():
     yield
 
 
-def test_a_run_goes_on_to_the_same_bits_with_its_optimizer_elsewhere(on_one_device, tmp_path):
+@pytest.mark.parametrize("place", ["optimizer.offload", "one.optimizer.offload"])
+def test_a_run_goes_on_to_the_same_bits_with_its_optimizer_elsewhere(on_one_device, tmp_path, place):
   whole, again = tmp_path / "whole", tmp_path / "again"
   runs.run(config_of(), whole, quiet=True)
   found = {n: arrays_of(whole, n) for n in (2, 3, 4)}
@@ -277,7 +278,7 @@ def test_a_run_goes_on_to_the_same_bits_with_its_optimizer_elsewhere(on_one_devi
   for later in (4, 3, 2):  # what is left is in the middle of the first phase
     shutil.rmtree(again / "checkpoints" / str(later))
   (again / "summary.json").unlink()
-  runs.run(config_of(**{"optimizer.offload": True}), again, quiet=True)
+  runs.run(config_of(**{place: True}), again, quiet=True)
   ended = arrays_of(again, 4)
   assert ended.keys() == found[4].keys()
   for name, x in ended.items():

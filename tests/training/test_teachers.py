@@ -11,6 +11,7 @@ import pytest
 
 from jaxrl import compose
 from jaxrl import config as configs
+from jaxrl import data
 from jaxrl import planning
 from jaxrl import sharding
 from jaxrl.batch import pack
@@ -20,6 +21,7 @@ from jaxrl.models import model_outputs
 from jaxrl.models import unbox
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import run
+from jaxrl.training import teachers
 from jaxrl.training.frozen import Refresh
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
@@ -100,7 +102,8 @@ def teacher(tmp_path_factory):
 
 
 def test_a_run_with_a_teacher_goes_on_after_a_stop_to_the_same_bits(teacher, tmp_path):
-  run.run(student(teacher), tmp_path / "whole", quiet=True)
+  source = shutil.copytree(teacher, tmp_path / "teacher")
+  run.run(student(source), tmp_path / "whole", quiet=True)
   final, theirs = arrays_of(tmp_path / "whole", 3), arrays_of(teacher, 2)
   held = {name.replace("['others']['teacher']", "['params']"): x for name, x in final.items()
           if "others" in name}
@@ -111,7 +114,8 @@ def test_a_run_with_a_teacher_goes_on_after_a_stop_to_the_same_bits(teacher, tmp
   for number in (2, 3):
     shutil.rmtree(tmp_path / "again" / "checkpoints" / str(number))
   (tmp_path / "again" / "summary.json").unlink()
-  run.run(student(teacher), tmp_path / "again", quiet=True)
+  source.rename(tmp_path / "gone")  # which what continues has no need of
+  run.run(student(source), tmp_path / "again", quiet=True)
   found = arrays_of(tmp_path / "again", 3)
   assert set(found) == set(final)
   for name, array in final.items():
@@ -126,10 +130,38 @@ def test_a_plan_counts_it(teacher):
   assert phase.held["frozen models"] == phase.held["parameters"] + theirs, "beside the reference"
 
 
+def test_settings_of_a_tokenizer_and_the_date_of_its_chats_make_no_other_tokens(tmp_path):
+  ours = data.train_bpe(["hello world", "12+13=25"] * 9, 280)  # is saved with other settings than once loaded
+  ours.fast.chat_template = "{{ strftime_now('%d') }}"
+  ours.date = "2025-01-31"
+  ours.save(tmp_path)
+  theirs = data.load_tokenizer(tmp_path)
+  theirs.date = "2025-02-01"
+  assert teachers.same_tokens(ours, theirs)
+  assert not teachers.same_tokens(ours, data.train_bpe(["other words"] * 9, 280))
+
+
+def test_a_teacher_without_a_checkpoint_is_refused_at_once(teacher, tmp_path):
+  begun = shutil.copytree(teacher, tmp_path / "begun", ignore=lambda where, names: (
+      names if where.endswith("checkpoints") else []))
+  with pytest.raises(ValueError, match="config.frozen.teacher.source=.*begun.* has no checkpoint yet"):
+    run.run(student(begun), tmp_path / "run", quiet=True)
+
+
+def test_another_reference_that_nothing_reads_is_refused(teacher, tmp_path):
+  config = student(teacher, **{"reference.source": str(teacher)})
+  config.preference.objective = [dict(name="simpo", beta=2.0), dict(name="kl", beta=0.1, model="teacher")]
+  with pytest.raises(ValueError, match="config.reference.source=.* nothing reads"):
+    run.run(config, tmp_path / "run", quiet=True)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"tokenizer.alphabet": "0123456789+=x"},
      "config.frozen.teacher.source=.* has another tokenizer .of 15 tokens, and here of 16"),
     ({"frozen.teacher.source": "nowhere"}, "config.frozen.teacher.source='nowhere' has no config.json"),
+    ({"reference.source": "there",
+      "schedules": "[dict(of='reference.decay', schedule='linear', start=0.5, end=0.9, steps=5)]"},
+     "config.schedules.*, but config.reference.source='there' is another run's policy"),
     ({"frozen.teacher.every": "1"}, "another run's policy, which stays as it is: leave every"),
     ({"frozen.other": "dict(every=1, follows='teacher')"}, "config.frozen.other.follows='teacher', but")])
 def test_what_cannot_be_a_teacher_is_refused(teacher, tmp_path, changes, message):
