@@ -32,7 +32,7 @@ def get_evidence():
       reported="higher best@k than RLVR (R1-Distill-Qwen-1.5B; no figures read)",
       warm={**graph, "data.task": dict(nodes=40, degree=4, longest=12), "rollout.max_tokens": 13,
             "tokenizer.alphabet": "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN>:",
-            "sft.until.at_least": 0.15},
+            "reward.criteria": [dict(name="jaxrl.tasks:oracle")], "sft.until.at_least": 0.15},
       arms=dict(
           grpo=dict(config="configs/grpo.py", overrides={"data.task_size": 512}),
           late=dict(overrides={"rollout.edits": [late]})),
