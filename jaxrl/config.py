@@ -181,6 +181,23 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
+def check_run(run: pathlib.Path, name: str,
+              mend: str = "name the --workdir of a run that has saved a checkpoint") -> None:
+  """Refuses what is no run that has saved something.
+
+  Args:
+    run: its workdir.
+    name: of the setting that says it, and its value.
+    mend: what to do about it.
+
+  Raises:
+    ValueError: a file of a run is missing; says which.
+  """
+  for needed in ("config.json", "tokenizer", "checkpoints"):
+    if not (run / needed).exists():
+      raise ValueError(f"{name} has no {needed}: {mend}")
+
+
 def of_run(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config of a run, whatever version made it."""
   return ml_collections.ConfigDict(with_defaults(json.loads((workdir / "config.json").read_text())))

@@ -17,8 +17,8 @@ from jaxrl.training import compilation
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(os.environ.get("JAXRL_DATA", ROOT.parent / "shared" / "data"))
 
-# Programs of tests are kept from run to run, apart from the user's own. Half of what a first run takes
-# is compilation; JAX_ENABLE_COMPILATION_CACHE=false does without.
+# Programs of tests are kept from run to run, apart from the user's own, and workers share them.
+# JAX_ENABLE_COMPILATION_CACHE=false does without.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if PROGRAMS := compilation.default_root(os.environ):
   PROGRAMS = PROGRAMS.parent / "test-programs"

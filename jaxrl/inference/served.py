@@ -209,10 +209,7 @@ def load(model: str, *, dtype: str = "", tensor: int = 1, date: str = "") -> Mod
 
 
 def _of_run(place, dtype, mesh, date):
-  for needed in ("tokenizer", "checkpoints"):
-    if not (place / needed).exists():
-      raise ValueError(f"--model={place} has no {needed}: name the --workdir of a run that has saved a "
-                       "checkpoint")
+  configs.check_run(place, f"--model={place}")
   config = configs.of_run(place)
   trained = [n for n in config.phases if configs.phase_config(config, n).kind != "evaluate"]
   if trained and configs.phase_config(config, trained[-1]).kind == "reward":

@@ -109,7 +109,7 @@ def remedies(plan: Plan) -> list[str]:
         phase.held["optimiser"])
   if decoder.param_dtype == "float32":
     found["--config.model.param_dtype=bfloat16 halves parameters and optimiser (small steps are lost "
-          "below 1/256 of a weight; --config.optimizer.master_dtype=float32 keeps them, and moments as they "
+          "below 1/512 of a weight; --config.optimizer.master_dtype=float32 keeps them, and moments as they "
           "are, at 4 bytes a parameter, which an offload takes off the device)"] = spread / 2
   found |= _of_optimizer(phase, plan)
   found |= _of_update(phase, plan) if phase.update_peak >= phase.sampling_peak else _of_sampling(phase)

@@ -47,9 +47,7 @@ def export(workdir: str | os.PathLike, output: str | os.PathLike, *, dtype: str 
     CheckpointError: the checkpoint is damaged.
   """
   place, output = pathlib.Path(workdir).absolute(), pathlib.Path(output).absolute()
-  for needed in ("config.json", "tokenizer", "checkpoints"):
-    if not (place / needed).exists():
-      raise ValueError(f"--workdir={workdir} has no {needed}: name that of a run that has saved a checkpoint")
+  configs.check_run(place, f"--workdir={workdir}", "name that of a run that has saved a checkpoint")
   config = configs.of_run(place)
   tokenizer = data.load_tokenizer(place / "tokenizer")
   decoder = inputs.decoder_config(config.model, tokenizer)

@@ -147,10 +147,8 @@ def _published_tokenizer(spec, source):
 
 def _tokenizer_of_run(start):
   """The tokenizer of the run that this one begins with."""
-  for needed in ("config.json", "tokenizer", "checkpoints"):
-    if not (start / needed).exists():
-      raise ValueError(f"config.start={str(start)!r} has no {needed}: name the --workdir of a run "
-                       "that has saved a checkpoint, or leave it empty")
+  configs.check_run(start, f"config.start={str(start)!r}", "name the --workdir of a run that has saved a "
+                    "checkpoint, or leave it empty")
   return data.load_tokenizer(start / "tokenizer")
 
 

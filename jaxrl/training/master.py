@@ -31,8 +31,7 @@ class Master(NamedTuple):
 def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """The optimiser of a float32 master of the parameters.
 
-  Its updates lead from the parameters to the rounded master, but for the rounding of their sum: `step` takes
-  the parameters from the state instead, where they are exact.
+  Its updates are those of the master. `step` takes the parameters from the state, as rounding them is no sum.
   """
   optimizer = optax.with_extra_args_support(optimizer)
 
@@ -46,10 +45,8 @@ def with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransf
     master = jax.tree.map(lambda p, m: p if _is_full(p) else m, params, state.master)
     updates, inner = optimizer.update(jax.tree.map(_full, gradient), state.inner, master, **extra)
     master = optax.apply_updates(master, updates)
-    moves = jax.tree.map(lambda m, p, u: u if _is_full(p) else _full(m.astype(p.dtype)) - _full(p), master,
-                         params, updates)
     kept = jax.tree.map(lambda p, m: optax.MaskedNode() if _is_full(p) else m, params, master)
-    return moves, Master(kept, inner)
+    return updates, Master(kept, inner)
   return optax.GradientTransformationExtraArgs(init, update)
 
 

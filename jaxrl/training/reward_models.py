@@ -133,10 +133,8 @@ def check(run: str | pathlib.Path) -> int:
     ValueError: there is no run with a checkpoint, or its model has no head but the value.
   """
   place = pathlib.Path(run)
-  for needed in ("config.json", "tokenizer", "checkpoints"):
-    if not (place / needed).exists():
-      raise ValueError(f"run={str(run)!r} has no {needed}: name the --workdir of a run that has "
-                       "trained a reward model and saved a checkpoint")
+  configs.check_run(place, f"run={str(run)!r}", "name the --workdir of a run that has trained a reward "
+                    "model and saved a checkpoint")
   newest(place)
   model = _model_of(place)
   count = sum(width for name, width in model["heads_on_top"] if name != VALUE_HEAD)

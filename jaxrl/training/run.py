@@ -30,8 +30,8 @@ from jaxrl.training.stopping import Stop
 from jaxrl.training.stopping import Stopped
 
 START = "start"  # the moment of the first evaluation
-FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed; likewise
-FREE_OF_OPTIMIZER = ("offload",)  # in all phases or one
+FREE_TO_CHANGE = ("checkpoint", "compilation_cache", "log", "mesh")  # in a run that is resumed
+FREE_OF_OPTIMIZER = ("offload",)  # likewise, of config.optimizer and that of any phase
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False,

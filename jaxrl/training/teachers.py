@@ -95,9 +95,7 @@ def _decoder(run, kept, tokenizer, mesh, where):
 
 
 def _model_of(run, tokenizer, where):
-  for needed in ("config.json", "tokenizer", "checkpoints"):
-    if not (run / needed).exists():
-      raise ValueError(f"{where} has no {needed}: name the --workdir of a run that has saved a checkpoint")
+  configs.check_run(run, where)
   if not any((run / "checkpoints").glob("[0-9]*")):
     raise ValueError(f"{where} has no checkpoint yet: name a run that has saved one")
   theirs = data.load_tokenizer(run / "tokenizer")

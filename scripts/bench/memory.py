@@ -1,4 +1,4 @@
-"""What the levers of memory save and cost, one by one and together: bytes of an update, and its time.
+"""What the levers of memory save, one by one and together: bytes of an update.
 
   python scripts/bench/memory.py            # results/bench/memory.json and .md
 
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
@@ -20,7 +19,6 @@ import time
 import jax
 import machine
 import numpy as np
-from peers import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +32,6 @@ from jaxrl.training.learner import make_learner, to_micro_batches  # noqa: E402
 MODEL = dict(layers=8, d_model=512, heads=8, kv_heads=4, d_ff=1536, vocab_size=16384, scan_layers=True)
 ROWS, LENGTH = 8, 256
 BYTES = ("parameters", "optimizer", "optimizer_on_host", "temporary", "peak")
-SECONDS = ("seconds", "cpu_seconds")
 LOW = {"model.param_dtype": "bfloat16"}
 MASTER = LOW | {"optimizer.master_dtype": "float32"}
 MOMENT, OFFLOAD = {"optimizer.moments_dtype": "bfloat16"}, {"optimizer.offload": "True"}
@@ -61,7 +58,6 @@ def parse_arguments():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS))
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results/bench/memory")
-  parser.add_argument("--iters", type=int, default=3, help="updates that are timed, after a first; 0 is none")
   return parser.parse_args()
 
 
@@ -88,8 +84,8 @@ def batch_of(rows, mesh):
   return sharding.put_batch(to_micro_batches(host, rows), mesh)
 
 
-def measured(settings, iters):
-  """Bytes and seconds of an update in one program, as on an accelerator."""
+def measured(settings):
+  """Bytes of an update in one program, as on an accelerator."""
   with tempfile.TemporaryDirectory() as place:
     parts = parts_of(settings, place)
   phase, = parts.phases
@@ -106,53 +102,33 @@ def measured(settings, iters):
     found["temporary"] = memory.temp_size_in_bytes
     fetched = (found["gradient"] + found["optimizer_on_host"]) * (found["optimizer_on_host"] > 0)
     found["peak"] = found["parameters"] + found["optimizer"] + max(found["temporary"], fetched)
-    before, own, wall, cpu = common.cpu_times(), common.own_seconds(), [], []
-    for _ in range(iters + 1 if iters else 0):
-      began, used = time.perf_counter(), time.process_time()
-      state, metrics = jax.block_until_ready(learner.update(state, batch))
-      wall.append(time.perf_counter() - began)
-      cpu.append(time.process_time() - used)
-  if wall:
-    found.update(seconds=statistics.median(wall[1:]), cpu_seconds=statistics.median(cpu[1:]),
-                 loss=float(metrics["loss"]),
-                 other_cpu=common.other_share(before, common.cpu_times(), common.own_seconds() - own))
   parts.scorer.close()
   return found
 
 
 def table(content):
-  lines = ["# What the levers of memory save and cost", "",
+  lines = ["# What the levers of memory save", "",
            f"Made by `python scripts/bench/memory.py` on {content['machine']}, {content['date']}: one "
            f"supervised update of {ROWS} rows of {LENGTH} tokens, {content['parameters'] / 1e6:.1f} M "
            f"parameters in scanned layers, vocabulary {MODEL['vocab_size']}, computed in float32.", "",
            "MB. Temporary bytes are those of XLA for CPUs, the gradient among them; it makes float32 copies "
-           "of bfloat16 parameters, which other devices do not. An offloaded optimiser is on the device "
+           "of bfloat16 parameters, which accelerators need not. An offloaded optimiser is on the device "
            "while it is updated, beside the gradient: the peak is at least that. On a CPU host and device are one "
-           "memory, so an offload saves nothing there and its seconds are no accelerator's.", "",
-           "| lever | parameters | optimiser | on the host | temporary | peak on the device | s per update | "
-           "of all cores |",
-           "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+           "memory, so an offload saves nothing there.", "",
+           "| lever | parameters | optimiser | on the host | temporary | peak on the device |",
+           "| --- | --- | --- | --- | --- | --- |"]
   for row in content["rows"]:
     sizes = [row[name] / 1e6 for name in BYTES]
-    seconds = " | ".join(f"{row[name]:.1f}" if name in row else "" for name in SECONDS)
-    lines.append(f"| {row['lever']} | " + " | ".join(f"{size:.0f}" for size in sizes) + f" | {seconds} |")
-  shares = [row["other_cpu"] for row in content["rows"] if "other_cpu" in row]
-  if shares:
-    count = content["iters"]
-    of = f"medians of {count} updates" if count > 1 else "of one update"
-    lines += ["", f"Seconds are {of} after a first one, taken while other processes used {min(shares):.0%} to "
-              f"{max(shares):.0%} of the CPUs" + (
-                  ": rows cannot be compared by them, nor well by those of all cores, though these wait for "
-                  "nobody." if max(shares) > 0.05 else ".")]
+    lines.append(f"| {row['lever']} | " + " | ".join(f"{size:.0f}" for size in sizes) + " |")
   return "\n".join(lines) + "\n"
 
 
 def main():
   arguments = parse_arguments()
   content = dict(machine=machine.name(), date=time.strftime("%Y-%m-%d"), model=MODEL,
-                 rows_of_tokens=[ROWS, LENGTH], iters=arguments.iters, rows=[])
+                 rows_of_tokens=[ROWS, LENGTH], rows=[])
   for lever in arguments.levers:
-    found = measured(LEVERS[lever], arguments.iters)
+    found = measured(LEVERS[lever])
     content["parameters"] = found["gradient"] // 4
     content["rows"].append(dict(lever=lever, settings=LEVERS[lever], **found))
     print(lever, json.dumps(found), flush=True)
