@@ -25,6 +25,7 @@ model and kind of update are always compiled, more until `--budget-seconds` are 
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -156,9 +157,25 @@ def abstract_parts(job: Job):
   return parts, phase, builders.abstract_state(parts, phase), batch
 
 
+@contextlib.contextmanager
+def compiling_anew():
+  """No program is read from JAX's cache on disk: of those, XLA dumps nothing but the last text."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  kept = jax.config.jax_enable_compilation_cache
+  try:
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether there is one is asked once
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()
+
+
 def compile_and_dump(lowered) -> tuple:
   """The compiled program, and its HLO text right after it was partitioned."""
-  with tempfile.TemporaryDirectory() as directory:
+  with tempfile.TemporaryDirectory() as directory, compiling_anew():
     compiled = lowered.compile(compiler_options={
         "xla_dump_to": directory, "xla_dump_hlo_pass_re": "spmd-partitioning",
         "xla_backend_optimization_level": 0})  # of machine code, which never runs

@@ -6,6 +6,7 @@ import functools
 import json
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +60,23 @@ def test_products_and_collectives_in_loops_count_as_often_as_they_run():
   sums = {(c.op, c.group): c.payload * c.times for c in found.collectives}
   assert sums == {("all-reduce", (0, 1, 2, 3)): 3 * 5 * 3 * 16 * 4,
                   ("all-gather", (0, 4)): 6 * 16 * 4}
+
+
+def test_a_program_that_the_cache_on_disk_holds_is_dumped_all_the_same(tmp_path):
+  kept = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    rows = jax.NamedSharding(Mesh(np.array(jax.devices()), ("a",)), PartitionSpec("a"))
+    program = jax.jit(lambda x: x * (x @ jnp.ones((7, 7)))).lower(
+        jax.ShapeDtypeStruct((16, 7), jnp.float32, sharding=rows))
+    program.compile(compiler_options={"xla_backend_optimization_level": 0})
+    assert any(tmp_path.iterdir())
+    _, text = scaling.compile_and_dump(program)
+    assert hlo.costs(text).flops == 2 * 2 * 7 * 7  # two rows on each device
+  finally:
+    jax.config.update("jax_compilation_cache_dir", kept)
+    compilation_cache.reset_cache()
 
 
 def test_a_reduction_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
