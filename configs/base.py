@@ -94,7 +94,9 @@ def get_config() -> ml_collections.ConfigDict:
       max_bad_steps=10)  # updates in a row with a non-finite gradient before the run stops
   config.batch = dict(
       examples=64,  # per update: sequences of supervised phases, pairs of others
-      row_length=128,  # tokens per packed row; longer sequences raise it
+      # Tokens per packed row; longer sequences raise it, and pairs by up to a quarter if they then fill
+      # rows better.
+      row_length=128,
       micro_batch_rows=0,  # per forward and backward pass; 0 is as many as suit cache or memory
       share_prompts=True,  # compute the prompt of a group once, where that saves a tenth or more
       vocabulary_chunk=0)  # tokens of it whose logits exist at a time; 0: 1024 on a CPU, else 8192

@@ -24,7 +24,7 @@ from jaxrl.models import packed_attention
 PAIRED = ("preference", "reward")  # kinds of phases whose sequences are compared within groups
 WORTH_SHARING = 0.9  # of the work that whole sequences would take
 MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
-CPU_BLOCK = 400_000  # feed-forward activations of a micro-batch: they stay in a core's cache
+CPU_BLOCK = 470_000  # activations of a micro-batch, as counted below: they stay in a core's cache
 BUSY = 8192  # tokens at a time that keep any device busy
 PARTS = 8  # micro-batches of the largest batch, at least, where they are not smaller than that
 HALF = 0.5  # of the memory that parameters and optimiser leave, for a micro-batch's activations
@@ -85,7 +85,8 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     if settings.kind == "rl":
       longest, groups = 2 * (longest + settings.rollout.max_tokens), settings.rollout.prompts
     row = settings.batch.row_length
-    whole = Layout(row if row >= longest else bucket(longest))
+    row = row if row >= longest else bucket(longest)
+    whole = Layout(row if settings.kind == "rl" else _fullest(sizes, row, groups))
     layout = _layout_of_pairs(settings, decoder, whole, sizes, shared)
     rows = groups if layout.trunk_length else _rows_of_whole(layout, longest, groups)
     sequences = 2 * groups
@@ -114,6 +115,15 @@ def _longest(settings):
   if settings.kind == "rl" or not (d.max_prompt_tokens and d.max_completion_tokens):
     return 0
   return d.max_prompt_tokens + (2 if d.critique else 1) * d.max_completion_tokens
+
+
+def _fullest(sizes, least, groups):
+  """The row length, from `least` to a quarter more, in which batches of such sizes take least tokens."""
+  batches = [sizes[i:i + groups] for i in range(0, len(sizes), groups)]
+
+  def tokens(length):
+    return length * sum(len(first_fit_decreasing(batch, length)) for batch in batches)
+  return min(range(least, least + least // 4 + 1, _round_up(-(-least // 32))), key=tokens)
 
 
 def _layout_of_pairs(settings, decoder, whole, sizes, shared):
@@ -179,8 +189,8 @@ def _rows_of_examples(settings):
 def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
   """Rows at a time: those of the config, made up to whole trunks, or as many as work well.
 
-  The latter are made fewer where that gives every loop over micro-batches as many of the `rows`
-  that are expected (0 if unknown), or leaves out more of the padding of smaller batches.
+  The latter are made fewer where every loop over micro-batches then computes fewer rows beside the
+  `rows` that are expected (0 if unknown), or more of the padding of smaller batches is left out.
   """
   devices = mesh.shape["data"] * mesh.shape["fsdp"]
   unit = devices * layout.rows_per_trunk
@@ -191,14 +201,20 @@ def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):
   most = max(1, round(tokens / per_unit))
   units, streams = -(-rows // unit), sharding.streams(mesh)
   most = min(most, max(-(-BUSY // per_unit), -(-units // PARTS)))
-  rounds = -(-units // (most * streams))  # micro-batches of each loop
-  return unit * (-(-units // (rounds * streams)) if rows else most)
+  if not rows:
+    return unit * most
+  most = min(most, -(-units // streams))
+
+  def computed(each):  # units of all loops, padding included
+    return -(-units // (each * streams)) * each * streams
+  return unit * min(range(most, most // 2, -1), key=computed)
 
 
 def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):
   """Tokens of a micro-batch on one device."""
   if chips.platform() == "cpu":
-    return max(256, CPU_BLOCK // decoder.mlp_width)
+    keys = layout.trunk_length + min(layout.row_length, _longest(settings) or layout.row_length)
+    return max(256, int(CPU_BLOCK / (decoder.mlp_width + decoder.heads * keys / 4)))
   limit = chips.memory_bytes(jax.local_devices()[0]) or 16 << 30
   room = HALF * max(limit - kept_bytes, limit // 8)
   return max(256, int(room / _bytes_per_token(settings, decoder, layout, mesh.shape["tensor"])))

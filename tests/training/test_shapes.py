@@ -94,19 +94,38 @@ def test_unknown_prompts_are_taken_to_be_as_long_as_they_may_be(toys):
 
 @pytest.mark.parametrize("examples", [1, 3, 12, 16, 17, 31, 32, 40, 100])
 @pytest.mark.parametrize("cores", [1, 2, 4])
-def test_every_loop_over_micro_batches_gets_as_many(toys, monkeypatch, examples, cores):
-  """11 rows at a time would make three micro-batches of 32 rows, for two loops."""
+def test_loops_over_micro_batches_compute_few_rows_beside_those_expected(toys, monkeypatch, examples, cores):
+  """10 rows at a time would make two micro-batches for each of two loops of 32 rows, 40 in all."""
   monkeypatch.setattr("jaxrl.sharding.streams", lambda mesh: cores)
   these = settings(kind="sft", row_length=96)
   these.data.update(max_prompt_tokens=2, max_completion_tokens=94)
   these.batch.examples = examples
-  shape = shape_of(these, DECODER, toys.one_device(), [])
+  found = shape_of(these, DECODER, toys.one_device(), []).micro_batch_rows
   these.data.max_completion_tokens = 0  # rows unknown
   most = shape_of(these, DECODER, toys.one_device(), []).micro_batch_rows
-  assert 1 <= shape.micro_batch_rows <= most == 11
-  count = -(-examples // shape.micro_batch_rows)
-  rounds = -(-examples // (most * cores))  # no more than are needed
-  assert (rounds - 1) * cores < count <= rounds * cores
+  assert 1 <= found <= most == 10
+  computed = {each: -(-examples // (each * cores)) * each * cores for each in range(1, most + 1)}
+  assert all(computed[found] <= computed[each] for each in range(most // 2 + 1, most + 1))
+  assert found > most // 2 or found * cores >= examples, "smaller ones do not use a core well"
+  if (examples, cores) == (32, 2):
+    assert found == 8
+
+
+def test_tokens_that_see_more_keys_are_fewer_at_a_time(toys):
+  def tokens(length):
+    return length * shape_of(settings(kind="sft", row_length=length), DECODER, toys.one_device(), []
+                             ).micro_batch_rows
+  assert tokens(96) > tokens(192) >= tokens(384)
+
+
+@pytest.mark.parametrize("lengths, row, wanted", [
+    ([192] * 8, 192, 192),  # nothing to gain
+    ([100, 200] * 4, 384, 400),
+    ([30] * 8, 128, 128), ([], 128, 128),
+    ([300] * 8, 128, 608)])  # 512 hold one
+def test_rows_of_pairs_are_as_long_as_fills_them_best(toys, lengths, row, wanted):
+  these = settings("preference", row_length=row, share_prompts=False, examples=8)
+  assert shape_of(these, DECODER, toys.one_device(), lengths).layout == Layout(wanted)
 
 
 @pytest.mark.parametrize("kind, data, expected", [
