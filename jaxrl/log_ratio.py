@@ -56,7 +56,8 @@ def kl_estimate(difference: Float[Array, "..."], estimator: str) -> Float[Array,
   `k1` is d, `k2` is d^2 / 2, `k3` is exp(-d) - 1 + d (Schulman, 2020; see `objectives.kl`).
   """
   if estimator not in ESTIMATORS:
-    raise ValueError(f"kl: estimator={estimator!r}; valid are 'k1', 'k2' and 'k3'")
+    raise ValueError(f"kl: estimator={estimator!r}; valid are 'k1', 'k2' and 'k3', and "
+                     "'full' in a loss")
   if estimator == "k1":
     return difference
   if estimator == "k2":

@@ -14,7 +14,7 @@ from jaxrl.evidence import verdict
 
 FOLDER = configs.SHIPPED / "methods"
 PARENT = "configs/grpo.py"
-FIELDS = ("reported", "overrides", "warm", "arms", "claims", "measure")
+FIELDS = ("reported", "overrides", "warm", "teachers", "arms", "claims", "measure")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Evidence:
       arms that begin with random parameters.
     arms: config and overrides by name; `method` is the config itself.
     claims: what is compared.
+    teachers: fields of the configs of further supervised runs, by name, beside those of `warm`; where an
+      override is the text "{NAME}", arms get the workdir of that run.
     measure: `module:function`, called with the directory of every arm's finished run; the numbers that
       it returns by name are metrics `measured/NAME`. Empty for none.
   """
@@ -38,6 +40,7 @@ class Evidence:
   arms: Mapping[str, tuple[str, Mapping[str, Any]]]
   claims: list[verdict.Claim]
   measure: str = ""
+  teachers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def slugs() -> list[str]:
@@ -84,7 +87,7 @@ def evidence_of(slug: str) -> Evidence | None:
                        "config and overrides")
   return Evidence(found.get("reported", ""), found.get("overrides", {}), found.get("warm", {}), arms,
                   verdict.claims_of(found.get("claims", ()), list(arms), where),
-                  found.get("measure", ""))
+                  found.get("measure", ""), found.get("teachers", {}))
 
 
 def title(slug: str) -> str:

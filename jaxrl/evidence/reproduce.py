@@ -55,11 +55,13 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
   began = time.time()
   start = (None if evidence.warm is None else
            runs.warm_start(evidence.warm, workdir / "warm", report))
+  teachers = {name: runs.warm_start({**(evidence.warm or {}), **fields}, workdir / "warm", report)
+              for name, fields in evidence.teachers.items()}
   found: dict[str, list[dict]] = {}
   places: dict[str, list[pathlib.Path]] = {}
   for seed in seeds:
     for arm in evidence.arms:
-      config = runs.arm_config(evidence, arm, seed, start, steps=steps)
+      config = runs.arm_config(evidence, arm, seed, start, teachers, steps=steps)
       place = runs.place_of(config, workdir / "runs")
       again = "" if not (place / "summary.json").exists() else " (a run that had ended before)"
       metrics = runs.measure(config, place, evidence.measure)
@@ -77,7 +79,8 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
       budget={arm: {name: sum(m[f"total/{name}"] for m in ms) / len(ms)
                     for name in BUDGET} for arm, ms in found.items()},
       config={arm: configs.to_dict(runs.arm_config(
-          evidence, arm, seeds[0], start and pathlib.Path("warm"))) for arm in evidence.arms},
+          evidence, arm, seeds[0], start and pathlib.Path("warm"),
+          {name: pathlib.Path(name) for name in teachers})) for arm in evidence.arms},
       versions={name: _version(name) for name in VERSIONS} | {"python": platform.python_version()},
       machine=f"{jax.devices()[0].device_kind} x {jax.device_count()}", minutes=round(minutes, 2),
       date=time.strftime("%Y-%m-%d", time.gmtime(began)))

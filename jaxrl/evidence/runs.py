@@ -61,13 +61,14 @@ def place_of(config: ml_collections.ConfigDict, directory: pathlib.Path) -> path
   return directory / hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 
-def arm_config(evidence: Evidence, arm: str, seed: int, start: pathlib.Path | None, *, steps: int = 0
-               ) -> ml_collections.ConfigDict:
+def arm_config(evidence: Evidence, arm: str, seed: int, start: pathlib.Path | None,
+               teachers: Mapping[str, pathlib.Path] = {}, *, steps: int = 0) -> ml_collections.ConfigDict:
   """The config of an arm: all phases of its config but the supervised ones, which the warm start has
   made.
 
   Args:
     start: the warm start; None for random parameters.
+    teachers: workdirs of `evidence.teachers`, by name.
     steps: instead of the evidence's own, for trials; 0 is those.
   """
   spec, own = evidence.arms[arm]
@@ -77,7 +78,10 @@ def arm_config(evidence: Evidence, arm: str, seed: int, start: pathlib.Path | No
   warm = {k: v for k, v in (evidence.warm or {}).items() if not k.startswith("sft.")}
   text = {} if evidence.warm is None else WARM_TEXT
   learning = {"seed": seed, "start": str(start or "")}
+  found = {"{%s}" % name: str(workdir) for name, workdir in teachers.items()}
   for settings in (SMALL, text, warm, LEARNING, learning, evidence.overrides, own):
+    settings = {path: found.get(value, value) if isinstance(value, str) else value
+                for path, value in settings.items()}
     _set(config, _for_phases(config, settings))
   for name in config.phases:
     config[name].until = None

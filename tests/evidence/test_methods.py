@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl import cli
 from jaxrl import config as configs
-from jaxrl.evidence import listing, methods, reproduce, runs
+from jaxrl.evidence import listing, methods, reproduce, runs, verdict
 
 TINY = {"model.layers": 1, "model.d_model": 16, "model.d_ff": 16, "model.heads": 2,
         "model.kv_heads": 2, "evaluate.problems": 8, "evaluate.samples": 8,
@@ -32,7 +32,8 @@ def test_every_method_says_what_it_changes_and_is_tested(slug):
 def test_the_arms_of_every_method_have_configs_that_can_be_made(slug):
   evidence = methods.evidence_of(slug)
   start = None if evidence.warm is None else pathlib.Path("warm")
-  made = {arm: runs.arm_config(evidence, arm, 3, start) for arm in evidence.arms}
+  teachers = {name: pathlib.Path("other", name) for name in evidence.teachers}
+  made = {arm: runs.arm_config(evidence, arm, 3, start, teachers) for arm in evidence.arms}
   plain = {arm: configs.to_dict(config) for arm, config in made.items()}
   assert plain["method"]["start"] == str(start or "")
   assert all(config["seed"] == 3 and config["start"] in (str(start or ""), "") for config in plain.values())
@@ -43,6 +44,9 @@ def test_the_arms_of_every_method_have_configs_that_can_be_made(slug):
       assert own.optimizer.warmup_steps < own.get("steps", 1 << 30), f"{name} ends while it warms up"
   for arm in set(plain) - {"method"}:
     assert configs.differences(plain[arm], plain["method"]), f"{arm} is the method itself"
+  for name, place in teachers.items():
+    assert runs.warm_config({**evidence.warm, **evidence.teachers[name]}).phases == ("sft",)
+    assert all(str(place) in json.dumps(config) for config in plain.values()), f"no arm reads {name}"
   if start is not None:
     warm = runs.warm_config(evidence.warm)
     assert warm.phases == ("sft",)
@@ -105,3 +109,23 @@ def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
       reproduce.reproduce("verl-rank", seeds, workdir=tmp_path / "runs", results=results, steps=steps)
   with pytest.raises(ValueError, match="verl-rank.json holds 2 seeds, and --seeds=0 would replace them by fewer"):
     reproduce.reproduce("verl-rank", [0], workdir=tmp_path / "runs", results=results)
+
+
+def test_a_teacher_is_a_run_of_its_own_that_arms_find_by_name(tmp_path, monkeypatch):
+  own = {"reference.source": "{teacher}", "rl.steps": 1, "rl.optimizer.warmup_steps": 0,
+         "rl.rollout.prompts": 2, "rl.evaluate.every": 1}
+  evidence = methods.Evidence(
+      "", own, TINY, {"method": ("configs/methods/cmdp_distillation.py", {})},
+      verdict.claims_of([dict(text="nearer", metric="late/divergence", expect="lower", baseline="method")],
+                        ["method"], "here"),
+      teachers={"teacher": {"model.layers": 2, "model.d_model": 24}})
+  monkeypatch.setattr(methods, "evidence_of", lambda slug: evidence)
+  said = []
+  made = reproduce.reproduce("cmdp-distillation", [0], workdir=tmp_path, results=tmp_path / "results",
+                             report=said.append)
+  places = sorted(line.removeprefix("warm start: ") for line in said if line.startswith("warm start: "))
+  assert len(set(places)) == 2
+  shapes = {place: json.loads(pathlib.Path(place, "config.json").read_text())["model"] for place in places}
+  assert sorted((m["layers"], m["d_model"]) for m in shapes.values()) == [(1, 16), (2, 24)]
+  assert made["claims"][0]["method"]["mean"] > 0, "a student that were its own teacher has a divergence of 0"
+  assert made["config"]["method"]["reference"]["source"] == "teacher"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import compose
 from jaxrl.batch import ModelOutputs, Trajectory, pack
 from jaxrl.objectives import entropy, kl
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
@@ -56,6 +57,27 @@ def enumerated(estimator):
     return size * jnp.sum(loss_weights(batch, "sequence_sum") * values)
 
   return jax.value_and_grad(mean)(jnp.asarray(LOGITS, jnp.float32))
+
+
+def test_the_full_kl_is_that_of_the_vocabulary_and_so_is_its_gradient():
+  reference = np.log(softmax(REFERENCE))
+  batch = pack([Trajectory([0, 1, 2], [False, True, True])], row_length=4)
+
+  def read(logits):
+    log_p = jax.nn.log_softmax(logits)
+    divergence = jnp.sum(jnp.exp(log_p) * (log_p - jnp.float32(reference)))
+    return kl(ModelOutputs(logprobs=jnp.zeros(batch.tokens.shape), distribution={
+        "reference_kl": jnp.full(batch.tokens.shape, divergence)}), batch, beta=0.7, estimator="full")
+
+  values, metrics = read(jnp.float32(LOGITS))
+  p = softmax(LOGITS)
+  exact = np.sum(p * (np.log(p) - reference))
+  np.testing.assert_allclose(values, np.where(batch.loss_mask, 0.7 * exact, 0), rtol=1e-5)
+  np.testing.assert_allclose(metrics["kl"], np.where(batch.loss_mask, exact, 0), rtol=1e-5)
+  gradient = jax.grad(lambda z: jnp.sum(read(z)[0]))(jnp.float32(LOGITS))
+  np.testing.assert_allclose(gradient, 2 * 0.7 * p * (np.log(p) - reference - exact), rtol=1e-4, atol=1e-6)
+  term = functools.partial(kl, beta=1.0, estimator="full", model="teacher")
+  assert compose.signals_of(term) == ("teacher_kl",)  # which there is none of
 
 
 def test_k1_and_k3_have_the_kl_as_their_mean():
