@@ -95,6 +95,9 @@ async def recombined_corrections(ctx: EpisodeContext, task: Task, *, samples: in
       t.loss_mask[t.tag_ids != SECOND] = False
       if stage == 1 and anchored and first.tokens:
         anchors.append(_anchor(t, len(first.tokens), len(anchors) + 1))
+  scored = [t.reward for t in group if t.scored]
+  for t in anchors:  # what is compared with nothing leaves the mean reward of the batch what it is
+    t.reward = float(np.mean(scored)) if scored else 0.0
   for t in group + anchors:
     t.weight = (len(group) + len(anchors)) / len(group)
   return group + anchors
