@@ -9,6 +9,8 @@ tests/methods/test_canon.py.
 
 The released code puts alpha on other sides for entropy than for length; here it is on the half that
 `disfavour` names. Groups have 8 responses instead of 16.
+
+The row asks of entropy alone; that length with alpha makes answers shorter is not measured.
 """
 
 from configs import dr_grpo

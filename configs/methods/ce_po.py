@@ -8,6 +8,9 @@ data sets, up to 9.58% (Llama-3-8B, Qwen3-4B family). Small-scale check: tests/m
 Choices made: the scorer is the reference of the phase, and not another model; correctness is the
 verifier's verdict, where the release grades similarity. The toy has no words, so tokens are shuffled.
 Its rationale is the sum from its last digit: 123+456= is answered +975=579.
+
+Prompt, rationale and answer stand as they were sampled, without <eos> between them. Falls short of the
+card: no cue gives the toy's answers away, so the row cannot say what happens when one turns false.
 """
 
 from configs import grpo

@@ -2,8 +2,8 @@
 
 Changes in GRPO the episode (`rollouts.rewrite_and_answer`), which adds a rewritten question for hard
 and middling ones and leaves out groups without a contrast, and adds a KL term that is half as strong
-for hard questions (`objectives.kl(weight=...)`). Reported, mean of eight sets (Qwen3-8B): GRPO 62.0,
-DAPO 64.5, CLPO 73.7. Small-scale check: tests/methods/test_clpo.py.
+for hard questions (`objectives.kl(weight=...)`); `rollouts.rewriting.log_rescues` logs what rewriting adds.
+Reported, mean of eight sets (Qwen3-8B): GRPO 62.0, DAPO 64.5, CLPO 73.7. Small-scale check: tests/methods/test_clpo.py.
 
 In the released code original hard questions may keep the whole KL; here old and new ones have half.
 The toy's rewriting swaps the operands: =123+456= is answered 456+123=, which its warm start has seen;
@@ -18,6 +18,7 @@ def get_config():
   config = grpo.get_config()
   config.rollout.episode = dict(name="rewrite_and_answer", samples=8, rewrite_tokens=9)
   config.rollout.templates = dict(simplify="={question}", vary="={question}", rewritten="{question}")
+  config.rollout.edits = [dict(name="jaxrl.rollouts.rewriting:log_rescues")]
   config.objective = [*config.objective, dict(name="kl", beta=1e-3, weight="kl_weight")]
   return config
 

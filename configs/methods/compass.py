@@ -9,6 +9,8 @@ check: tests/methods/test_compass.py.
 Choices made, as only the abstract and digests were read: confidence is exp(+std), deviations are over
 the whole answer, paths are normalised to [0, 1], both weights are 1. The paper trains on the prompts
 that it tests on; here they are others. `kappa=0` and `path_weight=0` is TTRL.
+
+Falls short of the card: neither kappa=-1 nor paths alone (`answer_weight=0`) are arms.
 """
 
 from configs import grpo

@@ -10,6 +10,9 @@ The row is of the mode without memory, in which all arms have the same candidate
 Abstract and a review were read; features, network, exploration and numbers are choices. Entropy is the
 sampler's mean of -log-probability, and log-probabilities under the current policy and ratios are no
 features, as an edit runs no model.
+
+Falls short of the card: no verdict is flipped at random, so no rollout is noise, and buffers are not
+compared.
 """
 
 from configs import grpo

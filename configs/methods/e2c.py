@@ -10,6 +10,9 @@ Only the abstract, the repository's description and reviews were read. Choices m
 1, 0.01 of entropy, one divisor for all tokens, one phase of reinforcement instead of two, and an
 answer without the boundary is simply wrong. Plans are clustered by their text. The toy's warm start
 imitates "456=" as the plan of 123+456=, and then the sum.
+
+Left out is tuning on plans alone (EF-SFT). Falls short of the card: other weights of plans are no arms, and
+whether an execution follows a plan that is wrong is not asked.
 """
 
 from configs import grpo

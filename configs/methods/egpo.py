@@ -6,6 +6,9 @@ of tokens, as in the library that the paper used. Reported, pass@1 on MATH-500 a
 
 The paper speaks of over-confident failures, but its clamp leaves them at weight 1 and softens unsure
 ones only; this is the clamp. Deviations divide by n; the paper does not say.
+
+Falls short of the card: the mirrored rule, which would weigh confident failures, is not offered, and how far
+apart right and wrong answers are in entropy is logged but not compared.
 """
 
 from configs import grpo

@@ -10,6 +10,8 @@ Only the abstract and descriptions of the paper were read. Choices made: K = 4 t
 answers each; answers are compared with all K * M of their prompt; standard deviations divide by
 n - 1; both parts of the loss weigh the same. The toy writes no thoughts: the first two digits of a
 sum stand for one. To compare, `group` with samples=4 has as many thoughts, with 16 as many answers.
+
+Falls short of the card: gradients are not compared with an oracle's, nor their spikes counted.
 """
 
 from configs import grpo

@@ -11,6 +11,8 @@ The algebra of bonus and advantages was read in part only and is a reconstructio
 0.3 and N 16 are choices. The cold start's data (pass rates by mode, justifications) are replaced by
 the task's: sums of 1 to 3 digits, half of whose solutions go by way of a scratchpad behind "+", and
 half begin with "=". An answer without a decision is all decision.
+
+Falls short of the card: a larger omega, and decisions without their mode's own term, are no arms.
 """
 
 from configs import grpo

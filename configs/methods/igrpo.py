@@ -10,6 +10,9 @@ GRPO. Small-scale check: tests/methods/test_igrpo.py.
 The paper's template tells the model in words that the draft may be wrong. The toy's alphabet has no
 words: its template writes the draft behind the question, and its warm start has seen such
 questions with drafts that are as often wrong as right.
+
+Falls short of the card: of its controls the row has the worst draft, not a random or an empty one, and
+the entropy half-way is logged but not compared.
 """
 
 from configs import grpo

@@ -11,6 +11,9 @@ Text alone: vision is not needed for the idea. The toy writes 123+456= as 974=97
 "=" between them; the warm start has seen first attempts that are wrong half of the time. Choices
 made: pairs that are too long are left out instead of cut, and stage 2 goes on from the end of stage
 1. The paper's clip range 3e-4 to 4e-4 stays.
+
+Falls short of the card: the row compares final answers alone, not first ones or how many are corrected
+and spoiled, nor stages without masks; evidence of these is logged.
 """
 
 import copy

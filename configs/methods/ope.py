@@ -11,6 +11,9 @@ turns of 10 updates instead of 2-3 rounds; no aggregation pass. The toy's outlin
 of a sum as it is written, so that outline and path together are a plain answer and need no cold
 start of their own. An update takes 8 paths per problem, as GRPO's takes 8 answers, and 1 or 4 sets
 of two outlines beside them.
+
+Falls short of the card: outlines are not operations of Countdown, and training both kinds in every update
+is no arm.
 """
 
 from configs import grpo

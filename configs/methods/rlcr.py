@@ -9,6 +9,9 @@ without confidence 0.460 / 0.540. Small-scale check: tests/methods/test_rlcr.py.
 
 The toy writes a sum, "=" and three digits: 123+456=975=250 is a confidence of 250 / 999. Its warm
 start imitates three digits that say nothing, those of the first operand.
+
+Groups have 8 answers instead of 32. Falls short of the card: the toy's inputs are not corrupted, so that
+nothing says which confidence is right, and votes are weighed in the test only.
 """
 
 from configs import grpo

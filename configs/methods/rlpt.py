@@ -11,6 +11,9 @@ stated: 0.5, on the loss of gaps, and 3. The toy's documents are task:series, 12
 in which every term is the sum of the two before; 123+456+ is continued 975=579, thought, tag and
 prediction, and 123+456+=035+ is the same with the gap in front of 035. The cold start predicts one
 to three terms. The first two terms, which nothing determines, are no targets.
+
+Falls short of the card: lambda is not swept, no question that the documents never ask is asked, and no
+reinforcement with answers follows.
 """
 
 from configs import grpo

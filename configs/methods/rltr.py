@@ -7,8 +7,9 @@ check: tests/methods/test_rltr.py.
 
 Only the abstract and reviews were read. Choices made: cuts uniform over 0.3 to 0.9 of the thought,
 one continuation at temperature 0.7 by the policy that the phase began with, transfer weighs half as
-much as the answer, and a part that contains the reference answer earns nothing. The toy's thought is
-the sum from its last digit: 123+456= is answered +975=579.
+much as the answer, a part that contains the reference answer earns nothing, and the form has no reward of its
+own. The toy's thought is the sum from its last digit: 123+456= is answered +975=579. Falls short of the card:
+receivers other than the start of the policy are not asked.
 """
 
 from configs import grpo

@@ -13,6 +13,8 @@ texts are task:repeated_addition, 12+34=46+34=80, of which tokens behind the fir
 about: 12+34=4++3= states a budget of 3 and is answered 640=6. Budgets shrink from 6 to 3 (the
 paper: 800 to 160), as sums have up to three digits. The warm start has seen thoughts that miss
 their budget by up to two tokens, and texts alone.
+
+Falls short of the card: imitation alone and a heavier length reward are no arms.
 """
 
 from configs import grpo

@@ -7,6 +7,9 @@ makes them on quarters of its batch, here each is on all of it. Log-probabilitie
 distribution that was sampled from, the paper's of temperature 1. Reported: average pass@1 of maths
 sets 48.4, GRPO 39.7 (Qwen3-8B-Base); pass@256 16.8 points over other methods. Small-scale check:
 tests/methods/test_rover.py.
+
+Falls short of the card: sums have one right answer, so the row counts no different ones, which only the
+test's tree does, and arms are compared after as many updates, not at equal success.
 """
 
 from configs import grpo

@@ -6,7 +6,8 @@ tests/methods/test_rs_grpo.py.
 
 The row asks whether GRPO's samples lose right answers that risk-seeking ones keep, on Countdown, where a
 problem has many and the warm start writes one family of them. It is one value of beta, the recommended 2,
-and 16 and 32 samples, not a curve; the card wants 0, 2 and 4.
+and 16 and 32 samples, not a curve; the card wants 0, 2 and 4. A group of one learns nothing here, where
+the released code compares its sample with a reward of 0.
 """
 
 from configs import grpo, countdown

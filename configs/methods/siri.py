@@ -10,6 +10,9 @@ The paper's caps are 16384 and 8192 and its cycle 640 updates, three times; the 
 stated. The toy has sums of 1 to 3 digits whose warm start writes a scratchpad for half of them,
 caps of 12 tokens, which hold any scratchpad, and 6, which hold those of the shortest sums only,
 and cycles of 60 updates. Losses are averaged over tokens, as DAPO's are.
+
+Falls short of the card: its traces would hold re-checks that nobody needs; a cap that only falls, and short
+cycles, are no arms.
 """
 
 from configs import grpo

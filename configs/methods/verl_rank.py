@@ -7,6 +7,9 @@ batch's means; the released code writes it at the last token (`where="last"`) an
 (`from_zero=True`). Hidden states are those of the last layer; `layer` takes others. Reported:
 pass@1, mean of 15 maths sets 57.7 -> 59.8 (Qwen2.5-7B), 41.4 -> 43.4 (Llama-3.2-3B-Instruct), both
 with GRPO. Small-scale check: tests/methods/test_verl_rank.py.
+
+Left out are the script's terms for KL and entropy, 0.001 each. The row lacks the card's controls: a random
+bonus, and one without a bound.
 """
 
 from configs import grpo

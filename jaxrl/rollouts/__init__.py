@@ -31,6 +31,7 @@ from jaxrl.rollouts.planning import execute_distinct_plans
 from jaxrl.rollouts.planning import plan_then_execute
 from jaxrl.rollouts.refinement import draft_then_refine
 from jaxrl.rollouts.replay import choose_rollouts
+from jaxrl.rollouts.rewriting import log_rescues
 from jaxrl.rollouts.rewriting import rewrite_and_answer
 from jaxrl.rollouts.rounds import summarised_rounds
 from jaxrl.rollouts.self_verification import answer_or_verify

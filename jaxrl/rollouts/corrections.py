@@ -60,7 +60,7 @@ async def recombined_corrections(ctx: EpisodeContext, task: Task, *, samples: in
     2n answers, group 0, then anchors, each a group of its own. `tag_ids` are 1 up to the second
     answer and 2 in it. Evidence: that of the final answer, `first_right`, `final_right`,
     `corrected` (wrong, then right) and `spoiled` (right, then wrong). Weights leave the mean over
-    answers what it is without anchors.
+    a task's answers what it is without anchors; a task weighs as it has sequences, those included.
 
   Raises:
     ValueError: an empty separator, another stage, or no sample.
@@ -95,6 +95,9 @@ async def recombined_corrections(ctx: EpisodeContext, task: Task, *, samples: in
       t.loss_mask[t.tag_ids != SECOND] = False
       if stage == 1 and anchored and first.tokens:
         anchors.append(_anchor(t, len(first.tokens), len(anchors) + 1))
+  scored = [t.reward for t in group if t.scored]
+  for t in anchors:  # what is compared with nothing leaves the mean reward of the batch what it is
+    t.reward = float(np.mean(scored)) if scored else 0.0
   for t in group + anchors:
     t.weight = (len(group) + len(anchors)) / len(group)
   return group + anchors

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 import functools
 import re
 
+import numpy as np
+
 from jaxrl import compose
 from jaxrl.batch import Task
 from jaxrl.batch import Trajectory
 from jaxrl.rewards import ok
 from jaxrl.rollouts.context import EpisodeContext
+from jaxrl.rollouts.edits import Step
+from jaxrl.rollouts.engine import GROUPS_PER_EPISODE
 
 REWRITTEN = {"both": ("hard", "medium"), "hard": ("hard",), "medium": ("medium",), "none": ()}
 
@@ -42,9 +46,9 @@ async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, m
       question is asked again as it is. () asks the policy.
 
   Returns:
-    Group 0, answers to the question; group 1, those to the rewritten one. Evidence of the latter:
-      `rescued`, whether they make a question teach that did not, and `leaked`, whether the rewriting
-      contains the reference answer.
+    Group 0, answers to the question; group 1, those to the rewritten one. Evidence: `share_right`, acc, and of
+    the latter `rescued`, whether they make a question teach that did not, and `leaked`, whether the
+    rewriting contains the reference answer.
 
   Raises:
     ValueError: another mode, shares out of order, or an oracle that is no pattern with a replacement.
@@ -78,8 +82,37 @@ async def rewrite_and_answer(ctx: EpisodeContext, task: Task, *, samples: int, m
         t.group = 1
         t.evidence |= {"rescued": ok(float(rescued)), "leaked": ok(float(leaked))}
   for t in group + second:
+    if right:
+      t.evidence["share_right"] = ok(share)
     t.columns = {"kl_weight": kl_hard if level == "hard" else 1.0}
   return group + second
+
+
+def log_rescues(step: Step, *, hard: float = 0.3, medium: float = 0.7) -> list[Trajectory]:
+  """Logs what rewritten questions add to the batches of `rewrite_and_answer` (CLPO, arXiv:2509.25004).
+
+  Args:
+    step: the batch, which stays as it is.
+    hard, medium: as in the episode.
+
+  Returns:
+    The trajectories. Metrics, each where there are such questions: `rescue_rate`, of those that no answer got
+    right the share whose rewriting is trained on; `included_hard`, `included_medium` and `included_easy`, of the
+    questions of a level the share that is trained on, as it was or rewritten.
+  """
+  questions: dict[int, list[Trajectory]] = {}
+  for t in step.sampled:
+    if "share_right" in t.evidence:
+      questions.setdefault(t.group // GROUPS_PER_EPISODE, []).append(t)
+  found: dict[str, list[bool]] = {}
+  for members in questions.values():
+    share = members[0].evidence["share_right"].score
+    level = "hard" if share <= hard else "medium" if share <= medium else "easy"
+    found.setdefault(f"included_{level}", []).append(any(t.scored for t in members))
+    if share == 0:
+      found.setdefault("rescue_rate", []).append(found[f"included_{level}"][-1])
+  step.metrics |= {name: float(np.mean(values)) for name, values in found.items()}
+  return step.trajectories
 
 
 def _rule(oracle):

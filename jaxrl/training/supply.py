@@ -127,7 +127,7 @@ def rollout_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
       "truncated": _mean([t.finish == "length" for t in trajectories]),
       "unscored": _mean([not t.scored for t in trajectories]),
   }
-  for name in scored[0].evidence if scored else ():
+  for name in dict.fromkeys(name for t in scored for name in t.evidence):  # which not all of them have
     values = [t.evidence[name].score for t in scored
               if name in t.evidence and t.evidence[name].status == "ok"]
     metrics[f"criteria/{name}"] = _mean(values)

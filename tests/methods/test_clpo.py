@@ -14,7 +14,8 @@ from jaxrl.batch import Task
 from jaxrl.evidence.methods import evidence_of
 from jaxrl.objectives import kl
 from jaxrl.rewards import Scored, ok
-from jaxrl.rollouts import Rollouts
+from jaxrl.rollouts import Rollouts, edits
+from jaxrl.rollouts.engine import GROUPS_PER_EPISODE
 from jaxrl.sampling import Sample, SamplingParams
 from tests.objectives.conftest import packed  # noqa: F401, a fixture
 
@@ -103,6 +104,19 @@ def test_only_groups_with_a_contrast_are_trained_on_and_a_rewriting_can_rescue()
   assert all(t.scored for t in found) and found[4].evidence["rescued"].score == 0
   found, _ = play(["7"])
   assert not any(t.scored for t in found), "an easy question teaches nothing"
+
+
+def test_rates_of_rescued_questions_and_of_those_that_are_trained_on_by_level():
+  """Never right and rescued, never right and not, hard and included, easy and not, and one without a judge."""
+  played = [play(*texts)[0] for texts in ((["0"], ("7", "0")), (["0"], ("0",)),
+                                          (["7", "0", "0", "0"], ("7",)), (["7"],), (["x"],))]
+  for number, found in enumerate(played):
+    for t in found:
+      t.group += number * GROUPS_PER_EPISODE
+  step = edits.Step([t for found in played for t in found], {}, 0, {}, {})
+  log = compose.build(dict(configs.load("configs/methods/clpo.py").rollout.edits[0]), edits)
+  assert edits.apply([log], step) == step.trajectories
+  assert step.metrics == pytest.approx(dict(rescue_rate=1 / 2, included_hard=2 / 3, included_easy=0.0))
 
 
 def test_a_leak_is_told():

@@ -143,6 +143,23 @@ def test_sure_steps_earn_and_lose_more_and_clear_ones_attract():
   assert clear[2] == pytest.approx(unclear[2])  # the last step has no next one
 
 
+@pytest.mark.parametrize("k, k_next", [(1.0, 1.0), (0.5, 2.0)])
+def test_a_large_bonus_pulls_into_a_dead_end_that_is_easy_to_predict(k, k_next):
+  """A wrong first step leads to a forced one, the right one to a coin flip: entropies 0 and log 10. Wrong is
+  preferred where bonus > (A_right - A_wrong) g / (1 - exp(-k')), g the scale of the first step."""
+  def episode(reward, second):
+    return Trajectory([0] * 3, [False, True, True], reward=reward, turn_ids=range(3),
+                      signals={"entropy": (0.0, np.log(2), second)})
+  made = [episode(1.0, np.log(10)), episode(-1.0, 0.0)]
+  h = np.array([np.log(2) / np.log(10), 1, np.log(2) / np.log(10), 0])
+  g = np.exp(-k * h[0]) / np.exp(-k * h).mean()
+  edge = 2 * g / (1 - np.exp(-k_next))
+  for bonus, pays in ((0.1, True), (0.95 * edge, True), (1.05 * edge, False)):
+    right, wrong = run(made, steps="turn", k=k, k_next=k_next, bonus=bonus)[0]
+    assert (right[1] > wrong[1]) == pays
+    assert right[1] - wrong[1] == pytest.approx(2 * g - bonus * (1 - np.exp(-k_next)), rel=1e-4)
+
+
 def test_equal_entropies_leave_the_outcome_alone():
   trajectories, tagged = episodes(8)
   for t in trajectories:

@@ -78,6 +78,7 @@ def test_a_group_doubles_and_its_rewards_and_masks_are_those_of_the_paper(stage)
       assert trained(t) == (body(t) if whole else body(t)[2])
       assert t.evidence["corrected"].score == (body(t) == "w;r")
     assert sum(t.weight for t in answers) / len(group) == pytest.approx(1.0)
+    assert np.mean([t.reward for t in group]) == pytest.approx(np.mean([t.reward for t in answers]))
 
 
 def test_spliced_answers_come_from_both_halves_of_one_task_with_the_policys_log_probabilities():

@@ -206,6 +206,31 @@ def test_on_a_chain_reward_and_policy_learned_in_turn_have_the_expert_s_occupanc
   assert 0.5 * np.abs(occupancy(expert) - occupancy(np.full(27, 1 / 27))).sum((1, 2)).max() > 0.3
 
 
+@pytest.mark.parametrize("entropy", [0.0, 0.25, 1.0])
+def test_the_weight_of_entropy_holds_the_policy_where_the_closed_form_has_it(entropy):
+  """Three answers of a token, known rewards, and all answers in each batch by their chance: the optimum is
+  softmax(reward / entropy), and without a weight one answer alone."""
+  rewards, each = jnp.array([1.0, 0.5, 0.0]), [functools.partial(objectives.reinforce)]
+  batch = jax.tree.map(jnp.asarray, pack(
+      [Trajectory([0, a], [False, True], columns={"expert": 0.0}) for a in range(3)], row_length=2,
+      min_rows=4, min_sequences=4))
+  at = lambda x: jnp.zeros(batch.tokens.shape).at[:3, 1].set(x)
+
+  def step(logits, _):
+    log_p = jax.nn.log_softmax(logits)
+    now = batch.replace(weights=jnp.zeros(4).at[:3].set(jnp.exp(log_p))).with_signals(
+        logprobs=at(log_p), action_values=at(rewards))
+    now = now.with_signals(advantages=to_tokens(now, run(now, entropy=entropy).values))
+
+    def loss(logits):
+      return 3 * sum_of_terms(each)(ModelOutputs(logprobs=at(jax.nn.log_softmax(logits))), now,
+                                    loss_weights(now, "sequence_sum"), mean_weights(now))[0]
+    return logits - jax.grad(loss)(logits), None
+  logits, _ = jax.jit(functools.partial(jax.lax.scan, step, length=1000))(jnp.zeros(3))
+  expected = jax.nn.softmax(rewards / entropy) if entropy else jnp.array([1.0, 0.0, 0.0])
+  np.testing.assert_allclose(jax.nn.softmax(logits), expected, atol=1e-3 if entropy else 0.01)
+
+
 def test_the_sampled_partition_function_is_too_small_and_less_so_with_more_samples():
   """log Z of M samples is that of any one, R - log policy, less the log of M times its weight."""
   rng = np.random.default_rng(0)

@@ -49,6 +49,17 @@ def test_beta_0_is_the_mean_and_large_beta_the_maximum():
   assert far[2] == pytest.approx(3 / 64, rel=1e-3) and (far[[0, 1, 3]] < 0).all()
 
 
+@pytest.mark.parametrize("beta", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("right", [1, 3, 7])
+def test_advantages_of_verdicts_in_closed_form(beta, right):
+  """With k = exp(beta) - 1 and Z = 1 + k p: k (1 - p) / (beta Z) if right, else -k p / (beta Z)."""
+  p, k = right / 8, np.expm1(beta)
+  batch = batch_of([1.0] * right + [0.0] * (8 - right), [0] * 8)
+  found = np.asarray(advantages.risk_seeking(batch, batch.rewards, beta=beta))[:8]
+  expected = [k * (1 - p) / (beta * (1 + k * p))] * right + [-k * p / (beta * (1 + k * p))] * (8 - right)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("beta", [1.0, 2.0, 4.0])
 def test_the_mass_on_right_answers_peaks_at_the_success_rate_of_the_paper(beta):
   n = 200
@@ -105,7 +116,7 @@ def exact_bandit(beta, *, steps=750, rate=2.0):
   return np.array(curve)
 
 
-@pytest.mark.parametrize("beta, end", [(0.0, 0.6), (2.0, 0.6), (8.0, 1.0)])
+@pytest.mark.parametrize("beta, end", [(0.0, 0.6), (2.0, 0.6), (4.0, 1.0), (8.0, 1.0), (16.0, 1.0)])
 def test_a_bandit_of_100_arms_stays_at_the_lower_bump_unless_it_seeks_risk(beta, end):
   """As in the paper: 0 and 2 stay at the mode that they are near, 4 and above find the better one."""
   found, exact = bandit(beta), exact_bandit(beta)

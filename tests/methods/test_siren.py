@@ -138,8 +138,8 @@ def test_the_full_entropy_would_reach_every_token_and_this_one_the_nucleus_only(
 
 
 def test_ascent_on_the_full_entropy_feeds_the_tail_and_on_that_of_the_nucleus_does_not():
-  size, peaks = 5000, 5
-  start = jnp.zeros(size).at[:peaks].set(jnp.array([12.0, 11.5, 11.0, 10.5, 10.0]))
+  size, peaks = 50_000, 5
+  start = jnp.zeros(size).at[:peaks].set(jnp.array([14.5, 14.0, 13.5, 13.0, 12.5]))
 
   def tail(z):
     return float(jnp.sum(jax.nn.softmax(z)[peaks:]))

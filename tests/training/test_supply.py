@@ -121,6 +121,13 @@ def test_metrics_are_means_over_what_has_a_reward():
       "criteria/short": 0.5})
 
 
+def test_criteria_that_the_first_sequence_lacks_are_logged_too():
+  """Such as the rounds of a trajectory, which its last round holds."""
+  metrics = supply.rollout_metrics([trajectory(handed_on=Criterion(1.0)), trajectory(rounds=Criterion(2.0)),
+                                    trajectory(handed_on=Criterion(0.0)), trajectory(rounds=Criterion(3.0))])
+  assert (metrics["criteria/handed_on"], metrics["criteria/rounds"]) == (0.5, 2.5)
+
+
 def test_nothing_scored_gives_nan_and_nothing_at_all_no_error(recwarn):
   metrics = supply.rollout_metrics([trajectory(scored=False)])
   assert math.isnan(metrics["reward"]) and math.isnan(metrics["reward_std"])
