@@ -22,7 +22,7 @@ whose penalty of 1e-9 changes nothing.
 from configs import grpo
 
 PENALTY, BUDGET = 1.0, 0.1
-LAMBDAS = (0.03, 0.1, 0.3, 1.0)
+LAMBDAS = (0.1, 0.3, 1.0)
 SCALED = [dict(name="center_by_group"), dict(name="scale_by_group_std")]
 
 
