@@ -123,7 +123,8 @@ def mask_disagreement(batch: TokenBatch, values: Float[Array, "..."], *, low: fl
   Returns:
     One value per token; metric `disagreement`, the share of loss tokens that lost their credit.
   """
-  if not 0 <= low < 1 < high:
+  known = all(isinstance(bound, int | float) for bound in (low, high))  # and follow no schedule
+  if known and not 0 <= low < 1 < high:
     raise ValueError(f"mask_disagreement: low={low}, high={high}; equal probabilities have a ratio of 1, "
                      "which has to lie between them: 0.5 and 5.0, say")
   ratios = jnp.exp(cap(log_ratio(batch, batch.signals["logprobs"], batch.behaviour_logprobs)))
