@@ -89,6 +89,9 @@ def truncate_importance(batch: TokenBatch, values: Float[Array, "..."], *, cap_a
   """
   if level not in ("token", "sequence"):
     raise ValueError(f"truncate_importance: level={level!r}; valid are 'token' and 'sequence'")
+  if isinstance(cap_at, int | float) and not cap_at > 0:
+    raise ValueError(f"truncate_importance: cap_at={cap_at} has to be above 0, or nothing would be "
+                     "learned; 2.0 is usual")
   ratios = log_ratio(batch, batch.signals["logprobs"], batch.behaviour_logprobs)
   if level == "sequence":
     ratios = to_tokens(batch, sum_by_sequence(batch, ratios))

@@ -102,3 +102,9 @@ def test_terms_may_have_their_own_weights(packed):
   apart = sum(float(sum_of_terms([t])(outputs, batch, w, mean_weights(batch))[0])
               for t, w in zip(terms, weights))
   packed.close(both, apart)
+
+
+def test_a_value_that_may_not_move_is_refused(packed):
+  batch, outputs = packed.batch(0)
+  with pytest.raises(ValueError, match="value_loss: clip=0 has to be above 0"):
+    value_loss(outputs, batch, clip=0)
