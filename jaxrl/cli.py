@@ -135,12 +135,11 @@ def _reproduce(_, options):
   """Measures a method, and ends with one message if that is not possible."""
   try:
     with _loading():
-      from jaxrl.evidence import methods
       from jaxrl.evidence import reproduce
       from jaxrl.evidence import table
     seeds, slugs = _seeds(options.seeds), options.method.split(",")
     for slug in slugs:  # before the first one has run for an hour
-      methods.path_of(slug)
+      reproduce.check(slug, seeds, results=pathlib.Path(options.results), steps=options.steps)
     for slug in slugs:
       found = reproduce.reproduce(slug, seeds, workdir=pathlib.Path(options.workdir),
                                   results=pathlib.Path(options.results), steps=options.steps)

@@ -10,7 +10,10 @@ import difflib
 import functools
 import importlib
 import inspect
+import numbers
 from types import ModuleType
+from types import UnionType
+import typing
 from typing import Any
 
 from jaxrl import schedule
@@ -245,7 +248,8 @@ def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "co
     `functools.partial(function, **kwargs)`; positional arguments stay open.
 
   Raises:
-    ValueError: unknown name, with all valid ones, or unknown or missing keyword argument.
+    ValueError: unknown name, with all valid ones, unknown or missing keyword argument, or something
+      else where there has to be a number.
   """
   spec = {"name": spec} if isinstance(spec, str) else dict(spec)
   name = spec.pop("name", None)
@@ -262,8 +266,22 @@ def build(spec: str | Mapping[str, Any], module: ModuleType, *, where: str = "co
   if missing:
     raise ValueError(f"{where}: {name} needs {', '.join(missing)}; "
                      f"write dict(name={name!r}, {missing[0]}=...)")
-  return functools.partial(function, **{key: schedule.read(value, f"{where}.{key}")
-                                        for key, value in spec.items()})
+  built = {key: schedule.read(value, f"{where}.{key}") for key, value in spec.items()}
+  for p in keywords:
+    if p.name in built and not _is_what_it_takes(p.annotation, built[p.name]):
+      raise ValueError(f"{where}.{p.name}={built[p.name]!r}, but {name} takes a number there")
+  return functools.partial(function, **built)
+
+
+def _is_what_it_takes(annotation, value):
+  """Whether a value is a number, or a schedule of one, if the annotation says number (or None)."""
+  union = isinstance(annotation, UnionType)
+  kinds = typing.get_args(annotation) if union else (annotation,)
+  of_numbers = all(kind in (int, float, type(None)) for kind in kinds)
+  if not of_numbers or (value is None and type(None) in kinds):
+    return True
+  number = isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
+  return number or isinstance(value, schedule.Schedule)
 
 
 def at(piece: Callable, step: Any) -> Callable:

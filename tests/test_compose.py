@@ -94,3 +94,29 @@ def test_pieces_of_credit_and_loss_are_found_by_their_names():
   assert set(compose.pieces(objectives)) >= {
       "clipped_surrogate", "cross_entropy", "entropy", "geometric_mean", "kl", "reinforce",
       "value_loss"}
+
+
+@pytest.mark.parametrize("spec, message", [
+    (dict(name="kl", beta="0.1"), r"objective\[1\].beta='0.1', but kl takes a number there"),
+    (dict(name="clipped_surrogate", high=True), r"\[1\].high=True, but clipped_surrogate takes"),
+    (dict(name="clipped_surrogate", dual_clip=[3.0]), r"\[1\].dual_clip=\[3.0\], but clipped_surr"),
+    (dict(name="entropy", coefficient=float("nan")), r"\[1\].coefficient=nan, but entropy takes")])
+def test_what_has_to_be_a_number_is_one(spec, message):
+  with pytest.raises(ValueError, match=message):
+    compose.build(spec, objectives, where="objective[1]")
+
+
+def test_numbers_schedules_and_none_are_numbers():
+  half = dict(schedule="linear", start=0.1, end=0.2, steps=3)
+  spec = dict(name="clipped_surrogate", low=half, high=1, dual_clip=None)
+  built = compose.build(spec, objectives)
+  assert built.keywords["high"] == 1 and float(built.keywords["low"](3)) == pytest.approx(0.2)
+  compose.build(dict(name="reinforce", importance_cap=float("inf"), level="sequence"), objectives)
+
+
+def test_what_takes_several_numbers_is_given_several():
+  def spread(x, *, shares: tuple[float, float], either: float | str = 1.0):
+    return x, shares, either
+  module = types.SimpleNamespace(__name__=__name__, spread=spread)
+  built = compose.build(dict(name="spread", shares=[0.5, 0.5], either="half"), module)
+  assert built(1) == (1, [0.5, 0.5], "half")

@@ -49,7 +49,7 @@ def get_evidence():
   grid = {f"soft_{weight:g}".replace(".", "_"): weight for weight in LAMBDAS}
   claims = [(dict(text=f"answers are as good as with a soft penalty of {weight:g}",
                   metric="test/sampled_accuracy", expect="not lower", margin=0.02, baseline=name),
-             dict(text=f"and more often within the budget than with one of {weight:g}",
+             dict(text=f"also more often within the budget than with one of {weight:g}",
                   metric="late/within_budget", expect="higher", baseline=name))
             for name, weight in grid.items()]
   return dict(
@@ -66,7 +66,7 @@ def get_evidence():
           *[claim for pair in claims for claim in pair],
           dict(text="answers are better than without a teacher", metric="test/sampled_accuracy",
                expect="higher", baseline="grpo"),
-          dict(text="and than by distillation alone", metric="test/sampled_accuracy",
+          dict(text="also better than by distillation alone", metric="test/sampled_accuracy",
                expect="higher", baseline="distillation"),
           dict(text="nearer to the teacher than without one", metric="late/divergence",
                expect="lower", baseline="grpo")])

@@ -89,6 +89,9 @@ def truncate_importance(batch: TokenBatch, values: Float[Array, "..."], *, cap_a
   """
   if level not in ("token", "sequence"):
     raise ValueError(f"truncate_importance: level={level!r}; valid are 'token' and 'sequence'")
+  if isinstance(cap_at, int | float) and not cap_at > 0:
+    raise ValueError(f"truncate_importance: cap_at={cap_at} has to be above 0, or nothing would be "
+                     "learned; 2.0 is usual")
   ratios = log_ratio(batch, batch.signals["logprobs"], batch.behaviour_logprobs)
   if level == "sequence":
     ratios = to_tokens(batch, sum_by_sequence(batch, ratios))
@@ -123,7 +126,8 @@ def mask_disagreement(batch: TokenBatch, values: Float[Array, "..."], *, low: fl
   Returns:
     One value per token; metric `disagreement`, the share of loss tokens that lost their credit.
   """
-  if not 0 <= low < 1 < high:
+  known = all(isinstance(bound, int | float) for bound in (low, high))  # and follow no schedule
+  if known and not 0 <= low < 1 < high:
     raise ValueError(f"mask_disagreement: low={low}, high={high}; equal probabilities have a ratio of 1, "
                      "which has to lie between them: 0.5 and 5.0, say")
   ratios = jnp.exp(cap(log_ratio(batch, batch.signals["logprobs"], batch.behaviour_logprobs)))

@@ -31,6 +31,9 @@ def gae(batch: TokenBatch, rewards: Float[Array, "..."], *, gamma: float = 1.0, 
     One advantage per token; the signal `returns`, which `objectives.value_loss` fits; metrics
     `explained_variance` (1 - Var(returns - V) / Var(returns), over loss tokens) and `value`.
   """
+  for name, factor in (("gamma", gamma), ("lam", lam)):
+    if isinstance(factor, int | float) and not 0 <= factor <= 1:
+      raise ValueError(f"gae: {name}={factor} has to be between 0 and 1; 1.0 and 0.95 are usual")
   mask, ids = batch.loss_mask, batch.sequence_ids
   values = jnp.where(mask, batch.signals["values"], 0)
   per_token = rewards if rewards.ndim == 2 else at_last_tokens(batch, rewards)

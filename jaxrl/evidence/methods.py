@@ -112,9 +112,17 @@ def differences(slug: str) -> list[str]:
 
 
 def result_of(slug: str, folder: pathlib.Path) -> dict[str, Any] | None:
-  """What runs of the method came to, if they were made."""
+  """What runs of the method came to, if they were made.
+
+  Raises:
+    ValueError: a file that cannot be read.
+  """
   path = folder / f"{slug}.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON ({error}): delete it, and measure again with jaxrl "
+                     f"reproduce --method={slug}") from error
 
 
 def parts_of(slug: str) -> list[str]:

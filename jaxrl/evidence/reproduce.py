@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import time
@@ -30,28 +31,14 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
     seeds: of all arms.
     workdir: where runs are kept, continued by the same call, and reused by whatever wants the same
       run: methods with one baseline share it.
-    results: where `<slug>.json` and `<slug>.png` go; `RESULTS.md` beside the folder is drawn anew.
+    results: where `<slug>.json` and `<slug>.png` go; `RESULTS.md` is drawn anew, see `table.write`.
     steps: updates of each run instead of the evidence's own, for a trial, which is not written
       to `results`.
 
   Raises:
-    ValueError: no such method, no training-based claim, a metric that its runs do not have, or fewer
-      seeds than the result that is there already.
+    ValueError: a metric that its runs do not have, or as `check`.
   """
-  evidence = methods.evidence_of(slug)
-  if evidence is None:
-    raise ValueError(f"no run tests a claim of {slug!r}: configs/methods/"
-                     f"{methods.path_of(slug).name} has no get_evidence()")
-  if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
-    raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds from 0 on, as in 0,1,2")
-  if steps < 0:
-    raise ValueError(f"--steps={steps}: give a number of updates above 0, or leave it out for those of the "
-                     "config")
-  before = methods.result_of(slug, results)
-  if before and not steps and len(before["seeds"]) > len(seeds):
-    raise ValueError(f"{results / slug}.json holds {len(before['seeds'])} seeds, and --seeds="
-                     f"{','.join(map(str, seeds))} would replace them by fewer: give as many, or another "
-                     "--results")
+  evidence = check(slug, seeds, results=results, steps=steps)
   began = time.time()
   start = (None if evidence.warm is None else
            runs.warm_start(evidence.warm, workdir / "warm", report))
@@ -59,8 +46,8 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
               for name, fields in evidence.teachers.items()}
   found: dict[str, list[dict]] = {}
   places: dict[str, list[pathlib.Path]] = {}
-  for seed in seeds:
-    for arm in evidence.arms:
+  for arm in evidence.arms:
+    for seed in seeds:  # one after the other, while the programs of the arm are remembered
       config = runs.arm_config(evidence, arm, seed, start, teachers, steps=steps)
       place = runs.place_of(config, workdir / "runs")
       again = "" if not (place / "summary.json").exists() else " (a run that had ended before)"
@@ -88,10 +75,40 @@ def reproduce(slug: str, seeds: Sequence[int], *, workdir: pathlib.Path, results
     report("a trial: nothing is written to the results")
     return content
   results.mkdir(parents=True, exist_ok=True)
-  (results / f"{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
+  temporary = results / f"{slug}.tmp"
+  temporary.write_text(json.dumps(content, indent=1) + "\n")
+  os.replace(temporary, results / f"{slug}.json")  # at once, for a table reads all that are there
   picture.draw(content, places, results / f"{slug}.png")
   table.write(results)
   return content
+
+
+def check(slug: str, seeds: Sequence[int], *, results: pathlib.Path, steps: int = 0
+          ) -> methods.Evidence:
+  """What `reproduce` would measure; whatever is wrong with its arguments is refused.
+
+  Raises:
+    ValueError: no such method, no training-based claim, seeds or steps that mean nothing, no folder
+      to write to, or fewer seeds than the result that is there already.
+  """
+  evidence = methods.evidence_of(slug)
+  if evidence is None:
+    raise ValueError(f"no run tests a claim of {slug!r}: configs/methods/"
+                     f"{methods.path_of(slug).name} has no get_evidence()")
+  if len(set(seeds)) != len(seeds) or not seeds or min(seeds) < 0:
+    raise ValueError(f"--seeds={','.join(map(str, seeds))}: give different seeds from 0 on, as in "
+                     "0,1,2")
+  if steps < 0:
+    raise ValueError(f"--steps={steps}: give a number of updates above 0, or leave it out for those "
+                     "of the config")
+  if results.exists() and not results.is_dir():
+    raise ValueError(f"--results={results} is a file; name a directory, which need not exist")
+  before = methods.result_of(slug, results)
+  if before and not steps and len(before["seeds"]) > len(seeds):
+    raise ValueError(f"{results / slug}.json holds {len(before['seeds'])} seeds, and --seeds="
+                     f"{','.join(map(str, seeds))} would replace them by fewer: give as many, or "
+                     "another --results")
+  return evidence
 
 
 def _metric(metrics, claim, slug):

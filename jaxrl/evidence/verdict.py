@@ -12,7 +12,7 @@ RULE = ("A claim compares a method with a baseline on the same seeds. With d the
         "lies on the claimed side of 0 (for \"not lower\" and \"not higher\": of the margin beyond "
         "0), *contradicted* if all of it lies on the other side, else *no difference*. A method's "
         "verdict is that of its first claim, or the worst of that and of those that the paper claims with "
-        "it in one breath, marked \"and\".")
+        "it in one breath, marked *and*.")
 WORST_FIRST = ("contradicted", "no difference", "confirmed")
 EXPECTATIONS = ("higher", "lower", "not lower", "not higher")
 # Two-sided 95% quantiles of Student's t, by degrees of freedom from 1 on; beyond, the normal one.

@@ -61,11 +61,7 @@ def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None 
   Raises:
     ValueError: unknown aggregation, or "constant" without a positive constant.
   """
-  if aggregation not in AGGREGATIONS:
-    raise ValueError(f"unknown aggregation {aggregation!r}{nearest(aggregation, AGGREGATIONS)}")
-  if aggregation == "constant" and not (constant and constant > 0):
-    raise ValueError(f"aggregation 'constant' divides by constant={constant}: set it to a positive "
-                     "number, such as the largest number of completion tokens")
+  check_aggregation(aggregation, constant)
   mask = _scored_tokens(batch)
   sequences = jnp.maximum(jnp.sum(batch.sequence_mask), 1)
   if aggregation == "token_mean":
@@ -78,6 +74,20 @@ def loss_weights(batch: TokenBatch, aggregation: str, *, constant: float | None 
   else:
     denominator = sequences * constant
   return jnp.where(mask, to_tokens(batch, batch.weights) / denominator, 0)
+
+
+def check_aggregation(aggregation: str, constant: float | None) -> None:
+  """Refuses arguments of `loss_weights`.
+
+  Raises:
+    ValueError: unknown aggregation, or "constant" without a positive constant.
+  """
+  if aggregation not in AGGREGATIONS:
+    raise ValueError(f"unknown aggregation {aggregation!r}"
+                     f"{nearest(str(aggregation), AGGREGATIONS)}")
+  if aggregation == "constant" and not (constant and constant > 0):
+    raise ValueError(f"aggregation 'constant' divides by constant={constant}: set it to a positive "
+                     "number, such as the largest number of completion tokens")
 
 
 def mean_weights(batch: TokenBatch, by_sequence: bool = False) -> Float[Array, "rows length"]:

@@ -29,6 +29,8 @@ def value_loss(outputs: ModelOutputs, batch: TokenBatch, *, coefficient: float =
     Loss per token; metrics `value_error`, the squared error, and with a clip
     `value_clip_fraction`.
   """
+  if isinstance(clip, int | float) and not clip > 0:
+    raise ValueError(f"value_loss: clip={clip} has to be above 0; 0.2 is usual, None is no clip")
   mask, returns = batch.loss_mask, jax.lax.stop_gradient(batch.signals["returns"])
   values = jnp.where(mask, outputs.values, 0)
   error = jnp.where(mask, values - returns, 0) ** 2

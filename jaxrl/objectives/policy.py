@@ -97,7 +97,8 @@ def clipped_surrogate(outputs: ModelOutputs, batch: TokenBatch, *, low: float = 
     Loss per token; metrics `clip_fraction` (tokens whose gradient is cut), `ratio`, `behaviour_kl`, an
     estimate of KL(behaviour || policy), and with a clamp `unclamped_fraction`.
   """
-  _check(low, high, level, dual_clip, anchor)
+  _check(low, high, level, dual_clip)
+  _check_anchor("clipped_surrogate", anchor)
   check_clamp("clipped_surrogate", clamp)
   advantages = _advantages(batch)
   drift = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
@@ -148,11 +149,14 @@ def geometric_mean(outputs: ModelOutputs, batch: TokenBatch, *, high: float = 0.
   Returns:
     Loss per token; metrics `clip_fraction`, `ratio` and `behaviour_kl`.
   """
-  _check(0.0, high, "sequence", None, anchor)
+  _check_anchor("geometric_mean", anchor)
+  if _is_known(high) and high < 0:
+    raise ValueError(f"geometric_mean: high={high} is the largest log-ratio in the direction of "
+                     "the advantage, so at least 0; 0.4 is usual")
   advantages = to_tokens(batch, mean_by_sequence(batch, _advantages(batch)))
   sign = jnp.sign(advantages)
   log_ratios = log_ratio(batch, outputs.logprobs, _anchor(batch, anchor))
-  directed = sign * log_ratios
+  directed = jnp.where(sign == 0, 0, sign * log_ratios)  # not 0 * inf
   mean = to_tokens(batch, mean_by_sequence(batch, sign * jnp.minimum(directed, high)))
   ratio = jnp.exp(cap(jnp.where(batch.loss_mask, mean, 0)))
   metrics = {"clip_fraction": jnp.where(batch.loss_mask & (sign != 0), directed > high, False
@@ -184,10 +188,12 @@ def _check_importance(importance_cap, level):
                      "None turns importance weights off")
 
 
-def _check(low, high, level, dual_clip, anchor):
+def _check_anchor(term, anchor):
   if anchor not in ("behaviour", "old", "reference"):
-    raise ValueError(f"clipped_surrogate: anchor={anchor!r}; valid are 'behaviour', 'old' and "
-                     "'reference'")
+    raise ValueError(f"{term}: anchor={anchor!r}; valid are 'behaviour', 'old' and 'reference'")
+
+
+def _check(low, high, level, dual_clip):
   if level not in ("token", "sequence", "sequence_token"):
     raise ValueError(f"clipped_surrogate: level={level!r}; valid are 'token', 'sequence' and "
                      "'sequence_token'")

@@ -14,6 +14,7 @@ from jaxrl import objectives
 from jaxrl import rollouts as rollout_lib
 from jaxrl import schedule
 from jaxrl.objectives.aggregate import Aggregation
+from jaxrl.objectives.aggregate import check_aggregation
 from jaxrl.rollouts import edits
 from jaxrl.sampling import SamplingParams
 from jaxrl.training.shapes import PAIRED
@@ -75,16 +76,20 @@ def _term(spec, where):
 def _aggregation(spec, common, where):
   """How the loss of a term is aggregated, and its weight."""
   own, weight = spec.get("aggregation"), spec.get("loss_weight", 1.0)
+  place = f"{where}.aggregation" if own else "config.aggregation"
   own = {"kind": own} if isinstance(own, str) else own or {k: common[k] for k in ("kind", "constant")}
   if set(own) - {"kind", "constant"} or "kind" not in own:
     raise ValueError(f"{where}.aggregation={own} must be a kind of aggregation, or dict(kind=..., "
                      "constant=...)")
+  constant = own.get("constant", common["constant"])
+  with compose.named(place):
+    check_aggregation(own["kind"], constant)
   weight = schedule.read(weight, f"{where}.loss_weight")
   if not isinstance(weight, schedule.Schedule) and (
       not isinstance(weight, numbers.Real) or isinstance(weight, bool) or not math.isfinite(weight)):
     raise ValueError(f"{where}.loss_weight={weight!r} must be a number, what the term's loss is multiplied "
                      "by, or a schedule of one")
-  return Aggregation(own["kind"], own.get("constant", common["constant"]), weight)
+  return Aggregation(own["kind"], constant, weight)
 
 
 def episode(settings: ml_collections.ConfigDict) -> Callable:

@@ -1,5 +1,6 @@
 """Credit with a critic, and penalties and weights inside the reward, against float64 loops."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,6 +103,19 @@ def test_tokens_that_trainer_and_sampler_disagree_on_get_no_credit(per_token):
   np.testing.assert_allclose(found.metrics["disagreement"], lost.sum() / np.sum(batch.loss_mask), rtol=1e-6)
   with pytest.raises(ValueError, match="mask_disagreement: low=1.2, high=5.0"):
     advantages.mask_disagreement(batch, values, low=1.2)
+  scheduled = jax.jit(lambda batch, values, low: advantages.mask_disagreement(
+      batch, values, low=low, high=high).values)  # as a schedule gives it
+  np.testing.assert_array_equal(scheduled(batch, values, low), found.values)
+
+
+@pytest.mark.parametrize("piece, settings, message", [
+    ("gae", dict(gamma=1.5), "gae: gamma=1.5 has to be between 0 and 1"),
+    ("gae", dict(lam=-0.1), "gae: lam=-0.1 has to be between 0 and 1"),
+    ("truncate_importance", dict(cap_at=0.0), "truncate_importance: cap_at=0.0 has to be above 0")])
+def test_settings_that_make_no_sense_are_refused(piece, settings, message):
+  batch = batch_of(5)
+  with pytest.raises(ValueError, match=message):
+    getattr(advantages, piece)(batch, batch.rewards, **settings)
 
 
 def test_whitened_tokens_have_mean_0_and_variance_1_where_they_count():

@@ -2,12 +2,16 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
 from jaxrl import cli
 from jaxrl import config as configs
-from jaxrl.evidence import listing, methods, reproduce, runs, verdict
+from jaxrl.evidence import listing, methods, reproduce, runs, table, verdict
+from jaxrl.training import builders
+
+RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
 TINY = {"model.layers": 1, "model.d_model": 16, "model.d_ff": 16, "model.heads": 2,
         "model.kv_heads": 2, "evaluate.problems": 8, "evaluate.samples": 8,
@@ -83,6 +87,25 @@ def test_all_names_are_looked_at_before_the_first_method_runs(monkeypatch, capsy
   assert ran == ["igrpo"] and "(difference 0.25 ± 0)" in found and "(difference 0.5)" in found
 
 
+def test_all_arguments_are_looked_at_before_the_first_method_runs(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(reproduce, "reproduce", lambda *_, **__: pytest.fail("a method ran"))
+  results = tmp_path / "results"
+  results.mkdir()
+  (results / "rs-grpo.json").write_text(json.dumps({"seeds": [0, 1, 2, 3]}))
+  (results / "siri.json").write_text('{"slug": "si')
+  (tmp_path / "file").write_text("")
+  for method, folder, message in (
+      ("igrpo,rs-grpo", "results", "rs-grpo.json holds 4 seeds"),
+      ("igrpo,siri", "results", "siri.json is no JSON"),
+      ("igrpo", "file", "file is a file; name a directory")):
+    with pytest.raises(SystemExit):
+      cli.main(["reproduce", f"--method={method}", f"--results={tmp_path / folder}"])
+    assert message in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    cli.main(["methods", "siri", f"--results={results}"])
+  assert "siri.json is no JSON" in capsys.readouterr().err
+
+
 def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
   real = methods.evidence_of("verl-rank")
 
@@ -91,8 +114,13 @@ def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
         real.reported, {"rl.steps": 2, "rl.optimizer.warmup_steps": 0, "rl.evaluate.every": 1,
                         "rl.rollout.prompts": 2}, TINY, real.arms, real.claims)
   monkeypatch.setattr(methods, "evidence_of", tiny)
+  traced, rehearsal = [], builders.rehearsal
+  monkeypatch.setattr(builders, "REMEMBERED", 1)  # as if there were more arms than are remembered
+  monkeypatch.setattr(builders, "rehearsal", lambda phase, *rest: traced.append(phase.name) or rehearsal(
+      phase, *rest))
   results = tmp_path / "results"
   made = reproduce.reproduce("verl-rank", [0, 1], workdir=tmp_path / "runs", results=results)
+  assert traced == ["sft", "rl", "rl"], "the seeds of an arm share its programs"
   written = json.loads((results / "verl-rank.json").read_text())
   assert written["claims"] == made["claims"] and len(made["claims"]) == 2
   assert all(len(c[arm]["runs"]) == 2 for c in made["claims"] for arm in ("baseline", "method"))
@@ -129,3 +157,42 @@ def test_a_teacher_is_a_run_of_its_own_that_arms_find_by_name(tmp_path, monkeypa
   assert sorted((m["layers"], m["d_model"]) for m in shapes.values()) == [(1, 16), (2, 24)]
   assert made["claims"][0]["method"]["mean"] > 0, "a student that were its own teacher has a divergence of 0"
   assert made["config"]["method"]["reference"]["source"] == "teacher"
+
+
+def test_the_table_is_that_of_the_results_and_only_italics_are_judged_with_the_first(tmp_path):
+  results = shutil.copytree(RESULTS, tmp_path / "results", ignore=lambda _, names: [
+      name for name in names if not name.endswith(".json")])
+  written = table.write(results).read_text()
+  assert written == (RESULTS.parent / "RESULTS.md").read_text()
+  for row in written.splitlines():
+    assert "| and " not in row, "a claim of its own reads as if it were judged with the first"
+  claims = [c for path in results.glob("*.json") for c in json.loads(path.read_text())["claims"]]
+  joint = [c for c in claims if c["joint"]]
+  assert written.count("| *and* ") == len(joint) > 5 and "in one breath, marked *and*" in written
+
+
+def test_results_of_one_s_own_replace_no_other_table(tmp_path):
+  own = tmp_path / "mine"
+  own.mkdir()
+  (own / "igrpo.json").write_text((RESULTS / "igrpo.json").read_text())
+  (tmp_path / "RESULTS.md").write_text("that of all methods")
+  written = table.write(own)
+  assert written == own / "RESULTS.md" and "[igrpo](igrpo.png)" in written.read_text()
+  assert (tmp_path / "RESULTS.md").read_text() == "that of all methods"
+
+
+@pytest.mark.parametrize("slug", [path.stem for path in sorted(RESULTS.glob("*.json"))])
+def test_a_result_follows_by_the_rule_from_its_runs_and_is_about_the_claims_of_its_config(slug):
+  found, evidence = methods.result_of(slug, RESULTS), methods.evidence_of(slug)
+  assert len(set(found["seeds"])) >= 3 and (RESULTS / f"{slug}.png").exists()
+  judged = [verdict.judge(claim, entry["method"]["runs"], entry["baseline"]["runs"])
+            for claim, entry in zip(evidence.claims, found["claims"], strict=True)]
+  for own, written in zip(judged, found["claims"]):
+    assert len(written["method"]["runs"]) == len(written["baseline"]["runs"]) == len(found["seeds"])
+    for name in ("text", "metric", "expect", "margin", "joint", "baseline_name", "verdict"):
+      assert own[name] == written[name], name
+    for arm in ("method", "baseline"):
+      assert [own[arm][k] for k in ("mean", "interval")] == pytest.approx(
+          [written[arm][k] for k in ("mean", "interval")])
+  assert found["verdict"] == verdict.of_method(judged)
+  assert found["reported"] == evidence.reported and found["title"] == methods.title(slug)

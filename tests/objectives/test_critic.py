@@ -59,6 +59,28 @@ def test_geometric_mean_and_its_gradient(packed):
     packed.close(np.asarray(gradient.logprobs), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("difference", [100.0, -1e30, np.inf, -np.inf])
+def test_the_geometric_mean_of_hostile_ratios_is_finite(packed, difference):
+  batch, outputs = packed.batch(10)
+  sequences = np.maximum(batch.sequence_ids, 0)
+  advantages = np.array([1.0, 0.0, -1.0])[sequences % 3]  # a group of equal rewards has none
+  batch = batch.with_signals(advantages=advantages.astype(np.float32))
+  hostile = np.where(batch.tokens % 2 == 0, batch.behaviour_logprobs + difference, outputs.logprobs)
+  loss, gradient = run(geometric_mean, batch, outputs.replace(logprobs=hostile.astype(np.float32)),
+                       "sequence_mean")
+  assert np.isfinite(loss) and np.all(np.isfinite(gradient.logprobs))
+  assert not np.any(np.asarray(gradient.logprobs)[advantages == 0])
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(high=-0.1), "geometric_mean: high=-0.1 is the largest log-ratio"),
+    (dict(anchor="now"), "geometric_mean: anchor='now'; valid are 'behaviour', 'old' and")])
+def test_settings_of_the_geometric_mean_that_make_no_sense_are_refused(packed, settings, message):
+  batch, outputs = packed.batch(0)
+  with pytest.raises(ValueError, match=message):
+    geometric_mean(outputs, batch, **settings)
+
+
 @pytest.mark.parametrize("term", [clipped_surrogate, geometric_mean])
 def test_the_old_anchor_replaces_what_the_sampler_said(packed, term):
   batch, outputs = packed.batch(4)
@@ -80,3 +102,9 @@ def test_terms_may_have_their_own_weights(packed):
   apart = sum(float(sum_of_terms([t])(outputs, batch, w, mean_weights(batch))[0])
               for t, w in zip(terms, weights))
   packed.close(both, apart)
+
+
+def test_a_value_that_may_not_move_is_refused(packed):
+  batch, outputs = packed.batch(0)
+  with pytest.raises(ValueError, match="value_loss: clip=0 has to be above 0"):
+    value_loss(outputs, batch, clip=0)
