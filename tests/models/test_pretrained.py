@@ -236,6 +236,25 @@ def test_stored_copies_of_the_embedding_are_no_harm_and_buffers_are_not_read(tmp
     load(tmp_path)
 
 
+def test_one_file_goes_before_the_index_of_what_lay_there_before(tmp_path):
+  published.saved("llama", tmp_path)
+  params = load(tmp_path)[1]
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+      {"metadata": {}, "weight_map": {NORM: "model-00001-of-00002.safetensors"}}))
+  assert equal(load(tmp_path)[1], params)
+  transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # which reads it so, too
+
+
+def test_an_export_names_no_code_that_it_does_not_hold(tmp_path):
+  """As the config of Phi-3 does, and whoever trusts it would look for the files."""
+  published.saved("phi3_fused", tmp_path / "in")
+  decoder, params = load(tmp_path / "in")
+  code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+  save(params, decoder, tmp_path / "out", imported={**config_of(tmp_path / "in"), "auto_map": code})
+  assert "auto_map" not in config_of(tmp_path / "out")
+  transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
 def test_directories_that_hold_no_model_say_what_is_missing(tmp_path):
   published.saved("llama", tmp_path)
   decoder = decoder_of(tmp_path)
@@ -243,7 +262,7 @@ def test_directories_that_hold_no_model_say_what_is_missing(tmp_path):
   with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
     pretrained.check(tmp_path, decoder)
   (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-  with pytest.raises(ValueError, match="has no model.safetensors.*must be converted"):
+  with pytest.raises(ValueError, match="has no model.safetensors.*not downloaded.*must be converted"):
     pretrained.check(tmp_path, decoder)
   (tmp_path / "config.json").unlink()
   with pytest.raises(ValueError, match="it has no config.json"):
