@@ -91,10 +91,10 @@ def model(config, scores=False):
   return made
 
 
-def model_of_images():
+def model_of_images(**changes):
   """A model whose text part is Gemma 3."""
   torch.manual_seed(0)
-  text = CONFIGS["gemma3"]().to_dict()
+  text = {**CONFIGS["gemma3"]().to_dict(), **changes}
   vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
                 patch_size=14)
   config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
