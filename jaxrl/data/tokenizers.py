@@ -215,12 +215,14 @@ class PretrainedTokenizer:
   def leave_out(self, size: int) -> bool:
     """Leaves out the tokens from an id on, if they are special ones, and says whether.
 
-    Gemma 3 1B reads no images, and its tokenizer has a token for them behind all that it has.
+    Gemma 3 1B reads no images, and its tokenizer has a token for them behind all that it has. A
+    token for padding that was added to a tokenizer alone is another.
     """
     beyond = {i for i in self.fast.get_vocab().values() if i >= size}
-    if beyond - self.special_ids or beyond & {self.pad_id, self.bos_id, self.eos_id}:
+    if beyond - self.special_ids or beyond & {self.bos_id, self.eos_id}:
       return False
     self.vocab_size = min(self.vocab_size, size)
+    self.pad_id = self.eos_id if self.pad_id in beyond else self.pad_id
     return True
 
   def _known(self, ids):

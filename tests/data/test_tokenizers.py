@@ -229,3 +229,6 @@ def test_special_tokens_that_a_model_has_not_are_left_out(tmp_path):
   with pytest.raises(ValueError, match=f"holds '<image>', which is token {size}, but the model has {size}"):
     tokenizer.render_chat([dict(role="user", content="the <image>")], True)
   assert not data.CharacterTokenizer("ab").leave_out(4)
+  tokenizer.fast.pad_token = "<image>"
+  padded = data.PretrainedTokenizer(tokenizer.fast)
+  assert padded.pad_id == size and padded.leave_out(size) and padded.pad_id == padded.eos_id
