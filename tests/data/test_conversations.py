@@ -119,6 +119,16 @@ def test_the_mask_is_that_of_transformers_where_the_template_has_blocks():
         len(theirs["input_ids"]) - length)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+def test_an_answer_right_behind_another_begins_where_it_is_asked_for(kind):
+  tokenizer = tokenizer_of(MISTRAL, kind=kind)
+  talk = [TALK[0], dict(role="assistant", content=ANSWERS[0]), dict(role="assistant", content=ANSWERS[2])]
+  found = conversations.conversation(tokenizer, talk)
+  assert found.tokens[:found.start] == tokenizer.render_chat(talk[:2], True)
+  assert tokenizer.written(found.tokens[found.start:]).strip() == ANSWERS[2] + "</s>"
+  assert len(runs(found)) == 1 and all(found.said[found.start:])
+
+
 def test_of_several_templates_the_default_says_what_is_marked():
   """Its blocks hold the content alone, which a rendering would not tell."""
   tokenizer = tokenizer_of({"default": ALWAYS_IN_BLOCKS, "tool_use": CHATML})
