@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -138,6 +139,28 @@ def test_parameters_lie_as_training_wants_them(scan_layers, tmp_path):
   assert equal(params, load(tmp_path / "even", scan_layers=scan_layers)[1])
   save(params, decoder, tmp_path / "out")
   assert equal(load(tmp_path / "out", scan_layers=scan_layers)[1], params)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_host_holds_little_more_than_a_tensor_at_a_time(scan_layers, tmp_path):
+  """Beside the pages of a shard, which the system may take back: it is mapped, not read."""
+  config = transformers.LlamaConfig(**{**published.SHAPE, "vocab_size": 2048, "hidden_size": 256,
+                                       "intermediate_size": 1024, "num_hidden_layers": 8})
+  published.model(config).save_pretrained(tmp_path, max_shard_size="10MB")
+  assert len(list(tmp_path.glob("*.safetensors"))) > 2
+  mesh = sharding.make_mesh(fsdp=4, tensor=2)
+  decoder = decoder_of(tmp_path, scan_layers=scan_layers)
+  wanted = states.abstract_parameters(decoder, mesh)
+  pretrained.load_parameters(tmp_path, decoder, wanted)  # compiles, for which memory is taken too
+  tracemalloc.start()
+  try:
+    params = pretrained.load_parameters(tmp_path, decoder, wanted)
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  largest = params["params"]["embedding"].nbytes
+  assert sum(x.nbytes for x in jax.tree.leaves(params)) > 15 * largest
+  assert peak < 2.5 * largest  # as it lies in the file, and turned for the devices
 
 
 def test_bfloat16_is_stored_and_read_bit_for_bit(tmp_path):
