@@ -342,7 +342,8 @@ def _add_sample(commands):
              "input are {prompt} or {messages}; an output that was interrupted is continued. What is not "
              "given of max_tokens to min_p is as in the run's last phase, or in generation_config.json as "
              "transformers reads it: temperature 0 unless it says do_sample. What that file leaves out is off "
-             "(max_tokens is 512), and without it a sample is the model's own, at temperature 1.")
+             "(max_tokens is 512, or half of what the model can read), and without it a sample is the "
+             "model's own, at temperature 1.")
   sample.add_argument("--model", required=True, metavar="MODEL",
                       help="--workdir of a run, or directory or hub id of a published model or adapter")
   sample.add_argument("--prompt", metavar="TEXT", help="to answer")

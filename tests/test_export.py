@@ -205,6 +205,20 @@ def test_a_foreign_model_brings_its_tokenizer(tmp_path):
   parts.scorer.close()
 
 
+def test_a_tokenizer_may_have_a_token_for_images_that_the_model_has_not(tmp_path):
+  """As that of Gemma 3 1B."""
+  _, config = of_chats(tmp_path / "source")
+  size = data.load_tokenizer(tmp_path / "source").vocab_size - 1  # all but <|im_end|>, which stands for it
+  shape = dict(published.SHAPE, vocab_size=size)
+  published.model(transformers.Qwen3Config(**shape, head_dim=8)).save_pretrained(tmp_path / "source")
+  mine = sources.filled(config, tmp_path / "run")
+  tokenizer = data.load_tokenizer(tmp_path / "source")
+  assert inputs.decoder_config(mine.model, tokenizer).vocab_size == tokenizer.vocab_size == size
+  mine.model.vocab_size = 200
+  with pytest.raises(ValueError, match="config.model.vocab_size=200, but the tokenizer has"):
+    inputs.decoder_config(mine.model, tokenizer)
+
+
 def of_chats(source):
   """The tokenizer of a published model that is written here, and the config of a run on chats with it."""
   tokenizer = data.train_bpe([f"{a}+{b}={a + b}" for a in range(30) for b in range(30)], 280)

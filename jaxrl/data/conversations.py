@@ -82,8 +82,8 @@ def conversation(tokenizer: Any, messages: Messages) -> Conversation:
         spans.append((start, end))
       else:
         rewritten.append(number)
-  tokens, said = _tokens(tokenizer, text, spans)
-  return _cut(tokens, said, tuple(rewritten))
+  tokens, said, start = _tokens(tokenizer, text, spans)
+  return dataclasses.replace(_cut(tokens, said, tuple(rewritten)), start=start)
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -235,7 +235,7 @@ def _span_of_all(tokenizer, messages, number, text, before):
 
 
 def _tokens(tokenizer, text, spans):
-  """Token ids of a text, and which of them are in spans of characters, to the token.
+  """Token ids of a text, which of them are in spans of characters, to the token, and where the last begins.
 
   All is encoded at once, if tokens end where spans do. Where one would reach over the edge of a span,
   as `("` may behind a template that writes `:`, the pieces are encoded by themselves: so they are when
@@ -248,7 +248,7 @@ def _tokens(tokenizer, text, spans):
   whole = tokenizer.encode_chat(text)
   if apart == whole or tokenizer.written(apart) == tokenizer.written(whole):
     said = [start in starts for start, piece in zip(edges, pieces) for _ in piece]
-    return apart, said
+    return apart, said, sum(map(len, pieces[:edges.index(spans[-1][0])]))
   counts = []  # pieces read otherwise when they are alone, as where a space is put in front of a text
   for edge in edges:
     head = tokenizer.encode_chat(text[:edge]) if edge else []
@@ -258,7 +258,7 @@ def _tokens(tokenizer, text, spans):
                        f"in a special token there, or {ADVICE}")
     counts.append(len(head))
   said = [start in starts for start, a, b in zip(edges, counts, counts[1:]) for _ in range(b - a)]
-  return whole, said
+  return whole, said, counts[edges.index(spans[-1][0])]
 
 
 def _name(tokenizer):

@@ -51,6 +51,9 @@ class Tokenizer(Protocol):
                   ) -> list[int]:
     """Token ids of a conversation; ValueError where the tokenizer has no chat template."""
 
+  def leave_out(self, size: int) -> bool:
+    """Leaves out the tokens from an id on, if they are special ones, and says whether."""
+
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes what `load_tokenizer` reads."""
 
@@ -97,6 +100,10 @@ class CharacterTokenizer:
     raise ValueError("a character tokenizer has no chat template: leave chat off, or use the "
                      "tokenizer of a chat model")
 
+  def leave_out(self, size: int) -> bool:
+    """Says whether there is none from an id on, for every one is needed."""
+    return size >= self.vocab_size
+
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes the alphabet to `character_tokenizer.json`."""
     directory = pathlib.Path(directory)
@@ -141,7 +148,8 @@ class PretrainedTokenizer:
                        "could end: set eos_token in its tokenizer_config.json")
     self.fast = fast
     self.eos_id = fast.eos_token_id
-    self.bos_id = fast.bos_token_id
+    begins = fast("").input_ids[:1] == [fast.bos_token_id]  # Pythia names one and begins without
+    self.bos_id = fast.bos_token_id if begins else None
     self.pad_id = self.eos_id if fast.pad_token_id is None else fast.pad_token_id
     self.vocab_size = max(fast.get_vocab().values()) + 1
     self.special_tokens = tuple(fast.all_special_tokens)
@@ -191,19 +199,38 @@ class PretrainedTokenizer:
   def encode_chat(self, text: str) -> list[int]:
     """Token ids of what a template wrote, special tokens among them; none is added."""
     _refuse_surrogates(text)
-    return list(self.fast(text, add_special_tokens=False).input_ids)
+    return self._known(self.fast(text, add_special_tokens=False).input_ids)
 
   def generation_mask(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]] | None:
     """Token ids, and which are in `{% generation %}` blocks; None where the template has none."""
-    template = self.fast.chat_template
-    if not isinstance(template, str) or not GENERATION.search(template):
+    if not self.chats or not GENERATION.search(self.fast.get_chat_template()):
       return None
     found = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    return list(found["input_ids"]), list(found["assistant_masks"])
+    return self._known(found["input_ids"]), list(found["assistant_masks"])
 
   def written(self, ids: Iterable[int]) -> str:
     """Text of token ids, special ones spelled out."""
     return self._text.decode(_checked(ids), skip_special_tokens=False)
+
+  def leave_out(self, size: int) -> bool:
+    """Leaves out the tokens from an id on, if they are special ones, and says whether.
+
+    Gemma 3 1B reads no images, and its tokenizer has a token for them behind all that it has. A
+    token for padding that was added to a tokenizer alone is another.
+    """
+    beyond = {i for i in self.fast.get_vocab().values() if i >= size}
+    if beyond - self.special_ids or beyond & {self.bos_id, self.eos_id}:
+      return False
+    self.vocab_size = min(self.vocab_size, size)
+    self.pad_id = self.eos_id if self.pad_id in beyond else self.pad_id
+    return True
+
+  def _known(self, ids):
+    """Token ids that the model has."""
+    if beyond := [i for i in ids if i >= self.vocab_size]:
+      raise ValueError(f"the chat holds {self.written(beyond[:1])!r}, which is token {beyond[0]}, but "
+                       f"the model has {self.vocab_size} tokens: take it out")
+    return list(ids)
 
   def _apply(self, messages, **options):
     if not self.chats:

@@ -10,7 +10,8 @@ from jaxrl.models import pretrained
 from jaxrl.sampling import SamplingParams
 from jaxrl.training import sources
 
-MAX_TOKENS = 512  # of an answer, unless something says otherwise
+# Of an answer, unless something says otherwise; half of what a model can read, if that is less.
+MAX_TOKENS = 512
 # What is done here, with the types of it; where sampling is off, OFF says which values say nothing.
 DONE = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float), "min_p": (int, float),
         "max_new_tokens": (int,)}
@@ -31,12 +32,18 @@ HARMLESS = (
     "continuous_batching_config", "low_memory", "prefill_chunk_size")
 
 
-def recommended(place: pathlib.Path, tokenizer: data.Tokenizer) -> tuple[SamplingParams, str]:
+def recommended(place: pathlib.Path, tokenizer: data.Tokenizer, max_positions: int = 0
+                ) -> tuple[SamplingParams, str]:
   """How a published model samples and where it stops, and what its file asks for in vain.
 
   A file that does not say `do_sample` means the most likely token, temperature 0, as for transformers; what it
   says of `top_p` and the like holds once a temperature is given. What it leaves out is off, also `top_k`, for
   which transformers would take 50. Without a file, samples are those of the model itself.
+
+  Args:
+    place: of the model.
+    tokenizer: of it.
+    max_positions: tokens that it can read, 0 if nothing says so.
 
   Raises:
     ValueError: values that nobody can sample with, by file and name.
@@ -46,7 +53,8 @@ def recommended(place: pathlib.Path, tokenizer: data.Tokenizer) -> tuple[Samplin
   turn, ends = data.end_of_turn(tokenizer), sources.stop_ids(place)
   try:
     found = {name: _number(name, says[name]) for name in DONE if says.get(name) is not None}
-    found["max_tokens"] = found.pop("max_new_tokens", MAX_TOKENS)
+    most = min(MAX_TOKENS, max_positions // 2 or MAX_TOKENS)
+    found["max_tokens"] = found.pop("max_new_tokens", most)
     found["temperature"] = found.get("temperature", 1.0) if says.get("do_sample") else 0.0
     stops = (tokenizer.eos_id, *ends, *([] if turn is None else [turn]))
     how = SamplingParams(**found, stop_ids=tuple(dict.fromkeys(stops)),

@@ -186,7 +186,8 @@ def load(model: str, *, dtype: str = "", tensor: int = 1, date: str = "") -> Mod
 
   Args:
     model: which one; of a run, the newest checkpoint.
-    dtype: of weights and computation; "" is that of the run, or as a published model is stored.
+    dtype: of weights and computation; "" is that of the run, or as a published model is
+      stored, float32 where that is in float16.
     tensor: devices that share one copy of it.
     date: what its chat template writes as the date; "" is that of the run, or today.
 
@@ -247,13 +248,15 @@ def _published(model, dtype, mesh, date):
   base = pretrained.resolve(peft.base_of(place)) if peft.is_adapter(place) else place
   hf = pretrained.read_json(base, pretrained.CONFIG)
   architecture = families.architecture_of(hf)
-  if not architecture.endswith("ForCausalLM"):
+  if architecture == families.BY_ARCHITECTURE[architecture].classifier:
     raise ValueError(f"--model={model} is a {architecture}, which gives scores and writes no text")
   tokenizer = data.load_tokenizer(place if (place / "tokenizer.json").exists() else base)
   data.set_date(tokenizer, date, "--date")
-  defaults, unheeded = recommended(place if (place / pretrained.GENERATION).exists() else base, tokenizer)
-  stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-  dtype = dtype or ("float32" if stored == "float32" else "bfloat16")
+  longest = families.text_of(hf).get("max_position_embeddings") or 0
+  beside = place if (place / pretrained.GENERATION).exists() else base
+  defaults, unheeded = recommended(beside, tokenizer, longest)
+  stored = hf.get("dtype") or hf.get("torch_dtype")
+  dtype = dtype or ("bfloat16" if stored == "bfloat16" else "float32")  # which holds float16, too
   fields = dict(configs.import_file(configs.SHIPPED / "base.py").get_config().model)
   found = {k: v for k, v in families.settings(hf).items() if k != "heads_on_top"}
   if base != place:
@@ -265,7 +268,7 @@ def _published(model, dtype, mesh, date):
     params = adapters.joined(params, peft.load(place, decoder, architecture, "default", wanted))
   named = str(place.absolute()) if pathlib.Path(model).expanduser().is_dir() else model
   return Model(dict(model=named), tokenizer, decoder, params, mesh, defaults, tokenizer.chats,
-               max_positions=hf.get("max_position_embeddings") or 0, unheeded=unheeded)
+               max_positions=longest, unheeded=unheeded)
 
 
 def _wanted(decoder, dtype, mesh):

@@ -124,8 +124,7 @@ FAMILIES = (
     Family("gemma3_text", "Gemma3ForCausalLM", "Gemma3TextForSequenceClassification",
            dict(_CAPPED, vocab_size=("vocab_size", 262_208), heads=("num_attention_heads", 8),
                 kv_heads=("num_key_value_heads", 4),
-                attention_soft_cap=("attn_logit_softcapping", None),
-                logit_soft_cap=("final_logit_softcapping", None)),
+                logit_soft_cap=("final_logit_softcapping", None)),  # no model reads that of attention
            dict(_NORMS, post_norms=True, qk_norm=True), POST_NORM_NAMES,
            windows=window_configs.periodic_windows("sliding_window_pattern", 6),
            write_windows=window_configs.write_listed,

@@ -27,12 +27,14 @@ from jaxrl.models.decoder import DecoderConfig
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OWN_BASE = "base"  # directory beside these, with a base that nobody else has
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+IN_MEMORY, IN_FILES = (f"base_model.model.{path}." for path in ("model.language_model", "language_model.model"))
 # What a config may say only in one way. Dropout is of PEFT's training, not of the function.
 FIXED = {"peft_type": ("LORA",), "bias": (None, "none"), "use_dora": (None, False), "lora_bias": (None, False),
          "fan_in_fan_out": (None, False), "modules_to_save": (None, []), "rank_pattern": (None, {}),
          "alpha_pattern": (None, {}), "target_parameters": (None, []), "trainable_token_indices": (None,),
          "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-         "alora_invocation_tokens": (None,), "megatron_config": (None,), "use_qalora": (None, False)}
+         "alora_invocation_tokens": (None,), "megatron_config": (None,), "use_qalora": (None, False),
+         "layer_replication": (None,), "arrow_config": (None,), "use_bdlora": (None,)}
 
 
 def is_adapter(directory: pathlib.Path) -> bool:
@@ -70,7 +72,7 @@ def settings(directory: pathlib.Path, decoder: DecoderConfig, architecture: str)
     raise ValueError(f"{directory / CONFIG} lacks {', '.join(missing)}")
   rank, table, found, problems = hf["r"], _modules(decoder, architecture), {}, []
   for name, (shape, kind) in _headers(directory).items():
-    match = NAME.fullmatch(name)
+    match = NAME.fullmatch(_as_stored(name))
     if not match or match[1] not in table:
       problems.append(f"{name} would not be used" + _fused(match and match[1], decoder, architecture))
       continue
@@ -108,7 +110,7 @@ def load(directory: pathlib.Path, decoder: DecoderConfig, architecture: str, nam
   named = {(path, layer): module for module, (path, layer, *_) in _modules(decoder, architecture).items()}
   found = {}
   with safetensors.safe_open(directory / TENSORS, framework="numpy") as tensors:
-    held = set(tensors.keys())
+    held = {_as_stored(name): name for name in tensors.keys()}
     for path, leaf in traverse_util.flatten_dict(abstract["params"]).items():
       if path[-2:-1] != (name,) or path[-1] not in (A, B):
         continue
@@ -117,7 +119,7 @@ def load(directory: pathlib.Path, decoder: DecoderConfig, architecture: str, nam
       shape, values = leaf.shape if block[2] else leaf.shape[1:], []
       for layer in layers:
         key = _key(named[path[:-2], layer], path[-1])
-        values.append(np.array(tensors.get_tensor(key), np.float32).T.reshape(shape) if key in held
+        values.append(np.array(tensors.get_tensor(held[key]), np.float32).T.reshape(shape) if key in held
                       else np.zeros(shape, np.float32))
       value = values[0] if block[2] else np.stack(values)
       found[path] = pretrained.send(np.ascontiguousarray(value), leaf.sharding)
@@ -183,6 +185,11 @@ def _modules(decoder, architecture) -> Mapping[str, tuple[tuple[str, ...], int, 
 def _fused(module, decoder, architecture):
   several = len(tensor_names.tensors(decoder, architecture).get(f"{module}.weight", ())) > 1
   return ", for that is several matrices here: merge it into its base with PEFT" if several else ""
+
+
+def _as_stored(name):
+  """Of a model that reads images too: PEFT names modules as they lie in memory, files as they once did."""
+  return name.replace(IN_MEMORY, IN_FILES, 1)
 
 
 def _key(module, half):

@@ -38,6 +38,8 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Computed here from the config: of RoPE, and masks in the first files of GPT-NeoX.
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attention\.(masked_)?bias)$")
 MAX_SHARD_BYTES = 5 * 10 ** 9
+# Of config.json, what is of the directory that it lay in: where that was, and code beside it.
+OF_ITS_DIRECTORY = ("_name_or_path", "auto_map")
 
 
 class NotHere(ValueError):
@@ -258,7 +260,13 @@ def _headers(directory) -> dict[str, tuple[pathlib.Path, tuple[int, ...], str]]:
 
 
 def _shards(directory) -> dict[pathlib.Path, list[str] | None]:
-  """Files with tensors, and which each must hold; None if nothing says so."""
+  """Files with tensors, and which each must hold; None if nothing says so.
+
+  Where both are, one file goes before an index, which may be of what lay there before: so it does for
+  transformers.
+  """
+  if (directory / SINGLE).exists():
+    return {directory / SINGLE: None}
   if (directory / INDEX).exists():
     by_file: dict[pathlib.Path, list[str] | None] = {}
     for name, file in read_json(directory, INDEX).get("weight_map", {}).items():
@@ -268,10 +276,9 @@ def _shards(directory) -> dict[pathlib.Path, list[str] | None]:
       raise ValueError(f"{directory / INDEX} names {', '.join(lost[:8]) or 'no files'}"
                        + (", which are not there: the download is incomplete" if lost else ""))
     return by_file
-  if (directory / SINGLE).exists():
-    return {directory / SINGLE: None}
-  raise ValueError(f"{directory} has no {SINGLE} and no {INDEX}; weights in other formats, such as "
-                   f"pytorch_model.bin, must be converted: save_pretrained of transformers does so. It has "
+  raise ValueError(f"{directory} has no {SINGLE} and no {INDEX}: they were not downloaded, or the weights are "
+                   "in another format, such as pytorch_model.bin, and must be converted: save_pretrained of "
+                   "transformers does so. It has "
                    f"{sorted(p.name for p in directory.iterdir())[:10]}")
 
 
@@ -320,7 +327,8 @@ def save(params: PyTree, decoder: DecoderConfig, directory: pathlib.Path, *, dty
   tokens = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
   kept = {k: v for k, v in (imported or {}).items() if k in tokens and v is not None}
   hf |= {**tokens, **kept, "dtype": dtype, "torch_dtype": dtype}
-  hf.pop("_name_or_path", None)
+  for name in OF_ITS_DIRECTORY:
+    hf.pop(name, None)
   with writing(directory) as partial:
     write_json(partial / CONFIG, hf)
     write_json(partial / GENERATION, ending(generation or tokens, stop_ids))

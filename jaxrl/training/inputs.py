@@ -155,13 +155,15 @@ def _tokenizer_of_run(start):
 def decoder_config(model: Mapping[str, Any], tokenizer: data.Tokenizer) -> DecoderConfig:
   """The architecture that `config.model` describes, for the tokens of a tokenizer.
 
+  Special tokens that the model does not have are left out of the tokenizer.
+
   Raises:
     ValueError: settings that do not fit together.
   """
   fields, tokens = dict(model), tokenizer.vocab_size
   fields.pop("source", None)  # it has filled the others in
   fields["vocab_size"] = fields["vocab_size"] or tokens
-  if fields["vocab_size"] < tokens:
+  if fields["vocab_size"] < tokens and not tokenizer.leave_out(fields["vocab_size"]):
     raise ValueError(f"config.model.vocab_size={fields['vocab_size']}, but the tokenizer has "
                      f"{tokens} tokens; set it to at least that, or to 0 for exactly that")
   fields["adapters"] = adapters.read(fields.get("adapters", {}))

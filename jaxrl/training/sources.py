@@ -127,15 +127,17 @@ def _fill_adapters(config, kept, decoder, architecture):
 def stop_ids(place: pathlib.Path) -> tuple[int, ...]:
   """Tokens that end what the model says: chat models have several, and one of them is EOS.
 
+  Without a generation_config.json, transformers takes those of config.json.
+
   Raises:
     ValueError: something else than ids.
   """
-  if not (place / pretrained.GENERATION).exists():
-    return ()
-  ids = pretrained.read_json(place, pretrained.GENERATION).get("eos_token_id")
+  path = place / pretrained.GENERATION
+  path = path if path.exists() else place / pretrained.CONFIG
+  ids = pretrained.read_json(place, path.name).get("eos_token_id") if path.exists() else None
   found = tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
   if not all(type(i) is int and i >= 0 for i in found):
-    raise ValueError(f"{place / pretrained.GENERATION}: eos_token_id={ids!r} is no token id, nor a list of these")
+    raise ValueError(f"{path}: eos_token_id={ids!r} is no token id, nor a list of these")
   return found
 
 

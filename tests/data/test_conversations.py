@@ -33,6 +33,8 @@ ALWAYS = THINKING.replace(" and not loop.last", "")  # takes the thinking out of
 WITH_NEWLINE = BLOCKS.replace("<|im_end|>{% endgen", "<|im_end|>{{ '\\n' }}{% endgen").replace(
     "{% endif %}{{ '\\n' }}", "{{ '\\n' }}{% endif %}")
 CONTENT_ONLY = BLOCKS.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+# What comes before an answer is written otherwise when that is to be given, as by templates with `<think>`.
+ALWAYS_IN_BLOCKS = BLOCKS.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 COLON = "<s>{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}" + (
     "{% if add_generation_prompt %}assistant:{% endif %}")
@@ -115,6 +117,25 @@ def test_the_mask_is_that_of_transformers_where_the_template_has_blocks():
     assert theirs["input_ids"][:length] == found.tokens
     assert [bool(x) for x in theirs["assistant_masks"]] == found.said + [False] * (
         len(theirs["input_ids"]) - length)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+def test_an_answer_right_behind_another_begins_where_it_is_asked_for(kind):
+  tokenizer = tokenizer_of(MISTRAL, kind=kind)
+  talk = [TALK[0], dict(role="assistant", content=ANSWERS[0]), dict(role="assistant", content=ANSWERS[2])]
+  found = conversations.conversation(tokenizer, talk)
+  assert found.tokens[:found.start] == tokenizer.render_chat(talk[:2], True)
+  assert tokenizer.written(found.tokens[found.start:]).strip() == ANSWERS[2] + "</s>"
+  assert len(runs(found)) == 1 and all(found.said[found.start:])
+
+
+def test_of_several_templates_the_default_says_what_is_marked():
+  """Its blocks hold the content alone, which a rendering would not tell."""
+  tokenizer = tokenizer_of({"default": ALWAYS_IN_BLOCKS, "tool_use": CHATML})
+  talk = [TALK[0], dict(role="assistant", content=ANSWERS[0])]
+  found = conversations.conversation(tokenizer, talk)
+  expected = conversations.conversation(tokenizer_of(ALWAYS_IN_BLOCKS), talk)
+  assert found == expected and tokenizer.written(runs(found)[0]) == ANSWERS[0] + "<|im_end|>"
 
 
 def test_a_token_over_the_edge_of_an_answer_is_cut_as_when_it_is_asked_for():

@@ -131,8 +131,8 @@ def test_in_chats_all_that_is_said_ends_as_a_turn_does(template, end, chat):
   tokenizer = tokenizer_of(template)
   tasks = TaskBuilder(tokenizer, Fields(question="prompt", answer="", solution="chosen"), chat=chat)
   end, written = end if chat else "</s>", tokenizer.written
-  asked = tokenizer.render_chat([dict(role="user", content="one?")], True) if chat else [
-      tokenizer.bos_id, *tokenizer.encode("one?")]
+  asked = (tokenizer.render_chat([dict(role="user", content="one?")], True) if chat else
+           tokenizer.encode("one?"))
   row = dict(prompt="one?", chosen="three", rejected="yes", chosen_critique="brief", rejected_critique="",
              steps=["one", "two"], labels=[1, 0])
 

@@ -198,3 +198,37 @@ def test_importing_data_imports_no_heavy_library():
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                         cwd=ROOT)
   assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_prompts_begin_as_those_of_the_tokenizer_itself(bpe, begins, tmp_path):
+  """Pythia's names a BOS and puts none in front."""
+  transformers.PreTrainedTokenizerFast(
+      tokenizer_object=bpe.fast.backend_tokenizer, bos_token="<|bos|>", eos_token="<|eos|>",
+      add_bos_token=begins).save_pretrained(tmp_path)
+  tokenizer = data.load_tokenizer(tmp_path)
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert start + tokenizer.encode("the cat") == theirs("the cat").input_ids
+  assert start == [1] * begins
+
+
+def test_special_tokens_that_a_model_has_not_are_left_out(tmp_path):
+  """The tokenizer of Gemma 3 1B has a token for images, behind all of the model."""
+  tokenizer = data.train_bpe(TEXTS, 320)
+  size = tokenizer.vocab_size
+  tokenizer.fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+  tokenizer.fast.chat_template = CHAT
+  tokenizer.save(tmp_path)
+  tokenizer = data.load_tokenizer(tmp_path)
+  assert tokenizer.vocab_size == size + 1
+  assert not tokenizer.leave_out(size - 1) and tokenizer.vocab_size == size + 1  # a word
+  assert tokenizer.leave_out(size) and tokenizer.vocab_size == size
+  assert max(tokenizer.encode("the <image>")) < size
+  assert tokenizer.render_chat([dict(role="user", content="the cat")], True)
+  with pytest.raises(ValueError, match=f"holds '<image>', which is token {size}, but the model has {size}"):
+    tokenizer.render_chat([dict(role="user", content="the <image>")], True)
+  assert not data.CharacterTokenizer("ab").leave_out(4)
+  tokenizer.fast.pad_token = "<image>"
+  padded = data.PretrainedTokenizer(tokenizer.fast)
+  assert padded.pad_id == size and padded.leave_out(size) and padded.pad_id == padded.eos_id

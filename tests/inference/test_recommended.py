@@ -44,6 +44,16 @@ def test_without_a_file_samples_are_the_models_own(tmp_path):
   assert recommended(tmp_path, CHARACTERS) == (SamplingParams(512, 1.0, stop_ids=(2,)), "")
 
 
+def test_without_a_file_answers_end_where_the_config_says_as_for_transformers(tiny, tmp_path):
+  shutil.copytree(tiny, tmp_path / "model")
+  (tmp_path / "model" / "generation_config.json").unlink()
+  hf = json.loads((tmp_path / "model" / "config.json").read_text())
+  (tmp_path / "model" / "config.json").write_text(json.dumps({**hf, "eos_token_id": [7, 9]}))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config
+  assert theirs.eos_token_id == [7, 9]
+  assert {7, 9} <= set(recommended(tmp_path / "model", CHARACTERS)[0].stop_ids)
+
+
 def test_a_file_of_transformers_defaults_asks_for_nothing_more(tmp_path):
   defaults = transformers.GenerationConfig._get_default_generation_params()
   for says in (transformers.GenerationConfig().to_dict(), {**defaults, "max_new_tokens": 5},

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 from hypothesis import given
 from hypothesis import settings
@@ -22,6 +23,7 @@ from jaxrl.inference.screen import Screen
 from jaxrl.sampling import SamplingParams
 from jaxrl.training import run
 from tests.inference.asked import ask, FEW, lines_of, refused
+from tests.models import published
 
 
 def test_log_probabilities_are_those_of_transformers(tiny, capsys):
@@ -45,8 +47,40 @@ def test_log_probabilities_are_those_of_transformers(tiny, capsys):
 
 def test_a_published_model_samples_as_its_generation_config_says(model):
   end = model.tokenizer.fast.convert_tokens_to_ids("<|im_end|>")
-  assert model.defaults == SamplingParams(512, 0.7, top_p=0.9, stop_ids=(2, 5, end))
+  assert model.defaults == SamplingParams(64, 0.7, top_p=0.9, stop_ids=(2, 5, end))
   assert (model.chats, model.max_positions) == (True, 128)
+
+
+def test_of_a_model_that_reads_images_the_text_part_answers(tiny, tmp_path, capsys):
+  made = published.model_of_images(vocab_size=304)
+  made.save_pretrained(tmp_path)
+  data.load_tokenizer(tiny).save(tmp_path)
+  (tmp_path / "generation_config.json").write_text("{}")
+  out = ask(capsys, f"--model={tmp_path}", "--prompt=hello", "--json", "--logprobs", "--quiet", FEW)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  prompt = tokenizer.apply_chat_template([dict(role="user", content="hello")], add_generation_prompt=True,
+                                         return_dict=False)
+  with torch.no_grad():
+    expected = made.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[
+        tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")])[0, len(prompt):].tolist()
+  assert json.loads(out)["ids"] == expected
+  assert served.load(str(tmp_path)).max_positions == 128
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+def test_a_published_model_loses_no_digit_of_what_is_stored(tiny, tmp_path, stored):
+  shutil.copytree(tiny, tmp_path / "model")
+  made = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, stored))
+  made.save_pretrained(tmp_path / "model")
+  params = served.load(str(tmp_path / "model")).params["params"]
+  np.testing.assert_array_equal(np.asarray(params["embedding"], np.float32),
+                                made.model.embed_tokens.weight.detach().float().numpy())
+
+
+def test_an_answer_is_as_long_as_a_small_model_leaves_room_for(model, tiny, tmp_path, capsys):
+  assert model.defaults.max_tokens == 64 and model.max_positions == 128
+  rows = ask(capsys, f"--model={tiny}", "--prompt=hello", "--json", "--quiet")
+  assert json.loads(rows)["tokens"] <= 64
 
 
 @pytest.mark.parametrize("rope_length,fits", [(0, 20), (32, 32)])

@@ -45,6 +45,8 @@ CONFIGS = {
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **dict(TIED, num_hidden_layers=6), head_dim=16, query_pre_attn_scalar=24, sliding_window=5,
         rope_parameters=GEMMA3_ROPE),
+    "gemma3_capped": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, head_dim=16, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "phi3_fused": lambda: transformers.Phi3Config(**SHAPE, sliding_window=6),
     "phi3_short": lambda: transformers.Phi3Config(
         **SHAPE, rope_parameters=dict(LONG, partial_rotary_factor=0.75),
@@ -91,10 +93,10 @@ def model(config, scores=False):
   return made
 
 
-def model_of_images():
+def model_of_images(**changes):
   """A model whose text part is Gemma 3."""
   torch.manual_seed(0)
-  text = CONFIGS["gemma3"]().to_dict()
+  text = {**CONFIGS["gemma3"]().to_dict(), **changes}
   vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
                 patch_size=14)
   config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)

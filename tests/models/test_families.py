@@ -104,7 +104,8 @@ def test_config_written_from_the_settings_alone_means_the_same_to_transformers(n
   for field in ("rope_parameters", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
                 "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "layer_types",
                 "sliding_window"):
-    if not name.startswith("phi3") and name != "mistral_no_window" and hasattr(ours, field):
+    unread = name == "gemma3_capped" and field == "attn_logit_softcapping"
+    if not name.startswith("phi3") and name != "mistral_no_window" and not unread and hasattr(ours, field):
       assert getattr(theirs, field) == getattr(ours, field), field
   assert families.settings(found) == families.settings(hf)
 

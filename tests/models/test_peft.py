@@ -22,12 +22,13 @@ CONFIG = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="
 MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 
 
-def written(directory, made, *, layers=(0, 1), scale=2.0, dtype=np.float32, modules=MODULES, **changes):
+def written(directory, made, *, at="model.layers", layers=(0, 1), scale=2.0, dtype=np.float32, modules=MODULES,
+            **changes):
   """An adapter with random matrices, and the model as it is with them."""
   tensors, rank = {}, CONFIG["r"]
   for layer in layers:
     for name in modules:
-      module = f"model.layers.{layer}.{name}"
+      module = f"{at}.{layer}.{name}"
       weight = made.get_submodule(module).weight
       a = SEEDS.normal(size=(rank, weight.shape[1])).astype(dtype)
       b = SEEDS.normal(size=(weight.shape[0], rank)).astype(dtype)
@@ -111,6 +112,7 @@ def widen(tensors):
     (dict(modules_to_save=["lm_head"]), None, "has modules_to_save=['lm_head'], which is not supported"),
     (dict(rank_pattern={"q_proj": 4}), None, "has rank_pattern={'q_proj': 4}"),
     (dict(init_lora_weights="pissa"), None, "has init_lora_weights='pissa'"),
+    (dict(layer_replication=[[0, 1], [0, 1]]), None, "has layer_replication=[[0, 1], [0, 1]]"),
     (dict(), drop, "layer 1 has one half only of mlp.down"),
     (dict(), drop_module, "layers differ in what is adapted: 5 matrices"),
     (dict(), misname, "base_model.model.lm_head.lora_A.weight would not be used"),
@@ -135,3 +137,14 @@ def test_one_tensor_that_is_several_matrices_here_has_no_adapter(tmp_path):
   peft.check_exportable(decoder, adapters.Adapter("a", targets="output|down"), "Phi3ForCausalLM")
   with pytest.raises(ValueError, match="gate_up_proj.weight is one tensor of Phi3ForCausalLM and several"):
     peft.check_exportable(decoder, adapters.Adapter("a", targets="up"), "Phi3ForCausalLM")
+
+
+def test_an_adapter_of_a_model_that_reads_images_is_one_of_its_text_part(tmp_path):
+  made = published.model_of_images()
+  made.save_pretrained(tmp_path / "base")
+  before = published.logits_of(made)
+  written(tmp_path / "adapter", made, at="model.language_model.layers")
+  decoder, _, params = read(tmp_path / "base", tmp_path / "adapter")
+  expected = published.logits_of(made)
+  assert np.abs(expected - before).max() > 0.05 * np.abs(expected).max()
+  np.testing.assert_allclose(published.our_logits(decoder, params), expected, atol=2e-3 * np.abs(expected).max())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -140,6 +141,28 @@ def test_parameters_lie_as_training_wants_them(scan_layers, tmp_path):
   assert equal(load(tmp_path / "out", scan_layers=scan_layers)[1], params)
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_host_holds_little_more_than_a_tensor_at_a_time(scan_layers, tmp_path):
+  """Beside the pages of a shard, which the system may take back: it is mapped, not read."""
+  config = transformers.LlamaConfig(**{**published.SHAPE, "vocab_size": 2048, "hidden_size": 256,
+                                       "intermediate_size": 1024, "num_hidden_layers": 8})
+  published.model(config).save_pretrained(tmp_path, max_shard_size="10MB")
+  assert len(list(tmp_path.glob("*.safetensors"))) > 2
+  mesh = sharding.make_mesh(fsdp=4, tensor=2)
+  decoder = decoder_of(tmp_path, scan_layers=scan_layers)
+  wanted = states.abstract_parameters(decoder, mesh)
+  pretrained.load_parameters(tmp_path, decoder, wanted)  # compiles, for which memory is taken too
+  tracemalloc.start()
+  try:
+    params = pretrained.load_parameters(tmp_path, decoder, wanted)
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  largest = params["params"]["embedding"].nbytes
+  assert sum(x.nbytes for x in jax.tree.leaves(params)) > 15 * largest
+  assert peak < 2.5 * largest  # as it lies in the file, and turned for the devices
+
+
 def test_bfloat16_is_stored_and_read_bit_for_bit(tmp_path):
   theirs = published.model(published.CONFIGS["qwen2"]()).to(torch.bfloat16)
   theirs.save_pretrained(tmp_path / "in")
@@ -236,6 +259,25 @@ def test_stored_copies_of_the_embedding_are_no_harm_and_buffers_are_not_read(tmp
     load(tmp_path)
 
 
+def test_one_file_goes_before_the_index_of_what_lay_there_before(tmp_path):
+  published.saved("llama", tmp_path)
+  params = load(tmp_path)[1]
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(
+      {"metadata": {}, "weight_map": {NORM: "model-00001-of-00002.safetensors"}}))
+  assert equal(load(tmp_path)[1], params)
+  transformers.AutoModelForCausalLM.from_pretrained(tmp_path)  # which reads it so, too
+
+
+def test_an_export_names_no_code_that_it_does_not_hold(tmp_path):
+  """As the config of Phi-3 does, and whoever trusts it would look for the files."""
+  published.saved("phi3_fused", tmp_path / "in")
+  decoder, params = load(tmp_path / "in")
+  code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+  save(params, decoder, tmp_path / "out", imported={**config_of(tmp_path / "in"), "auto_map": code})
+  assert "auto_map" not in config_of(tmp_path / "out")
+  transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
 def test_directories_that_hold_no_model_say_what_is_missing(tmp_path):
   published.saved("llama", tmp_path)
   decoder = decoder_of(tmp_path)
@@ -243,7 +285,7 @@ def test_directories_that_hold_no_model_say_what_is_missing(tmp_path):
   with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
     pretrained.check(tmp_path, decoder)
   (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-  with pytest.raises(ValueError, match="has no model.safetensors.*must be converted"):
+  with pytest.raises(ValueError, match="has no model.safetensors.*not downloaded.*must be converted"):
     pretrained.check(tmp_path, decoder)
   (tmp_path / "config.json").unlink()
   with pytest.raises(ValueError, match="it has no config.json"):
