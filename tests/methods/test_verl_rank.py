@@ -173,7 +173,7 @@ def test_it_reads_the_layer_that_it_names():
 
 @pytest.mark.parametrize("layer, message", [
     (9, r"config.advantage\[2\] \(favour_hidden_rank\): signal 'hidden@9', but config.model.layers=4"),
-    ("top", "'hidden@top' is written hidden@LAYER")])
+    ("top", r"config.advantage\[2\].layer='top', but favour_hidden_rank takes a number")])
 def test_a_layer_that_the_model_lacks_is_refused_before_anything_is_computed(layer, message, tmp_path):
   config = configs.load("configs/methods/verl_rank.py")
   config.advantage[-1]["layer"] = layer
