@@ -140,7 +140,31 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
       current[match[1]] = _instruction(match[1], match[2])
   if entry is None:
     raise ValueError("no ENTRY computation in the HLO text: pass that of a whole module")
+  for computation in computations.values():
+    for operand in [o for i in computation.values() for o in i.operands]:
+      _add_element(operand, computation)
   return computations, entry
+
+
+def _add_element(name, computation):
+  """Adds the instruction that `%x#1` stands for, as newer versions of XLA write elements of a tuple."""
+  source, mark, index = name.rpartition("#")
+  if mark and name not in computation:
+    _add_element(source, computation)
+    element = _members(computation[source].type)[int(index)]
+    computation[name] = Instruction(name, element, "get-tuple-element", (source,), f", index={index}")
+
+
+def _members(type_):
+  """Types that a tuple's consists of."""
+  found, depth = [""], 0
+  for character in type_[1:-1]:
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and not depth:
+      found.append("")
+    else:
+      found[-1] += character
+  return [member.strip() for member in found]
 
 
 def _instruction(name, line):
@@ -150,7 +174,7 @@ def _instruction(name, line):
   start = line.index("(")
   close = _closing(line, start)
   inside, rest = line[start + 1:close], line[close + 1:]
-  operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+  operands = tuple(re.findall(r"%([\w.\-]+(?:#\d+)*)", inside))
   return Instruction(name, type_, line[:start], operands,
                      inside + rest if line[:start] == "constant" else rest)
 

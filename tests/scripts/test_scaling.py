@@ -63,9 +63,11 @@ def test_products_and_collectives_in_loops_count_as_often_as_they_run():
 
 
 def test_a_program_that_the_cache_on_disk_holds_is_dumped_all_the_same(tmp_path):
-  kept = jax.config.jax_compilation_cache_dir
+  wanted = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0}
+  kept = {name: getattr(jax.config, name) for name in wanted}
   try:
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    for name, value in wanted.items():
+      jax.config.update(name, value)
     compilation_cache.reset_cache()
     rows = jax.NamedSharding(Mesh(np.array(jax.devices()), ("a",)), PartitionSpec("a"))
     program = jax.jit(lambda x: x * (x @ jnp.ones((7, 7)))).lower(
@@ -75,7 +77,8 @@ def test_a_program_that_the_cache_on_disk_holds_is_dumped_all_the_same(tmp_path)
     _, text = scaling.compile_and_dump(program)
     assert hlo.costs(text).flops == 2 * 2 * 7 * 7  # two rows on each device
   finally:
-    jax.config.update("jax_compilation_cache_dir", kept)
+    for name, value in kept.items():
+      jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
@@ -88,6 +91,16 @@ def test_a_reduction_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
       jax.ShapeDtypeStruct((64, 24), jnp.float32, sharding=rows)))
   found = hlo.costs(text)
   assert [(c.op, c.payload) for c in found.collectives] == [("reduce-scatter", 32 * 24 * 4)]
+
+
+def test_elements_of_tuples_may_be_written_without_an_instruction_of_their_own():
+  text = """HloModule it
+ENTRY %main (p: (s32[], (f32[3,16], f32[16,4]))) -> f32[3,4] {
+  %p = (s32[], (f32[3,16]{1,0}, f32[16,4]{1,0})) parameter(0)
+  ROOT %dot = f32[3,4]{1,0} dot(%p#1#0, %p#1#1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+  assert hlo.costs(text).flops == 2 * 3 * 16 * 4
 
 
 @pytest.mark.parametrize("text, group", [
