@@ -3,7 +3,8 @@
 Changes in GRPO the episode (`rollouts.rewrite_and_answer`), which adds a rewritten question for hard
 and middling ones and leaves out groups without a contrast, and adds a KL term that is half as strong
 for hard questions (`objectives.kl(weight=...)`); `rollouts.rewriting.log_rescues` logs what rewriting adds.
-Reported, mean of eight sets (Qwen3-8B): GRPO 62.0, DAPO 64.5, CLPO 73.7. Small-scale check: tests/methods/test_clpo.py.
+Reported, mean of eight sets (Qwen3-8B): GRPO 62.0, DAPO 64.5, CLPO 73.7. Small-scale check:
+tests/methods/test_clpo.py.
 
 In the released code original hard questions may keep the whole KL; here old and new ones have half.
 The toy's rewriting swaps the operands: =123+456= is answered 456+123=, which its warm start has seen;

@@ -83,7 +83,7 @@ def conversation(tokenizer: Any, messages: Messages) -> Conversation:
       else:
         rewritten.append(number)
   tokens, said, start = _tokens(tokenizer, text, spans)
-  return dataclasses.replace(_cut(tokens, said, tuple(rewritten)), start=start)
+  return _cut(tokens, said, tuple(rewritten), start)
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -181,11 +181,13 @@ def _check_whole(tokenizer, content, said, number):
                      "learned; take it out of the row, or give the tokenizer a template that keeps it")
 
 
-def _cut(tokens, said, rewritten):
-  """Without what follows the last answer."""
+def _cut(tokens, said, rewritten, start=None):
+  """Without what follows the last answer, which begins at `start`; None: with the last run of what is said."""
   end = len(said) - said[::-1].index(True)
   tokens, said = tokens[:end], said[:end]
-  return Conversation(tokens, said, end - (said[::-1] + [False]).index(False), rewritten)
+  if start is None:
+    start = end - (said[::-1] + [False]).index(False)
+  return Conversation(tokens, said, start, rewritten)
 
 
 def _span(tokenizer, messages, number, text):

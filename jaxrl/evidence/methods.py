@@ -28,10 +28,10 @@ class Evidence:
       arms that begin with random parameters.
     arms: config and overrides by name; `method` is the config itself.
     claims: what is compared.
-    teachers: fields of the configs of further supervised runs, by name, beside those of `warm`; where an
-      override is the text "{NAME}", arms get the workdir of that run.
     measure: `module:function`, called with the directory of every arm's finished run; the numbers that
       it returns by name are metrics `measured/NAME`. Empty for none.
+    teachers: fields of the configs of further supervised runs, by name, beside those of `warm`; where an
+      override is the text "{NAME}", arms get the workdir of that run.
   """
 
   reported: str

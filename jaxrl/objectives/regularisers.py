@@ -8,7 +8,16 @@ from jaxrl.log_ratio import kl_estimate, log_ratio
 from jaxrl.objectives.aggregate import TermOutput
 
 
-@needs(lambda estimator, model: (f"{model}_kl" if estimator == "full" else f"{model}_logprobs",))
+def _signals_of_kl(estimator, model):
+  if estimator != "full":
+    return (f"{model}_logprobs",)
+  if model != "reference":
+    raise ValueError(f"kl: estimator='full' is of the reference alone, not of model={model!r}: make that the "
+                     "reference, with config.reference.source if it is another run's")
+  return ("reference_kl",)
+
+
+@needs(_signals_of_kl)
 def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str = "k3",
        weight: str = "", model: str = "reference") -> TermOutput:
   """Penalty `beta * KL(policy || reference)`: estimated at the sampled token (Schulman, 2020), or full.
@@ -41,10 +50,10 @@ def kl(outputs: ModelOutputs, batch: TokenBatch, *, beta: float, estimator: str 
     Loss per token; metric `kl`, the estimate before `beta`.
 
   Raises:
-    ValueError: no such column.
+    ValueError: no such column, or "full" of another model than the reference.
   """
   if estimator == "full":
-    estimate = jnp.where(batch.loss_mask, outputs.get(f"{model}_kl"), 0)
+    estimate = jnp.where(batch.loss_mask, outputs.get("reference_kl"), 0)
   else:
     difference = log_ratio(batch, outputs.logprobs, batch.signals[f"{model}_logprobs"])
     estimate = kl_estimate(difference, estimator)

@@ -77,7 +77,8 @@ def test_the_full_kl_is_that_of_the_vocabulary_and_so_is_its_gradient():
   gradient = jax.grad(lambda z: jnp.sum(read(z)[0]))(jnp.float32(LOGITS))
   np.testing.assert_allclose(gradient, 2 * 0.7 * p * (np.log(p) - reference - exact), rtol=1e-4, atol=1e-6)
   term = functools.partial(kl, beta=1.0, estimator="full", model="teacher")
-  assert compose.signals_of(term) == ("teacher_kl",)  # which there is none of
+  with pytest.raises(ValueError, match="estimator='full' is of the reference alone, not of model='teacher'"):
+    compose.signals_of(term)
 
 
 def test_k1_and_k3_have_the_kl_as_their_mean():
