@@ -17,7 +17,8 @@ try:
 except ImportError:  # not on Windows
   resource = None
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of malloc.h
+ARENA_PART = 64 << 20  # bytes of the pieces that glibc makes the arenas of other threads than the first of
 PACKAGES = ("jaxrl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The last parts of the names of jax.monitoring's events.
 COMPILE_EVENT, READ_EVENT = "backend_compile_duration", "cache_hits"
@@ -41,9 +42,11 @@ def keep_memory() -> bool:
   afterwards: this is for when programs are compiled. Blocks of more than 64 MB that other threads than
   the first ask for do not count. A `MALLOC_..._` variable that speaks of it comes first.
   """
-  names = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+  names = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+  # The last one: what other threads than the first have freed is given back part by part, whatever the
+  # threshold, unless less than the pad would be left.
   kept = (jax.default_backend() == "cpu" and _mallopt(names, M_MMAP_MAX, 0)
-          and _mallopt(names, M_TRIM_THRESHOLD, -1))
+          and _mallopt(names, M_TRIM_THRESHOLD, -1) and _mallopt(names, M_TOP_PAD, ARENA_PART))
   if kept:
     ctypes.CDLL(None).malloc_trim(0)
   return kept
