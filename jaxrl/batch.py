@@ -190,7 +190,7 @@ def bucket(size: int, minimum: int = 1) -> int:
 
 
 def _bundles(trajectories: Sequence[Trajectory], together: bool) -> list[list[int]]:
-  """Items that share a row: those of a group, or each by itself."""
+  """Items that share a row, or the rows of a trunk: those of a group, or each by itself."""
   if not together:
     return [[item] for item in range(len(trajectories))]
   groups = {}
@@ -260,9 +260,9 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     rows_multiple: the row count is a power of two times this (micro-batch rows x devices).
     min_rows: smallest row count, to keep several batches in one bucket.
     min_sequences: smallest length of the per-sequence arrays, likewise.
-    together: the sequences of a group share a row, so that a loss may compare them in any split
-      into micro-batches; a larger group raises the row length to its power of two. The trunk of a
-      group is what all of its sequences begin with, and unscored ones are stored too.
+    together: the sequences of a group share a row, or the rows of one trunk, so that a loss may compare
+      them in any split into micro-batches; a larger group raises the row length to its power of two. The
+      trunk of a group is what all of its sequences begin with, and unscored ones are stored too.
     longest: of the batch, unless a sequence is longer.
 
   Raises:
@@ -279,16 +279,22 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     head = shared_length(shared) if together else prompt_length(shared[0])
     for item in items:
       heads[item] = head
-  sizes = [sum(len(trajectories[item].tokens) - heads[item] for item in items) for items in whole]
-  largest = max(sizes, default=0)
-  length = row_length if 0 < row_length >= largest else bucket(largest)
+  sizes = [len(t.tokens) - head for t, head in zip(trajectories, heads)]
+
+  def fits(length):
+    return all(_place({i: sizes[i] for i in items}, [], length, rows_per_trunk) for items in whole)
+  length = row_length
+  if length <= 0 or not fits(length):
+    length = bucket(max(sizes, default=0))
+    while not fits(length):
+      length *= 2
   deepest = max((head for t, head in zip(trajectories, heads) if head < len(t.tokens)), default=0)
   trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
   if trunk_length:
     bins, prompts = _with_trunks(trajectories, heads, whole, Layout(length, trunk_length, rows_per_trunk))
   else:
-    bins, prompts = [[item for bundle in row for item in whole[bundle]]
-                     for row in first_fit_decreasing(sizes, length)], []
+    bins, prompts = [[item for bundle in row for item in whole[bundle]] for row in first_fit_decreasing(
+        [sum(sizes[item] for item in items) for items in whole], length)], []
   rows = rows_multiple * bucket(-(-max(len(bins), min_rows) // rows_multiple))
   batch = _empty(rows, length, rows // rows_per_trunk, trunk_length,
                  bucket(len(trajectories), min_sequences), _common_keys(trajectories, "signals"),
@@ -344,21 +350,45 @@ def _empty(rows, length, trunks, trunk_length, sequences, signals, columns):
 def _with_trunks(trajectories, heads, bundles, layout: Layout) -> tuple[list[list[int]], list[np.ndarray]]:
   """Items of every row, and the prompt of every trunk, `rows_per_trunk` rows each."""
   by_prompt: dict[bytes, list[list[int]]] = {}
+  capacity = layout.row_length, layout.rows_per_trunk
   for items in bundles:
     t, head = trajectories[items[0]], heads[items[0]]
     if any(head < len(trajectories[item].tokens) for item in items):
       by_prompt.setdefault(t.tokens[:head].tobytes(), []).append(items)
   bins, prompts = [], []
   for members in by_prompt.values():
-    sizes = [sum(len(trajectories[i].tokens) - heads[i] for i in items) for items in members]
-    rows = [[item for bundle in row for item in members[bundle]]
-            for row in first_fit_decreasing(sizes, layout.row_length)]
+    units = []  # room in the rows of each, and their items
+    sizes = [{i: len(trajectories[i].tokens) - heads[i] for i in items} for items in members]
+    for of_items in sorted(sizes, key=lambda of_items: -sum(of_items.values())):
+      unit = next((u for u in units if _place(of_items, u[0], *capacity)), None)
+      if unit is None:
+        units.append(unit := ([], [[] for _ in range(layout.rows_per_trunk)]))
+      unit[0][:], row_of = _place(of_items, unit[0], *capacity)
+      for item, row in row_of.items():
+        unit[1][row].append(item)
     first = members[0][0]
-    for start in range(0, len(rows), layout.rows_per_trunk):
-      unit = rows[start:start + layout.rows_per_trunk]
-      bins += unit + [[]] * (layout.rows_per_trunk - len(unit))
+    for _, rows in units:
+      bins += rows
       prompts.append(trajectories[first].tokens[:heads[first]])
   return bins, prompts
+
+
+def _place(sizes: Mapping[int, int], room: Sequence[int], capacity: int, most: int
+           ) -> tuple[list[int], dict[int, int]] | None:
+  """Puts items into rows with some room, longest first, or into new ones, of which there are `most` with those.
+
+  Returns:
+    Room in all rows then, and the row of each item, in their order; None if they do not fit.
+  """
+  room, row_of = list(room), dict.fromkeys(sizes, 0)
+  for item in sorted(sizes, key=lambda i: (-sizes[i], i)):
+    row = next((row for row, left in enumerate(room) if sizes[item] <= left), len(room))
+    if row == most or sizes[item] > capacity:
+      return None
+    room += [capacity] * (row == len(room))
+    room[row] -= sizes[item]
+    row_of[item] = row
+  return room, row_of
 
 
 def unpack(batch: TokenBatch) -> list[Trajectory]:

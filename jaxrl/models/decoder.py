@@ -20,6 +20,7 @@ from jaxrl.models import adapters
 from jaxrl.models import cached_attention
 from jaxrl.models import experts
 from jaxrl.models import packed_attention
+from jaxrl.models import products
 from jaxrl.models import rope
 from jaxrl.models.cached_attention import DecodeStep, KeyValues, LayerCache, Rows
 from jaxrl.models.decoder_config import ACTIVATIONS, REMAT_POLICIES, THRESHOLDS, VALUE, DecoderConfig
@@ -87,7 +88,7 @@ class Projection(nn.Module):
         out_axis=tuple(range(n, n + len(self.shape))))
     kernel = self.param("kernel", partitioned(init, *self.inputs, *self.outputs),
                         x.shape[-n:] + self.shape, c.param_dtype)
-    y = _contract(n, x, kernel.astype(c.dtype))
+    y = products.contract(n, x, kernel.astype(c.dtype))
     if self.has_variable("scales", "kernel"):  # of integers, see sampling.precision
       y = y * self.get_variable("scales", "kernel").astype(c.dtype)
     for adapter in adapters.of_module(self, c.adapters):
@@ -110,38 +111,6 @@ class Constant(nn.Module):
     bias = self.param("bias", partitioned(nn.initializers.zeros, "head"), (self.outputs,),
                       self.config.param_dtype)
     return jnp.broadcast_to(bias.astype(self.config.dtype), (*x.shape[:-1], self.outputs))
-
-
-def _sums(n, x, kernel):
-  axes = tuple(range(x.ndim - n, x.ndim))
-  return jax.lax.dot_general(x, kernel, ((axes, tuple(range(n))), ((), ())))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(n, x, kernel):
-  """Sums over the last `n` axes of `x` and the first `n` of `kernel`."""
-  return _sums(n, x, kernel)
-
-
-def _contract_forward(n, x, kernel):
-  return _sums(n, x, kernel), (x, kernel)  # a plain product, which `remat="dots"` knows to keep
-
-
-def _contract_backward(n, saved, to_y):
-  """As JAX derives it, but the kernel's gradient is made the way round that the kernel lies.
-
-  The other way XLA transposes it, and on a CPU the cotangent as well, which takes a third of the
-  time of a small model's backward pass.
-  """
-  x, kernel = saved
-  outputs, leading = kernel.ndim - n, tuple(range(x.ndim - n))
-  to_x = jax.lax.dot_general(to_y, kernel, (
-      (tuple(range(to_y.ndim - outputs, to_y.ndim)), tuple(range(n, kernel.ndim))), ((), ())))
-  to_kernel = jax.lax.dot_general(x, to_y, ((leading, leading), ((), ())))
-  return to_x, to_kernel
-
-
-_contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Attention(nn.Module):
@@ -218,7 +187,7 @@ class MLP(nn.Module):
     c = self.config
     wide = functools.partial(Projection, c, ("embed",), ("mlp",), (c.d_ff,), c.mlp_bias)
     activation = ACTIVATIONS[c.activation]
-    hidden = (activation(wide(name="gate")(x)) * wide(name="up")(x) if c.gated_mlp else
+    hidden = (products.gated(activation, wide(name="gate")(x), wide(name="up")(x)) if c.gated_mlp else
               activation(wide(name="up")(x)))
     return Projection(c, ("mlp",), ("embed",), (c.d_model,), c.mlp_bias, scale=0.5 / c.layers,
                       name="down")(hidden)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl import sharding
+from jaxrl.models import products
 
 
 def route(logits: Float[Array, "units length experts"], count: int, *, normalise: bool
@@ -47,7 +48,7 @@ def mixture(x: Float[Array, "units length width"], chosen: Int[Array, "units len
     def product(rows, kernels):
       return jax.lax.ragged_dot(rows, kernels, sizes)
     rows = sorted_by(order, jnp.broadcast_to(x[..., None, :], (*chosen.shape, width)).reshape(-1, width))
-    out = product(activation(product(rows, gate)) * product(rows, up), down)
+    out = product(products.gated(activation, product(rows, gate), product(rows, up)), down)
     out = sorted_by(jnp.argsort(order), out).reshape(*chosen.shape, width)
     return jnp.sum(out * weights[..., None], axis=-2)[None]  # one share of the sum
 

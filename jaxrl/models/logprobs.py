@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl import sharding
+from jaxrl.models import products
 from jaxrl.models import scores
 from jaxrl.models.scores import NEGATIVE
 
@@ -148,7 +149,6 @@ def _backward_rule(chunks, cap, entropy, saved, cotangents):
   if isinstance(to_logprob, SymbolicZero):
     to_logprob = jnp.zeros(targets.shape, jnp.float32)
   table = _as_chunks(vocabulary, chunks)
-  rows = tuple(range(hidden.ndim - 1))
   parts = sharding.axis_size("vocab")
   parts = 1 if table.shape[0] % parts else parts
 
@@ -165,8 +165,7 @@ def _backward_rule(chunks, cap, entropy, saved, cotangents):
       to_logits *= 1 - jnp.clip(logits * temperature / cap, -1, 1) ** 2  # finite on padding
     to_logits = (to_logits / temperature).astype(hidden.dtype)
     to_hidden += _sums_by_device(to_logits, embeddings, parts)
-    to_embeddings = jnp.tensordot(to_logits, hidden, (rows, rows),
-                                  preferred_element_type=jnp.float32)
+    to_embeddings = products.over_rows(hidden.ndim - 1, to_logits, hidden, jnp.float32)
     return to_hidden, lax.dynamic_update_index_in_dim(to_table, to_embeddings, index, 1)
 
   start = (jnp.zeros((parts, *hidden.shape), jnp.float32),

@@ -20,6 +20,7 @@ from jaxrl.models import scores
 BLOCK = 1024  # queries whose scores exist at one time
 IN_CACHE, BLOCKS = 64, 8  # on a CPU: queries whose scores stay in its cache, blocks at most
 ALIGNED = 16  # where the keys of a block begin
+KEY_AXES = (2, 2, 1, 1)  # of keys, values, positions and segments: the axis of tokens
 KERNELS = ("xla", "fused")
 
 
@@ -88,20 +89,32 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
 
 def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
   """Rows over their keys, of which the first `trunk` are the trunk's. [units, rows, length, ...]"""
-  length, size = q.shape[2], _block_of(q.shape[2])
+  units, rows, length, kv, group, width = q.shape
+  batch, size = units * rows, _block_of(length)
+  q = q.reshape(batch, length, kv, group, width).transpose(0, 2, 3, 1, 4)
+  keys = (*(x.reshape(batch, -1, kv, width).transpose(0, 2, 1, 3) for x in (k, v)),
+          *(x.reshape(batch, -1) for x in (positions, ids)))
   block = functools.partial(_attend_block, trunk=trunk, window=window, soft_cap=soft_cap)
-  if length <= size:
-    return block(q, k, v, positions, ids)
   if length > BLOCK:  # what the backward pass needs of the scores is computed again
     block = jax.checkpoint(block)
-  ends = [*range(size, length, size), length]
+  starts = range(0, length, size)
+  # A block needs no keys after it, and none of other segments before it.
+  spans = [(max(start + 1 - longest, 0) // ALIGNED * ALIGNED if longest and not trunk else 0,
+            trunk + min(start + size, length)) for start in starts]
+  blocks = zip(jnp.split(q, list(starts[1:]), axis=3), *(_spans(x, axis, spans) for x, axis in zip(keys, KEY_AXES)))
+  out, total = (jnp.concatenate(parts, axis=3) for parts in zip(*(block(*of_block) for of_block in blocks)))
+  out = (out / total).astype(v.dtype)
+  return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
 
-  def keys_of(x, start, end):  # a block needs none after it, and none of other segments before it
-    first = max(start + 1 - longest, 0) // ALIGNED * ALIGNED if longest and not trunk else 0
-    return x[:, :, first:trunk + end]
-  return jnp.concatenate([
-      block(q[:, :, start:end], *(keys_of(x, start, end) for x in (k, v, positions, ids)))
-      for start, end in zip([0, *ends], ends)], axis=2)
+
+def _spans(x, axis, spans):
+  """What lies from starts to ends along an axis, which may overlap, each as a list of parts.
+
+  The gradients of a part are added up by themselves; those of slices would each be made as large as `x`.
+  """
+  cuts = sorted({0, x.shape[axis]}.union(*spans))
+  parts = jnp.split(x, cuts[1:-1], axis=axis)
+  return [parts[cuts.index(start):cuts.index(end)] for start, end in spans]
 
 
 def _block_of(length):
@@ -113,35 +126,41 @@ def _block_of(length):
   return min(max(1, round(length / BLOCKS / IN_CACHE)) * IN_CACHE, BLOCK)
 
 
-def _attend_block(q, k, v, positions, ids, *, trunk, window, soft_cap):
-  """Queries of each row over all keys up to the last of them. [units, rows, length, kv, ...]"""
-  units, rows, length, kv, group, width = q.shape
-  keys, batch = k.shape[2], units * rows
+def _attend_block(q, *keys, trunk, window, soft_cap):
+  """Queries of each row over all keys up to the last of them.
+
+  Args:
+    q: [rows, kv, group, length, width].
+    *keys: parts of keys and values [rows, kv, keys, width], positions and segments [rows, keys].
+
+  Returns:
+    Weighted sums of values, and their weights in sum. [rows, kv, group, length, width or 1]
+  """
+  k, v, positions, ids = (jnp.concatenate(parts, axis) if len(parts) > 1 else parts[0]
+                          for parts, axis in zip(keys, KEY_AXES))
+  rows, kv, group, length, width = q.shape
   visible = _visible(length, positions, ids, trunk, window)
   # Adding so much that softmax gives exactly 0 is cheaper than to select, in both directions.
-  bias = jnp.where(visible, jnp.float32(0), scores.NEGATIVE).reshape(batch, 1, length, keys)
-  q = q.reshape(batch, length, kv, group, width).transpose(0, 2, 3, 1, 4)
-  k, v = (x.reshape(batch, keys, kv, width).transpose(0, 2, 1, 3) for x in (k, v))
-  out = scores.product_with_rows(q.reshape(batch, kv, group * length, width), k)
-  out = scores.soft_cap(out.reshape(batch, kv * group, length, keys), soft_cap) + bias
+  bias = jnp.where(visible, jnp.float32(0), scores.NEGATIVE)[:, None]
+  out = scores.product_with_rows(q.reshape(rows, kv, group * length, width), k)
+  out = scores.soft_cap(out.reshape(rows, kv * group, length, -1), soft_cap) + bias
   # The result does not depend on what is taken off, so no gradient has to pass through it.
   weights = jnp.exp(out - jax.lax.stop_gradient(jnp.max(out, axis=-1, keepdims=True)))
-  total = jnp.sum(weights, axis=-1).reshape(batch, kv, group, length, 1)
-  out = scores.product(weights.astype(v.dtype).reshape(batch, kv, group * length, keys), v)
-  out = (out.reshape(batch, kv, group, length, width) / total).astype(v.dtype)
-  return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
+  total = jnp.sum(weights, axis=-1).reshape(rows, kv, group, length, 1)
+  out = scores.product(weights.astype(v.dtype).reshape(rows, kv, group * length, -1), v)
+  return out.reshape(rows, kv, group, length, width), total
 
 
 def _visible(length, positions, ids, trunk, window):
-  """Which keys the last `length` of their tokens see. [units, rows, length, keys]"""
-  own = positions.shape[2] - length  # where the queries are among the keys
-  index = jnp.arange(positions.shape[2])
-  visible = ids[:, :, own:, None] == ids[:, :, None]
+  """Which keys the last `length` of their tokens see. [..., length, keys]"""
+  own = positions.shape[-1] - length  # where the queries are among the keys
+  index = jnp.arange(positions.shape[-1])
+  visible = ids[..., own:, None] == ids[..., None, :]
   visible &= index[own:, None] >= index
   if trunk:
-    visible = jnp.where(index < trunk, (ids != 0)[:, :, None], visible)
+    visible = jnp.where(index < trunk, (ids != 0)[..., None, :], visible)
   if window is not None:
-    visible &= positions[:, :, own:, None] - positions[:, :, None] < window
+    visible &= positions[..., own:, None] - positions[..., None, :] < window
   return visible
 
 

@@ -73,6 +73,9 @@ class Ahead:
         "copy_seconds": ready - began, "wait_seconds": now - ready,
         "wait_fraction": (now - ready) / max(now - since, 1e-9)})
 
+  def prefetch(self) -> None:
+    pass
+
   def get_state(self) -> dict:
     """Waits for the batches under way: they cannot be made again without their parameters, so they
     are part of the position, as NumPy arrays beside JSON-able values.

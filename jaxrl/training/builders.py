@@ -500,7 +500,7 @@ def _references(specs, where, settings, decoder, mesh, tokenizer):
 
 
 def sizes_of(phase: Phase, builder: data.TaskBuilder, pair_builder: data.PairBuilder | None,
-             source: data.Source) -> tuple[list[int], Sequence[tuple[int, int]]]:
+             source: data.Source) -> tuple[list[int], Sequence[tuple[int, Sequence[int]]]]:
   """Tokens of some examples, and of the parts of pairs, see `shape_of`."""
   if phase.kind in PAIRED:
     to_trajectories = _to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
@@ -515,7 +515,7 @@ def sizes_of(phase: Phase, builder: data.TaskBuilder, pair_builder: data.PairBui
 
 
 def make_shape(phase: Phase, decoder: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sequence[int],
-               shared: Sequence[tuple[int, int]] = ()) -> Shape:
+               shared: Sequence[tuple[int, Sequence[int]]] = ()) -> Shape:
   """The shape of a phase's batches; `sizes` and `shared` as in `shape_of`."""
   state = state_of(phase.learning, mesh)
 
@@ -531,11 +531,11 @@ def gradient_bytes(learning: learner.Learning, state: states.TrainState) -> int:
 
 
 def _prompts_of(made):
-  """Tokens of the prompt and of the answers of each group; nothing where examples make several."""
+  """Tokens of the prompt and of each answer of the groups; nothing where examples make several."""
   if any(len({t.group for t in group}) != 1 for group in made):
     return ()
   heads = [shared_length(group) for group in made]
-  return [(head, sum(len(t.tokens) - head for t in group)) for head, group in zip(heads, made)]
+  return [(head, [len(t.tokens) - head for t in group]) for head, group in zip(heads, made)]
 
 
 def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:

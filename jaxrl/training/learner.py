@@ -208,13 +208,17 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
        functools.partial(_update, learning, learning.part(state_shardings.params)),
        dict(donate_argnums=0, out_shardings=(state_shardings, None))),
       (functools.partial(_measured, learning), _measure, {}))
-  if learning.streams == 1:
-    return Learner(*(jax.jit(_in_one(part, whole), **how) for part, whole, how in functions))
 
   def count(batch):
     return min(learning.streams, _micro_batches(batch))
-  return Learner(*(streams.SideBySide(jax.jit(part), jax.jit(whole, **how), count, mesh)
-                   for part, whole, how in functions))
+
+  def program(part, whole, how, worth_it=True):
+    if learning.streams == 1 or not worth_it:
+      return jax.jit(_in_one(part, whole), **how)
+    return streams.SideBySide(jax.jit(part), jax.jit(whole, **how), count, mesh)
+  signals, update, measure = functions
+  return Learner(program(*signals, worth_it=any(learning.frozen_signals.values())), program(*update),
+                 program(*measure))
 
 
 def _in_one(part, whole):

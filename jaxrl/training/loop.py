@@ -15,6 +15,7 @@ from jaxrl.evaluation import policy
 from jaxrl.training import machine
 from jaxrl.training import processes
 from jaxrl.training import stored
+from jaxrl.training import streams
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import Learner
 from jaxrl.training.learner import to_micro_batches
@@ -134,7 +135,10 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
       if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:
         _log_samples(phase, batch, supplied, progress.updates + 1, reporter)
     with jax.set_mesh(phase.mesh):
-      state, metrics = phase.learner.update(state, batch)
+      finish = streams.begin(phase.learner.update, state, batch)
+      if progress.updates_left == 1 and step + 1 < phase.steps:
+        phase.supply.prefetch()
+      state, metrics = finish()
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     machine.keep_memory()
     step, progress.updates = step + 1, progress.updates + 1

@@ -7,7 +7,6 @@ it (or reads it from disk), and the first update of the shape that was rehearsed
 
 from concurrent import futures
 from collections.abc import Callable
-import functools
 import threading
 from typing import Any
 
@@ -47,12 +46,25 @@ class Aside:
   def first(self, function: Callable, expected: Any = None) -> Callable:
     """The function, made to wait for what is being compiled: for a last argument of the shapes of
     `expected`, or for any. Another shape is another program."""
-    @functools.wraps(function)
-    def call(*args):
+    def wait(args):
       if self._done and (expected is None or _shapes(args[-1]) == _shapes(expected)):
         futures.wait([self._done])
-      return function(*args)
-    return call
+    return _Later(wait, function)
+
+
+class _Later:
+  """A function that waits for something else whenever it is called, see `streams.begin`."""
+
+  def __init__(self, wait: Callable[[tuple], None], function: Callable):
+    self._wait, self._function = wait, function
+
+  def __call__(self, *args: Any) -> Any:
+    return self.begin(*args)()
+
+  def begin(self, *args: Any) -> Callable[[], Any]:
+    """Waits, then starts the call."""
+    self._wait(args)
+    return streams.begin(self._function, *args)
 
 
 class Rehearsal:

@@ -67,7 +67,7 @@ class Shape:
 
 def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: jax.sharding.Mesh,
              sizes: Sequence[int], *, kept_bytes: int = 0, compares: bool = False,
-             shared: Sequence[tuple[int, int]] = ()) -> Shape:
+             shared: Sequence[tuple[int, Sequence[int]]] = ()) -> Shape:
   """The shape of a phase's batches.
 
   Args:
@@ -77,7 +77,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     sizes: tokens of some prompts, or pairs of answers with their prompts, that the phase may draw.
     kept_bytes: of parameters, optimiser, reference and gradients on one device.
     compares: whether a loss compares rollouts: groups then share rows, and are taken to be pairs.
-    shared: of those pairs, tokens of the prompt, and of all answers without it.
+    shared: of those pairs, tokens of the prompt, and of each answer without it.
   """
   together = compares or settings.kind in PAIRED
   if together:
@@ -88,7 +88,8 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     row = row if row >= longest else bucket(longest)
     whole = Layout(row if settings.kind == "rl" else _fullest(sizes, row, groups))
     layout = _layout_of_pairs(settings, decoder, whole, sizes, shared)
-    rows = groups if layout.trunk_length else _rows_of_whole(layout, longest, groups)
+    rows = (groups * layout.rows_per_trunk if layout.trunk_length else
+            _rows_of_whole(layout, longest, groups))
     sequences = 2 * groups
   elif settings.kind == "rl":
     known = list(sizes) or [max(settings.data.max_prompt_tokens, 1)]
@@ -127,17 +128,21 @@ def _fullest(sizes, least, groups):
 
 
 def _layout_of_pairs(settings, decoder, whole, sizes, shared):
-  """Rows of whole pairs, or a trunk and a row for each, where that takes less of similar ones."""
+  """Rows of whole pairs, or where that takes less a trunk for each and its answers in one row or in several."""
   if not settings.batch.share_prompts or not shared:
     return whole
-  head, rest = (_round_up(max(lengths)) for lengths in zip(*shared))
-  rows = len(first_fit_decreasing(sizes, whole.row_length))
+  heads, answers = zip(*shared)
+  head = _round_up(max(heads))
+  in_one = Layout(_round_up(max(map(sum, answers))), head)
+  each = Layout(_round_up(max(map(max, answers))), head, max(map(len, answers)))
 
-  def cost(tokens, keys):
-    return tokens * (1 + keys / (4 * decoder.d_model))  # attention relative to all other work
-  once = cost(len(shared) * (head + rest), head + rest)
-  return (Layout(rest, head) if once < WORTH_SHARING * cost(rows * whole.row_length, whole.row_length)
-          else whole)
+  def cost(layout, units):
+    tokens = units * (layout.trunk_length + layout.rows_per_trunk * layout.row_length)
+    # Attention relative to all other work.
+    return tokens * (1 + (layout.trunk_length + layout.row_length) / (4 * decoder.d_model))
+  best = min(in_one, each, key=lambda layout: cost(layout, len(shared)))
+  rows = len(first_fit_decreasing(sizes, whole.row_length))
+  return best if cost(best, len(shared)) < WORTH_SHARING * cost(whole, rows) else whole
 
 
 def _layout_of_rollouts(settings, decoder, prompt, samples):

@@ -39,8 +39,12 @@ class Supply(Protocol):
     """The next batch, for the policy `params` at update `step` of the phase, and the parameters of
     its reference if the phase has one."""
 
+  def prefetch(self) -> None:
+    """Begins with the next batch while the last one is learned from, as far as no parameters are needed.
+    It may never be asked for, and what goes wrong is raised by `next`."""
+
   def get_state(self) -> dict:
-    """Position after the last batch: JSON-able values, and NumPy arrays anywhere among them."""
+    """Position after the last batch handed out: JSON-able values, and NumPy arrays anywhere among them."""
 
   def set_state(self, state: dict) -> None:
     """Continues from a position."""
@@ -58,15 +62,31 @@ class Examples:
                to_trajectories: Callable[[list[Any]], list[Trajectory]], count: int):
     """Draws from `examples`; `to_trajectories` makes the sequences of a batch of them."""
     self._examples, self._to_trajectories, self._count = examples, to_trajectories, count
+    self._early: tuple[dict, Supplied | Exception] | None = None  # position before it, the next batch
 
   def next(self, params: Any, step: int, reference: Any = None) -> Supplied:
     del params, step, reference
-    return Supplied(self._to_trajectories([next(self._examples) for _ in range(self._count)]))
+    self.prefetch()
+    _, drawn = self._early
+    self._early = None
+    if isinstance(drawn, Exception):
+      raise drawn
+    return drawn
+
+  def prefetch(self) -> None:
+    if self._early is None:
+      position = self._examples.get_state()
+      try:
+        drawn = Supplied(self._to_trajectories([next(self._examples) for _ in range(self._count)]))
+      except Exception as error:
+        drawn = error
+      self._early = position, drawn
 
   def get_state(self) -> dict:
-    return self._examples.get_state()
+    return self._examples.get_state() if self._early is None else self._early[0]
 
   def set_state(self, state: dict) -> None:
+    self._early = None
     self._examples.set_state(state)
 
   def close(self) -> None:
@@ -102,6 +122,9 @@ class GroupsOfRollouts:
     trajectories = edit_lib.apply(self._edits, batch)
     metrics["rollout_seconds"] = time.perf_counter() - start
     return Supplied(trajectories, metrics, collected.tasks)
+
+  def prefetch(self) -> None:
+    pass
 
   def get_state(self) -> dict:
     return {"tasks": self._tasks.get_state(), "memory": copy.deepcopy(self._rollouts.memory)}

@@ -42,6 +42,9 @@ class Supply:
     self.made += 1
     return Supplied(trajectories, {"reward": float(self.made), "made_at": step})
 
+  def prefetch(self):
+    pass
+
   def get_state(self):
     return {"made": self.made}
 

@@ -82,6 +82,6 @@ def test_prompts_are_shared_where_that_takes_less(toys, heads, answers, row, wan
 
   def shape(**batch):
     return shape_of(settings(row_length=row, **batch), DecoderConfig(vocab_size=50), toys.one_device(), sizes,
-                    shared=list(zip(heads, answers)))
+                    shared=[(head, (rest // 2, rest - rest // 2)) for head, rest in zip(heads, answers)])
   assert shape().layout.trunk_length == wanted
   assert shape(share_prompts=False).layout.trunk_length == 0
