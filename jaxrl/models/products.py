@@ -41,7 +41,7 @@ def over_rows(n: int, x: Array, y: Array, dtype: jax.typing.DTypeLike | None = N
   def sums(left, right):
     axes = tuple(range(n))
     return jax.lax.dot_general(left, right, ((axes, axes), ((), ())), preferred_element_type=dtype)
-  if chips.platform() != "cpu" or x.size <= y.size:
+  if chips.platform() != "cpu" or x.size <= 2 * y.size:
     return sums(x, y)
   turned, first = jax.lax.optimization_barrier(sums(y, x)), y.ndim - n  # else XLA would turn the product again
   return turned.transpose(*range(first, turned.ndim), *range(first))
