@@ -195,10 +195,12 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  for _ in range(20):
-    block = ctypes.c_void_p(libc.malloc(1 << 25))
-    libc.memset(block, 1, 1 << 25)
-    libc.free(block)
+  for _ in range(20):  # the two are more than the 64 MB that glibc makes the arena of a thread of
+    blocks = [ctypes.c_void_p(libc.malloc(40 << 20)) for _ in range(2)]
+    for block in blocks:
+      libc.memset(block, 1, 40 << 20)
+    for block in blocks:
+      libc.free(block)
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 def in_thread():
   found = []

@@ -8,6 +8,7 @@ import pytest
 
 from jaxrl import sharding
 from jaxrl.batch import pack
+from jaxrl.training import streams
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
 from jaxrl.training.machine import CompileCounter
@@ -78,3 +79,37 @@ def test_what_fails_aside_does_not_stop_the_function():
     raise ValueError("out of memory")
   aside.compile(fail)
   assert aside.first(lambda x: x + 1)(1) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_run_while_their_caller_does_something_else(count):
+  """All of them are under way when `begin` returns, each in a thread; `begin` does not wait for arrays."""
+  mesh, threads, fail = sharding.make_mesh(devices=jax.devices()[:1]), [], []
+
+  def part(state, batch, index, parts):
+    threads.append(threading.current_thread().name)
+    if index in fail:
+      raise ArithmeticError(f"part {index}")
+    assert jax.sharding.get_mesh() == mesh
+    return state + batch * index
+  function = streams.SideBySide(part, lambda state, batch, parts: (len(parts), sum(parts)), lambda batch: count, mesh)
+  state, batch = np.float32(2), np.float32(10)
+  expected = count, sum(2 + 10 * i for i in range(count))
+  assert function(state, batch) == expected  # of a new shape, which compiles: one after the other
+  assert set(threads) == {threading.current_thread().name}
+  threads.clear()
+  finish = streams.begin(function, state, batch)
+  assert len(threads) == count and threading.current_thread().name not in threads
+  assert finish() == expected
+  aside = Aside()
+  assert streams.begin(aside.first(function), state, batch)() == expected
+  fail.append(count - 1)
+  finish = streams.begin(function, state, batch)
+  with pytest.raises(ArithmeticError, match=f"part {count - 1}"):
+    finish()
+
+
+def test_what_has_no_parts_is_begun_by_calling_it():
+  calls = []
+  finish = streams.begin(lambda x: calls.append(x) or x + 1, 3)
+  assert calls == [3] and finish() == 4 and calls == [3]

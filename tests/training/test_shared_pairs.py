@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from jaxrl import config as configs
-from jaxrl.batch import Trajectory, pack, shared_length
+from jaxrl.batch import Layout, Trajectory, pack, shared_length
 from jaxrl.models import DecoderConfig, init_parameters, model_outputs, unbox
 from jaxrl.objectives import bradley_terry, dpo
 from jaxrl.objectives.aggregate import loss_weights, mean_weights, sum_of_terms
@@ -49,19 +49,46 @@ def test_a_group_shares_what_all_of_it_begins_with():
   assert (batch.sequence_ids == 6).sum() == len(found[6].tokens) - 6  # unscored, and stored
 
 
+@pytest.mark.parametrize("length", [8, 4, 24])
+def test_the_rows_of_a_trunk_hold_a_group_together(length):
+  """Answers in rows of their own, side by side, or where they are too long in longer rows: in one unit."""
+  found = sequences()
+  batch = pack(found, row_length=length, together=True, rows_multiple=4, trunk_length=8, rows_per_trunk=2)
+  assert batch.rows_per_trunk == 2
+  answers = [len(t.tokens) for t in found]
+  for items, head in (((0, 1), 6), ((2, 3), 3), ((4, 5), 2), ((6,), 6)):
+    places = [np.nonzero(batch.sequence_ids == item) for item in items]
+    rows = [set(rows) for rows, _ in places]
+    assert all(len(own) == 1 for own in rows) and len({row // 2 for own in rows for row in own}) == 1
+    [unit] = {row // 2 for own in rows for row in own}
+    assert batch.trunk_lengths[unit] == head
+    for item, at in zip(items, places):
+      assert batch.tokens[at].tolist() == found[item].tokens[head:].tolist()
+      assert batch.positions[at].tolist() == list(range(head, answers[item]))
+
+
+def test_a_group_that_does_not_fit_the_rows_of_a_trunk_makes_them_longer():
+  three = [Trajectory(np.arange(1, 3 + n), np.arange(n + 2) >= 2, group=0, columns=dict(preference=0.0))
+           for n in (9, 9, 9)]
+  batch = pack(three, row_length=12, together=True, rows_multiple=2, trunk_length=2, rows_per_trunk=2)
+  assert batch.tokens.shape == (2, 32) and (batch.segment_ids != 0).sum(axis=1).tolist() == [27, 0]
+
+
 @pytest.mark.parametrize("term", [dpo, bradley_terry])
 def test_losses_and_gradients_are_those_of_whole_sequences(term):
   params = unbox(init_parameters(MODEL, jax.random.key(0)))
   found = {}
-  for name, batch in (("whole", packed()), ("shared", packed(trunk_length=8))):
+  in_rows = pack(sequences(), row_length=12, together=True, rows_multiple=4, trunk_length=8, rows_per_trunk=2)
+  for name, batch in (("whole", packed()), ("shared", packed(trunk_length=8)), ("in rows", in_rows)):
     weights, means = loss_weights(batch, "sequence_mean"), mean_weights(batch, by_sequence=True)
 
     def loss(params):
       outputs = model_outputs(MODEL, params, batch, signals=("scores",), vocabulary_chunk=5)
       return sum_of_terms([term])(outputs, batch, weights, means)[0]
     found[name] = jax.device_get(jax.value_and_grad(loss)(params))
-  for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+  for name in ("shared", "in rows"):
+    for one, other in zip(*map(jax.tree.leaves, (found["whole"], found[name])), strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
   assert found["whole"][0] > 0
 
 
@@ -74,14 +101,17 @@ def settings(**batch):
 
 
 @pytest.mark.parametrize("heads, answers, row, wanted", [
-    ([32] * 8, [128] * 8, 192, 32),  # equal pairs: 160 tokens each instead of 192
-    ([32] * 8, [20, 60, 100, 140, 180, 220, 240, 30], 384, 0),  # ragged ones would be padded
-    ([4] * 8, [128] * 8, 136, 0)])  # short prompts
+    ([32] * 8, [(64, 64)] * 8, 192, (64, 32, 2)),  # equal pairs: 160 tokens each instead of 192
+    ([32] * 8, [(112, 16), (16, 112)] * 4, 192, (128, 32, 1)),  # one answer is short, the pair is not
+    ([32] * 8, [(n, n) for n in (10, 30, 50, 70, 90, 110, 120, 15)], 384, (400, 0, 1)),  # would be padded
+    ([4] * 8, [(64, 64)] * 8, 136, (136, 0, 1))])  # short prompts
 def test_prompts_are_shared_where_that_takes_less(toys, heads, answers, row, wanted):
-  sizes = [2 * head + rest for head, rest in zip(heads, answers)]
+  sizes = [2 * head + sum(pair) for head, pair in zip(heads, answers)]
 
   def shape(**batch):
     return shape_of(settings(row_length=row, **batch), DecoderConfig(vocab_size=50), toys.one_device(), sizes,
-                    shared=[(head, (rest // 2, rest - rest // 2)) for head, rest in zip(heads, answers)])
-  assert shape().layout.trunk_length == wanted
+                    shared=list(zip(heads, answers)))
+  found = shape()
+  assert found.layout == Layout(*wanted)
+  assert found.rows >= 8 * found.layout.rows_per_trunk if found.layout.trunk_length else found.rows > 0
   assert shape(share_prompts=False).layout.trunk_length == 0

@@ -81,6 +81,37 @@ def test_a_supply_continues_from_any_batch(make):
     assert contents(second.next(params, step)) == batches[step]
 
 
+def test_what_was_prefetched_is_no_part_of_the_position():
+  whole, early = examples(), examples()
+  batches = [contents(whole.next(None, step)) for step in range(6)]
+  early.prefetch()
+  assert early.get_state() == examples().get_state()
+  for step in range(3):
+    early.prefetch()
+    assert contents(early.next(None, step)) == batches[step]
+    early.prefetch()
+  state = json.loads(json.dumps(early.get_state()))
+  for resumed in (examples(), early):  # into a new one, and over what has been prefetched
+    resumed.set_state(state)
+    assert [contents(resumed.next(None, step)) for step in range(3, 6)] == batches[3:]
+
+
+def test_what_goes_wrong_early_is_raised_where_it_belongs():
+  made = []
+
+  def to_trajectories(tasks):
+    made.append(len(tasks))
+    if len(made) == 2:
+      raise ArithmeticError("the second batch")
+    return [data.supervised(t, TOKENIZER) for t in tasks]
+  early = supply.Examples(stream(), to_trajectories, 3)
+  first = early.next(None, 0)
+  early.prefetch()  # says nothing
+  assert len(first.trajectories) == 3 and made == [3, 3]
+  with pytest.raises(ArithmeticError, match="the second batch"):
+    early.next(None, 1)
+
+
 def test_samples_depend_on_the_phase_and_the_step():
   params = {"params": None}
   same = [contents(rollouts(key=(0, phase)).next(params, step)) for phase, step in
