@@ -81,7 +81,7 @@ def _arena(options):
 def _export(options):
   """Writes the model of a run as others read it."""
   try:
-    with _loading():
+    with loading():
       from jaxrl.training import export
     for line in export.export(options.workdir, options.output, dtype=options.dtype,
                               merge_adapters=options.merge_adapters):
@@ -96,7 +96,7 @@ def _sample(options):
   """Asks a model."""
   given = vars(options)
   try:
-    with _loading():
+    with loading():
       from jaxrl.inference import sample
     settings = {name: given[name] for name in sample.SETTINGS if given[name] is not None}
     names = ("prompt", "input", "output", "system", "raw", "samples", "seed", "logprobs", "batch", "dtype",
@@ -115,7 +115,7 @@ def _sample(options):
 def _evaluate(options):
   """Measures a reward model on answers whose order is known."""
   try:
-    with _loading():
+    with loading():
       from jaxrl.evaluation import reward_model
       from jaxrl.evaluation.reward_model_questions import Reading
     name = re.sub(r"\..*", "", pathlib.Path(options.data).name) or options.split
@@ -134,7 +134,7 @@ def _evaluate(options):
 def _reproduce(_, options):
   """Measures a method, and ends with one message if that is not possible."""
   try:
-    with _loading():
+    with loading():
       from jaxrl.evidence import reproduce
       from jaxrl.evidence import table
     seeds, slugs = _seeds(options.seeds), options.method.split(",")
@@ -164,7 +164,7 @@ def _seeds(text):
 def _plan(config, options):
   """Prints what a run would need of each device; exits with 1 if that does not fit."""
   try:
-    with _loading():
+    with loading():
       from jaxrl import planning
     workdir = pathlib.Path(options.workdir) if options.workdir else None
     plan = planning.plan(config, planning.find(options.plan, options.devices), workdir)
@@ -182,7 +182,7 @@ def _run(config, options):
   continues = f"the same command continues {options.workdir}"
   several = False
   try:
-    with _loading():
+    with loading():
       several = _join(options)
       from jaxrl.training import run  # only now, for it takes seconds to load
       from jaxrl.training import stopping
@@ -252,7 +252,7 @@ def _handling_sigterm():
 
 
 @contextlib.contextmanager
-def _loading():
+def loading():
   """Collects no garbage meanwhile: modules leave none, and to look for it, then and whenever else
   something is collected, takes time at every start."""
   gc.disable()

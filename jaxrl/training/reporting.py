@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import math
 import pathlib
 import re
+import sys
 import time
 from typing import Any, TextIO
 
@@ -21,6 +22,15 @@ import jax
 
 from jaxrl.training import jsonl, machine
 from jaxrl.training.terminal import Terminal
+
+# Where there is a PyTorch, tensorboardX would load it: a second at every start, and nothing here needs it.
+_hidden = sys.modules.setdefault("torch", None) is None
+try:
+  import tensorboardX
+  from tensorboardX import summary as tensorboard
+finally:
+  if _hidden:
+    del sys.modules["torch"]
 
 SAMPLES_SECONDS = 30.0  # at least, between two tables of samples
 ON_POLICY = ("a policy loss near 0 is expected on-policy: its gradient is what trains; watch the "
@@ -224,12 +234,11 @@ class Reporter:
       self._close_events()
 
   def _add_events(self, prefix: str, metrics: Mapping[str, Any]) -> None:
-    from tensorboardX import summary
-    event = summary.Summary()  # one for all: each goes through two threads, which take the time of this one
+    event = tensorboard.Summary()  # one for all: each goes through two threads, which take the time of this one
     for name, value in metrics.items():
       value = jsonl.number(value)
       if math.isfinite(value):  # TensorBoard draws nothing else, and its writer warns of each
-        event.MergeFrom(summary.scalar(f"{prefix}/{name}", value))
+        event.MergeFrom(tensorboard.scalar(f"{prefix}/{name}", value))
     if event.value:
       self._events.file_writer.add_summary(event, self._step)
 
@@ -242,7 +251,6 @@ class Reporter:
   def _events(self) -> Any:
     """The writer of TensorBoard's events, opened when there is something to write."""
     if self._event_writer is None:
-      import tensorboardX  # takes long to load: seconds where there is a torch for it to find
       self._event_writer = tensorboardX.SummaryWriter(str(self.workdir / "tensorboard"),
                                                       purge_step=self._events_from)
     return self._event_writer

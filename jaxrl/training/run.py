@@ -53,6 +53,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
     Stopped: `stop` was asked to; the same call continues.
   """
   machine.limit_arenas()
+  with machine.rare_collections():
+    return _run_phases(config, workdir, quiet, stop)
+
+
+def _run_phases(config, workdir, quiet, stop):
   with configs.as_config_errors():
     sharding.start_distributed()
   workdir, stop = pathlib.Path(workdir), stop or Stop()

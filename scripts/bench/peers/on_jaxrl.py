@@ -204,7 +204,11 @@ def main():
   work = common.from_command_line()
   if work.devices > 1:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={work.devices}"
-  meter = common.CompileMeter()
+  from jaxrl import cli
+  with cli.loading():  # as `jaxrl run` does
+    meter = common.CompileMeter()
+    from jaxrl.training import run
+    del run
   clock = common.Clock(work, meter.read)
   with tempfile.TemporaryDirectory(prefix="jaxrl_bench_") as directory:
     workdir = pathlib.Path(directory)
