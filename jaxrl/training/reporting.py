@@ -24,7 +24,9 @@ from jaxrl.training import jsonl, machine
 from jaxrl.training.terminal import Terminal
 
 # Where there is a PyTorch, tensorboardX would load it: a second at every start, and nothing here needs it.
-_hidden = sys.modules.setdefault("torch", None) is None
+_hidden = "torch" not in sys.modules
+if _hidden:
+  sys.modules["torch"] = None
 try:
   import tensorboardX
   from tensorboardX import summary as tensorboard
