@@ -154,13 +154,14 @@ def _attend_block(q, *keys, trunk, window, soft_cap):
 def _visible(length, positions, ids, trunk, window):
   """Which keys the last `length` of their tokens see. [..., length, keys]"""
   own = positions.shape[-1] - length  # where the queries are among the keys
-  index = jnp.arange(positions.shape[-1])
-  visible = ids[..., own:, None] == ids[..., None, :]
-  visible &= index[own:, None] >= index
+  # By positions, not by places: what is the same in all micro-batches XLA would move out of the loop over them,
+  # once for every layer, and no longer see that all layers compute the same.
+  since = positions[..., own:, None] - positions[..., None, :]
+  visible = (ids[..., own:, None] == ids[..., None, :]) & (since >= 0)
   if trunk:
-    visible = jnp.where(index < trunk, (ids != 0)[..., None, :], visible)
+    visible = jnp.where(jnp.arange(positions.shape[-1]) < trunk, (ids != 0)[..., None, :], visible)
   if window is not None:
-    visible &= positions[..., own:, None] - positions[..., None, :] < window
+    visible &= since < window
   return visible
 
 

@@ -124,7 +124,7 @@ def _fullest(sizes, least, groups):
 
   def tokens(length):
     return length * sum(len(first_fit_decreasing(batch, length)) for batch in batches)
-  return min(range(least, least + least // 4 + 1, _round_up(-(-least // 32))), key=tokens)
+  return min(range(least, least + least // 4 + 1, _round_up(-(-least // 48), 8)), key=tokens)
 
 
 def _layout_of_pairs(settings, decoder, whole, sizes, shared):
