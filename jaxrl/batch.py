@@ -261,8 +261,9 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     min_rows: smallest row count, to keep several batches in one bucket.
     min_sequences: smallest length of the per-sequence arrays, likewise.
     together: the sequences of a group share a row, or the rows of one trunk, so that a loss may compare
-      them in any split into micro-batches; a larger group raises the row length to its power of two. The
-      trunk of a group is what all of its sequences begin with, and unscored ones are stored too.
+      them in any split into micro-batches; a group that does not fit raises the row length to the power of
+      two in which it does. The trunk of a group is what all of its sequences begin with, and unscored ones
+      are stored too.
     longest: of the batch, unless a sequence is longer.
 
   Raises:
@@ -281,8 +282,10 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
       heads[item] = head
   sizes = [len(t.tokens) - head for t, head in zip(trajectories, heads)]
 
+  most = rows_per_trunk if trunk_length else 1  # rows that a bundle may fill
+
   def fits(length):
-    return all(_place({i: sizes[i] for i in items}, [], length, rows_per_trunk) for items in whole)
+    return all(_place({i: sizes[i] for i in items}, [], length, most) for items in whole)
   length = row_length
   if length <= 0 or not fits(length):
     length = bucket(max(sizes, default=0))
@@ -360,12 +363,16 @@ def _with_trunks(trajectories, heads, bundles, layout: Layout) -> tuple[list[lis
     units = []  # room in the rows of each, and their items
     sizes = [{i: len(trajectories[i].tokens) - heads[i] for i in items} for items in members]
     for of_items in sorted(sizes, key=lambda of_items: -sum(of_items.values())):
-      unit = next((u for u in units if _place(of_items, u[0], *capacity)), None)
-      if unit is None:
-        units.append(unit := ([], [[] for _ in range(layout.rows_per_trunk)]))
-      unit[0][:], row_of = _place(of_items, unit[0], *capacity)
+      for room, rows in units:
+        if placed := _place(of_items, room, *capacity):
+          break
+      else:
+        room, rows = [], [[] for _ in range(layout.rows_per_trunk)]
+        units.append((room, rows))
+        placed = _place(of_items, room, *capacity)
+      room[:], row_of = placed
       for item, row in row_of.items():
-        unit[1][row].append(item)
+        rows[row].append(item)
     first = members[0][0]
     for _, rows in units:
       bins += rows

@@ -95,16 +95,23 @@ def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
   keys = (*(x.reshape(batch, -1, kv, width).transpose(0, 2, 1, 3) for x in (k, v)),
           *(x.reshape(batch, -1) for x in (positions, ids)))
   block = functools.partial(_attend_block, trunk=trunk, window=window, soft_cap=soft_cap)
-  if length > BLOCK:  # what the backward pass needs of the scores is computed again
-    block = jax.checkpoint(block)
   starts = range(0, length, size)
   # A block needs no keys after it, and none of other segments before it.
   spans = [(max(start + 1 - longest, 0) // ALIGNED * ALIGNED if longest and not trunk else 0,
             trunk + min(start + size, length)) for start in starts]
   blocks = zip(jnp.split(q, list(starts[1:]), axis=3), *(_spans(x, axis, spans) for x, axis in zip(keys, KEY_AXES)))
-  out, total = (jnp.concatenate(parts, axis=3) for parts in zip(*(block(*of_block) for of_block in blocks)))
-  out = (out / total).astype(v.dtype)
+
+  def means(*of_block):
+    return _means(*block(*of_block), v.dtype)
+  if length > BLOCK:  # what the backward pass needs of the scores is computed again, and kept in its own type
+    out = jnp.concatenate([jax.checkpoint(means)(*of_block) for of_block in blocks], axis=3)
+  else:  # what is divided once is summed up once in the backward pass
+    out = _means(*(jnp.concatenate(parts, axis=3) for parts in zip(*(block(*b) for b in blocks))), v.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
+
+
+def _means(sums, weights, dtype):
+  return (sums / weights).astype(dtype)
 
 
 def _spans(x, axis, spans):

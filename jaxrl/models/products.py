@@ -34,9 +34,9 @@ contract.defvjp(_contract_forward, _contract_backward)
 def over_rows(n: int, x: Array, y: Array, dtype: jax.typing.DTypeLike | None = None) -> Array:
   """Sums over the first `n` axes of both, as in the gradient of a kernel. [*rest of x, *rest of y]
 
-  JAX's own gradient has `x` on the right, and transposes the result. On a CPU, XLA then transposes all of `x` and
-  of `y`, which takes a third of the time of a small model's backward pass; this way only what is on the left,
-  which is made the smaller of the two.
+  JAX's own gradient has `x` on the right, and transposes the result; on a CPU, XLA then transposes both `x` and
+  `y`. This way it is only what is on the left: `x`, whose transpose serves all kernels that read it, or `y`
+  where that is less than half as large.
   """
   def sums(left, right):
     axes = tuple(range(n))

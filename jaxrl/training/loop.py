@@ -139,6 +139,7 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
       if progress.updates_left == 1 and step + 1 < phase.steps:
         phase.supply.prefetch()
       state, metrics = finish()
+      del finish  # and with it the gradients of all parts
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     machine.keep_memory()
     step, progress.updates = step + 1, progress.updates + 1

@@ -22,7 +22,7 @@ except ImportError:  # not on Windows
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of malloc.h
 ARENA_PART = 64 << 20  # bytes of the pieces that glibc makes the arenas of other threads than the first of
-COLLECTIONS = 50_000, 20, 100  # thresholds of `gc`
+COLLECTIONS = 50_000, 20, 100  # thresholds of `gc`, at least
 PACKAGES = ("jaxrl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # The last parts of the names of jax.monitoring's events.
 COMPILE_EVENT, READ_EVENT = "backend_compile_duration", "cache_hits"
@@ -39,13 +39,14 @@ def limit_arenas(count: int = 4) -> bool:
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-  """Has Python look for garbage a seventieth as often as by default, and puts back what was set before.
+  """Has Python look for garbage less often, if it looks at all, and puts back what was set before.
 
-  Tracing makes objects by the hundred thousand and drops hardly any; looking at them again and again takes a
-  tenth of the time to the first update.
+  Tracing makes objects by the hundred thousand and drops hardly any; to look at them again and again took 0.6 of
+  5.4 s to the first update (`second_start` of `scripts/bench/compare.py`).
   """
   before = gc.get_threshold()
-  gc.set_threshold(*COLLECTIONS)
+  if before[0]:
+    gc.set_threshold(*map(max, before, COLLECTIONS))
   try:
     yield
   finally:

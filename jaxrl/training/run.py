@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -122,6 +123,7 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
       params, rng, state, buffer = state.params, state.rng, None, None
       progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0),
                                      ended=False, updates_left=0, batch_metrics={})
+      gc.collect()  # the last phase's arrays may be part of a cycle
     if state is None:
       state, params = builders.start_state(parts, phase, params, rng), None  # which frees a copy
     if index == 0 and START not in progress.evaluations:

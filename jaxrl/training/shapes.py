@@ -38,7 +38,7 @@ class Shape:
     layout: of rows and trunks.
     micro_batch_rows: rows of one forward and backward pass, over all devices.
     rows, sequences: that no batch is likely to exceed.
-    together: whether the sequences of a group share a row.
+    together: whether the sequences of a group share a row, or the rows of a trunk.
     longest: of `TokenBatch`.
   """
 
@@ -76,7 +76,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     mesh: that trains.
     sizes: tokens of some prompts, or pairs of answers with their prompts, that the phase may draw.
     kept_bytes: of parameters, optimiser, reference and gradients on one device.
-    compares: whether a loss compares rollouts: groups then share rows, and are taken to be pairs.
+    compares: whether a loss compares rollouts: groups then stay together, and are taken to be pairs.
     shared: of those pairs, tokens of the prompt, and of each answer without it.
   """
   together = compares or settings.kind in PAIRED
@@ -129,9 +129,9 @@ def _fullest(sizes, least, groups):
 
 def _layout_of_pairs(settings, decoder, whole, sizes, shared):
   """Rows of whole pairs, or where that takes less a trunk for each and its answers in one row or in several."""
-  if not settings.batch.share_prompts or not shared:
+  heads, answers = zip(*shared) if shared else ((), ())
+  if not settings.batch.share_prompts or not any(heads):
     return whole
-  heads, answers = zip(*shared)
   head = _round_up(max(heads))
   in_one = Layout(_round_up(max(map(sum, answers))), head)
   each = Layout(_round_up(max(map(max, answers))), head, max(map(len, answers)))

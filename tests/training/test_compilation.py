@@ -1,5 +1,6 @@
 """Compiled programs: kept on disk, read back, mended; and none after the first updates of a run."""
 
+import gc
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 from jaxrl.training import compilation
+from jaxrl.training import machine
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -184,6 +186,21 @@ with tempfile.NamedTemporaryFile() as file:
     told, arenas = done.stdout.split()
     assert told == limited
     assert 1 <= int(arenas) <= 3
+
+
+@pytest.mark.parametrize("before, meanwhile", [
+    ((700, 10, 10), machine.COLLECTIONS), ((10 ** 6, 5, 5), (10 ** 6, *machine.COLLECTIONS[1:])),
+    ((0, 10, 10), (0, 10, 10))])  # who looks less often, or not at all, is left alone
+def test_collections_are_rare_during_a_run_only(before, meanwhile):
+  own = gc.get_threshold()
+  try:
+    gc.set_threshold(*before)
+    with pytest.raises(ArithmeticError), machine.rare_collections():
+      assert gc.get_threshold() == meanwhile
+      raise ArithmeticError
+    assert gc.get_threshold() == before
+  finally:
+    gc.set_threshold(*own)
 
 
 def test_what_an_update_frees_is_kept_for_the_next():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jaxrl.batch import Layout
 from jaxrl.batch import pack
 from jaxrl.models import model_outputs
 from jaxrl.training import loop
+from jaxrl.training import streams
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import make_learner
 from jaxrl.training.shapes import Shape
@@ -26,7 +28,7 @@ class Supply:
   sampled = True
 
   def __init__(self, toys, parts, edit=lambda number, trajectories: None):
-    self.made, self._rollouts, self._edit = 0, toys.rollouts, edit
+    self.made, self.prefetched, self._rollouts, self._edit = 0, [], toys.rollouts, edit
 
     def logprobs(params, batch):
       return model_outputs(parts.decoder, params, batch, temperature=parts.temperature).logprobs
@@ -43,7 +45,7 @@ class Supply:
     return Supplied(trajectories, {"reward": float(self.made), "made_at": step})
 
   def prefetch(self):
-    pass
+    self.prefetched.append(self.made)
 
   def get_state(self):
     return {"made": self.made}
@@ -142,6 +144,36 @@ def test_batches_are_used_twice_and_only_then_replaced(uninterrupted):
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
   assert [row["made_at"] for row in rows] == [0, 0, 2, 2, 4, 4, 6]
   assert [row["reward"] for row in rows] == [1, 1, 2, 2, 3, 3, 4]
+
+
+def test_the_next_batch_is_prefetched_while_the_last_update_on_one_runs(phase_of, tmp_path):
+  """Once for each batch but the last; and what waits for an update is not kept beyond it."""
+  phase, waiting = phase_of(), []
+
+  class Held:
+    """Stands for what the parts of an update hold."""
+
+  class Update:
+    def begin(self, state, batch):
+      had, held = len(phase.supply.prefetched), Held()
+      alive, finish = weakref.ref(held), streams.begin(learner.update, state, batch)
+
+      def wait(held=held):
+        waiting.append((len(phase.supply.prefetched) - had, alive))
+        return finish()
+      return wait
+
+  def validate(state, step):
+    assert waiting[-1][1]() is None
+    return {}
+  learner = phase.learner
+  phase = dataclasses.replace(phase, learner=dataclasses.replace(learner, update=Update()), validate=validate,
+                              validate_every=1)
+  checkpoints = Checkpoints(tmp_path)
+  train(phase, checkpoints, phase_of.start())
+  checkpoints.close()
+  assert [made for made, _ in waiting] == [0, 1, 0, 1, 0, 1, 0]
+  assert phase.supply.prefetched == [1, 2, 3] and phase.supply.made == 4
 
 
 def test_the_gap_to_the_sampler_is_only_reported_before_the_policy_has_moved(uninterrupted):

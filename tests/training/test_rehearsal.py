@@ -81,32 +81,54 @@ def test_what_fails_aside_does_not_stop_the_function():
   assert aside.first(lambda x: x + 1)(1) == 2
 
 
+class Slow(np.ndarray):
+  """An array that is there when it is let go."""
+
+  let_go = threading.Event()
+
+  def block_until_ready(self):
+    assert self.let_go.wait(10)
+    return self
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_parts_run_while_their_caller_does_something_else(count):
-  """All of them are under way when `begin` returns, each in a thread; `begin` does not wait for arrays."""
+  """All of them are under way when `begin` returns, each in a thread, though not one of them is done."""
   mesh, threads, fail = sharding.make_mesh(devices=jax.devices()[:1]), [], []
 
   def part(state, batch, index, parts):
-    threads.append(threading.current_thread().name)
+    threads.append(threading.current_thread())
     if index in fail:
       raise ArithmeticError(f"part {index}")
     assert jax.sharding.get_mesh() == mesh
-    return state + batch * index
+    return np.asarray(state + batch * index).view(Slow)
   function = streams.SideBySide(part, lambda state, batch, parts: (len(parts), sum(parts)), lambda batch: count, mesh)
   state, batch = np.float32(2), np.float32(10)
   expected = count, sum(2 + 10 * i for i in range(count))
+  Slow.let_go.set()
   assert function(state, batch) == expected  # of a new shape, which compiles: one after the other
-  assert set(threads) == {threading.current_thread().name}
+  assert set(threads) == {threading.current_thread()}
   threads.clear()
-  finish = streams.begin(function, state, batch)
-  assert len(threads) == count and threading.current_thread().name not in threads
+  Slow.let_go.clear()
+  finish = streams.begin(Aside().first(function), state, batch)
+  assert len(set(threads)) == count and threading.current_thread() not in threads
+  Slow.let_go.set()
   assert finish() == expected
-  aside = Aside()
-  assert streams.begin(aside.first(function), state, batch)() == expected
   fail.append(count - 1)
   finish = streams.begin(function, state, batch)
   with pytest.raises(ArithmeticError, match=f"part {count - 1}"):
     finish()
+
+
+def test_signals_of_no_frozen_model_are_no_work_to_share(toys):
+  mesh = toys.one_device()
+
+  def learner(name):
+    learning = toys.learning(name, streams=2)
+    return make_learner(learning, toys.shardings(learning, mesh))
+  shared = {name: isinstance(learner(name).signals, streams.SideBySide) for name in ("sft", "grpo")}
+  assert shared == {"sft": False, "grpo": True}
+  assert isinstance(learner("sft").update, streams.SideBySide)
 
 
 def test_what_has_no_parts_is_begun_by_calling_it():

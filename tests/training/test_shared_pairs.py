@@ -74,6 +74,12 @@ def test_a_group_that_does_not_fit_the_rows_of_a_trunk_makes_them_longer():
   assert batch.tokens.shape == (2, 32) and (batch.segment_ids != 0).sum(axis=1).tolist() == [27, 0]
 
 
+def test_without_trunks_a_group_fills_one_row():
+  pair = [Trajectory(np.arange(1, 10), np.arange(9) > 0, group=0, columns=dict(preference=0.0)) for _ in range(2)]
+  batch = pack(pair, row_length=12, together=True, rows_multiple=2, rows_per_trunk=2)
+  assert batch.tokens.shape == (2, 32) and (batch.segment_ids != 0).sum(axis=1).tolist() == [18, 0]
+
+
 @pytest.mark.parametrize("term", [dpo, bradley_terry])
 def test_losses_and_gradients_are_those_of_whole_sequences(term):
   params = unbox(init_parameters(MODEL, jax.random.key(0)))
@@ -103,8 +109,9 @@ def settings(**batch):
 @pytest.mark.parametrize("heads, answers, row, wanted", [
     ([32] * 8, [(64, 64)] * 8, 192, (64, 32, 2)),  # equal pairs: 160 tokens each instead of 192
     ([32] * 8, [(112, 16), (16, 112)] * 4, 192, (128, 32, 1)),  # one answer is short, the pair is not
-    ([32] * 8, [(n, n) for n in (10, 30, 50, 70, 90, 110, 120, 15)], 384, (400, 0, 1)),  # would be padded
-    ([4] * 8, [(64, 64)] * 8, 136, (136, 0, 1))])  # short prompts
+    ([32] * 8, [(n, n) for n in (10, 30, 50, 70, 90, 110, 120, 15)], 384, (392, 0, 1)),  # would be padded
+    ([4] * 8, [(64, 64)] * 8, 136, (136, 0, 1)),  # short prompts
+    ([0] * 8, [(64, 64)] * 8, 192, (192, 0, 1))])  # pairs that have no prompt in common
 def test_prompts_are_shared_where_that_takes_less(toys, heads, answers, row, wanted):
   sizes = [2 * head + sum(pair) for head, pair in zip(heads, answers)]
 
