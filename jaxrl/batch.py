@@ -201,18 +201,29 @@ def _bundles(trajectories: Sequence[Trajectory], together: bool) -> list[list[in
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
   """Assigns items to bins of equal capacity: longest first, each into the first bin with room."""
-  bins, room = [], []
-  for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-    for index, left in enumerate(room):
-      if lengths[item] <= left:
-        break
-    else:
-      index = len(bins)
-      bins.append([])
-      room.append(capacity)
-    bins[index].append(item)
-    room[index] -= lengths[item]
+  room, row_of = _place(dict(enumerate(lengths)), [], capacity, len(lengths))
+  bins = [[] for _ in room]
+  for item, row in row_of.items():
+    bins[row].append(item)
   return bins
+
+
+def _place(sizes: Mapping[int, int], room: Sequence[int], capacity: int, most: int
+           ) -> tuple[list[int], dict[int, int]] | None:
+  """Puts items into rows with some room, longest first, or into new ones, of which there are `most` with those.
+
+  Returns:
+    Room in all rows then, and the row of each item, in the order of placing; None if they do not fit.
+  """
+  room, row_of = list(room), {}
+  for item in sorted(sizes, key=lambda i: (-sizes[i], i)):
+    row = next((row for row, left in enumerate(room) if sizes[item] <= left), len(room))
+    if row == most:
+      return None
+    room += [capacity] * (row == len(room))
+    room[row] -= sizes[item]
+    row_of[item] = row
+  return room, row_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,16 +292,8 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     for item in items:
       heads[item] = head
   sizes = [len(t.tokens) - head for t, head in zip(trajectories, heads)]
-
-  most = rows_per_trunk if trunk_length else 1  # rows that a bundle may fill
-
-  def fits(length):
-    return all(_place({i: sizes[i] for i in items}, [], length, most) for items in whole)
-  length = row_length
-  if length <= 0 or not fits(length):
-    length = bucket(max(sizes, default=0))
-    while not fits(length):
-      length *= 2
+  length = _row_length(row_length, [{i: sizes[i] for i in items} for items in whole],
+                       rows_per_trunk if trunk_length else 1)
   deepest = max((head for t, head in zip(trajectories, heads) if head < len(t.tokens)), default=0)
   trunk_length = trunk_length if trunk_length >= deepest else bucket(deepest)
   if trunk_length:
@@ -332,6 +335,18 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
   return batch.replace(longest=longest if all(len(t.tokens) <= longest for t in trajectories) else 0)
 
 
+def _row_length(wanted, bundles, rows):
+  """The length wanted, or the least power of two, at which every bundle of sizes fits into so many rows."""
+  longest = max((size for sizes in bundles for size in sizes.values()), default=0)
+
+  def fits(length):
+    return length >= max(longest, 1) and all(_place(sizes, [], length, rows) for sizes in bundles)
+  length = wanted if fits(wanted) else bucket(longest)
+  while not fits(length):
+    length *= 2
+  return length
+
+
 def _empty(rows, length, trunks, trunk_length, sequences, signals, columns):
   """A host batch of padding only."""
   def tokens_of(dtype, fill=0):
@@ -371,31 +386,13 @@ def _with_trunks(trajectories, heads, bundles, layout: Layout) -> tuple[list[lis
         units.append((room, rows))
         placed = _place(of_items, room, *capacity)
       room[:], row_of = placed
-      for item, row in row_of.items():
-        rows[row].append(item)
+      for item in of_items:
+        rows[row_of[item]].append(item)
     first = members[0][0]
     for _, rows in units:
       bins += rows
       prompts.append(trajectories[first].tokens[:heads[first]])
   return bins, prompts
-
-
-def _place(sizes: Mapping[int, int], room: Sequence[int], capacity: int, most: int
-           ) -> tuple[list[int], dict[int, int]] | None:
-  """Puts items into rows with some room, longest first, or into new ones, of which there are `most` with those.
-
-  Returns:
-    Room in all rows then, and the row of each item, in their order; None if they do not fit.
-  """
-  room, row_of = list(room), dict.fromkeys(sizes, 0)
-  for item in sorted(sizes, key=lambda i: (-sizes[i], i)):
-    row = next((row for row, left in enumerate(room) if sizes[item] <= left), len(room))
-    if row == most or sizes[item] > capacity:
-      return None
-    room += [capacity] * (row == len(room))
-    room[row] -= sizes[item]
-    row_of[item] = row
-  return room, row_of
 
 
 def unpack(batch: TokenBatch) -> list[Trajectory]:

@@ -7,6 +7,7 @@ brought to the host and written. Nothing is evaluated or saved on the way, as no
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -207,8 +208,7 @@ def main():
   from jaxrl import cli
   with cli.loading():  # as `jaxrl run` does
     meter = common.CompileMeter()
-    from jaxrl.training import run
-    del run
+    importlib.import_module("jaxrl.training.run")
   clock = common.Clock(work, meter.read)
   with tempfile.TemporaryDirectory(prefix="jaxrl_bench_") as directory:
     workdir = pathlib.Path(directory)
