@@ -41,8 +41,9 @@ def limit_arenas(count: int = 4) -> bool:
 def rare_collections() -> Iterator[None]:
   """Has Python look for garbage less often, if it looks at all, and puts back what was set before.
 
-  Tracing makes objects by the hundred thousand and drops hardly any; to look at them again and again took 0.6 of
-  5.4 s to the first update (`second_start` of `scripts/bench/compare.py`).
+  Tracing makes objects by the hundred thousand and drops hardly any. To look at them again and again, those of
+  loading modules included, took 0.7 of 5.4 s to the first update (what `second_start` of
+  `scripts/bench/compare.py` measures, with collections and without).
   """
   before = gc.get_threshold()
   if before[0]:
