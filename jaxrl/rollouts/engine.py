@@ -103,7 +103,7 @@ class Rollouts:
       CancelledError: after `stop`.
     """
     session = _Session(self, {"policy": params, "reference": reference}, base_key, key, step)
-    outcomes = complete(session.serve(tasks, first_episode))
+    outcomes = complete(session.serve, tasks, first_episode)
     trajectories, failures = [], []
     for task, outcome in zip(tasks, outcomes):
       if isinstance(outcome, list):

@@ -1,28 +1,144 @@
-"""An interrupt while the event loop of episodes is being made waits until it is whole."""
+"""Interrupts of running episodes: whatever they hit, they end it, once and without noise."""
 
+import asyncio
+import gc
+import os
 import signal
+import sys
+import threading
+import time
 
 import pytest
 
 from jaxrl.rollouts import event_loops
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_handled_at_the_end_of_the_block(number):
-  seen, order = [], []
-  old = signal.signal(number, lambda n, _: seen.append((n, list(order))))
+async def branches():
+  """An episode of the usual kind: something to wait for, branches, work in a thread."""
+  async def branch(number):
+    await asyncio.sleep(0)
+    return number
+  return sum(await asyncio.gather(branch(1), branch(2), asyncio.to_thread(int, 3)))
+
+
+def complete_with_a_signal_at(place):
+  """Runs `branches` with an interrupt at one of the lines that the event loop executes.
+
+  Returns:
+    How it ended, and the number of lines that were executed until then.
+  """
+  lines = 0
+
+  def trace(frame, event, argument):
+    nonlocal lines
+    ours = frame.f_globals["__name__"].partition(".")[0] == "asyncio" or (
+        frame.f_globals is vars(event_loops))
+    collected = "__del__" in (frame.f_code.co_name, frame.f_back.f_code.co_name)  # closed before
+    if not ours or collected:
+      return None
+    lines += 1
+    if lines == place:
+      signal.getsignal(signal.SIGTERM)(signal.SIGTERM, frame)  # as Python does between two lines
+    return trace
+
+  before = sys.gettrace()
+  sys.settrace(trace)
   try:
-    with event_loops.interrupts_wait():
-      signal.raise_signal(number)
-      order.append("block went on")
-    assert seen == [(number, ["block went on"])]
-    signal.raise_signal(number)
-    assert len(seen) == 2  # the handler is back
+    return event_loops.complete(branches), lines
+  except KeyboardInterrupt as interrupt:
+    return interrupt.args[0], lines
   finally:
-    signal.signal(number, old)
+    sys.settrace(before)
 
 
-def test_a_deferred_interrupt_is_still_raised():
+@pytest.fixture
+def interrupted():
+  """Ctrl-C and SIGTERM interrupt, as they do in a run."""
+  def interrupt(number, _):
+    raise KeyboardInterrupt(number)
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.signal(number, interrupt) for number in numbers]
+  yield interrupt
+  for number, handler in zip(numbers, before):
+    signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_interrupt_at_any_line_of_the_event_loop_ends_it_without_noise(
+    interrupted, monkeypatch, caplog):
+  noise = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda found: noise.append(repr(found.exc_value)))
+  assert complete_with_a_signal_at(0)[0] == 6
+  gc.collect()
+  place, ended = 1, None
+  while True:
+    ended, lines = complete_with_a_signal_at(place)
+    if lines < place:
+      break
+    assert ended == signal.SIGTERM, place
+    gc.collect(0)
+    assert not noise and not caplog.records, place
+    assert signal.getsignal(signal.SIGTERM) is interrupted
+    place += 1
+  assert ended == 6 and place > 500
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_waits_for_an_episode_is_woken_at_once(interrupted, number):
+  async def waits():
+    threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
+    await asyncio.sleep(60)
+  start = time.monotonic()
   with pytest.raises(KeyboardInterrupt):
-    with event_loops.interrupts_wait():
-      signal.raise_signal(signal.SIGINT)
+    event_loops.complete(waits)
+  assert time.monotonic() - start < 10
+
+
+def test_an_interrupt_in_the_code_of_an_episode_is_raised_there(interrupted):
+  reached = []
+
+  async def episode():
+    try:
+      signal.raise_signal(signal.SIGTERM)
+      reached.append("after the signal")
+    except KeyboardInterrupt:
+      reached.append("where it came")
+      raise
+  with pytest.raises(KeyboardInterrupt):
+    event_loops.complete(episode)
+  assert reached == ["where it came"]
+
+
+def test_a_second_interrupt_does_not_wait_for_a_thread(interrupted):
+  """The loop, once asked to end, waits for threads that it started."""
+  done = threading.Event()
+
+  def twice():
+    for seconds in (0.05, 0.3):
+      time.sleep(seconds)
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  async def waits():
+    threading.Thread(target=twice).start()
+    await asyncio.to_thread(done.wait, 60)
+  start = time.monotonic()
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      event_loops.complete(waits)
+    assert 0.3 < time.monotonic() - start < 10
+  finally:
+    done.set()
+
+
+def test_a_handler_that_raises_nothing_stops_nothing():
+  seen = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+  try:
+    async def episode():
+      threading.Timer(0.02, os.kill, [os.getpid(), signal.SIGTERM]).start()
+      await asyncio.sleep(0.2)
+      return "whole"
+    assert event_loops.complete(episode) == "whole"
+    assert seen == [signal.SIGTERM]
+  finally:
+    signal.signal(signal.SIGTERM, before)
