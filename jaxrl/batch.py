@@ -119,6 +119,8 @@ class TokenBatch:
     micro_batch_rows: rows of each micro-batch that the batch is interleaved for (see
       `training.learner.to_micro_batches`); 0 is all rows, in order.
     longest: tokens that no sequence has more of, beyond which attention need not look; 0 if unknown.
+
+  The sequences of a row fill it from its first token on, in falling order of their lengths.
   """
 
   tokens: Int[Array, "rows length"]
@@ -310,7 +312,7 @@ def pack(trajectories: Sequence[Trajectory], *, row_length: int = 0, trunk_lengt
     batch.trunk_lengths[trunk] = len(prompt)
   for row, items in enumerate(bins):
     start = 0
-    for item in items:
+    for item in sorted(items, key=lambda i: -sizes[i]):
       t, head = trajectories[item], heads[item]
       at = (row, slice(start, start + len(t.tokens) - head))
       batch.tokens[at] = t.tokens[head:]

@@ -314,3 +314,24 @@ def test_a_limit_of_lengths_holds_for_batches_that_keep_to_it():
   assert pack([short, short], row_length=16, longest=5).longest == 5
   assert pack([short, long], row_length=16, longest=5).longest == 0
   assert pack([], row_length=16, longest=5).longest == 5
+
+
+@pytest.mark.parametrize("together, trunk_length", [(False, 0), (True, 0), (True, 4), (False, 4)])
+def test_the_sequences_of_a_row_come_longest_first_and_without_gaps(together, trunk_length):
+  rng = np.random.default_rng(4)
+  trajectories = make_trajectories(0, lengths=rng.integers(5, 30, 40))
+  for i, t in enumerate(trajectories):
+    t.group = i // 2
+    t.tokens[:4] = 1
+  batch = pack(trajectories, row_length=80, together=together, trunk_length=trunk_length)
+  several = 0
+  for row in np.asarray(batch.segment_ids):
+    changes = np.flatnonzero(np.diff(row, prepend=0))
+    sizes = np.diff([*changes, len(row)])
+    if row[-1] == 0:
+      sizes = sizes[:-1]
+    if len(sizes):
+      assert changes[0] == 0 and 0 not in row[:sum(sizes)]
+      assert list(sizes) == sorted(sizes, reverse=True)
+      several += len(sizes) > 1
+  assert several > 3

@@ -312,17 +312,18 @@ class Decoder(nn.Module):
 
   def __call__(self, tokens: Int[Array, "units length"], positions: Int[Array, "units length"],
                segment_ids: Int[Array, "units length"], *, trunk_length: int = 0, rows: int = 1,
-               longest: int = 0, offset: Float[Array, "units length width"] | None = None
+               longest: int = 0, falling: bool = False,
+               offset: Float[Array, "units length width"] | None = None
                ) -> tuple[Float[Array, "units length width"], KeyValues | Sequence[KeyValues]]:
     """Final hidden states of packed rows, and the keys and values of every layer.
 
     Args:
       tokens, positions, segment_ids: of rows, or of units `[trunk | row | row | ...]`.
-      trunk_length, rows, longest: what a unit is made of, see `packed_attention.PackedRows`.
+      trunk_length, rows, longest, falling: what a unit is made of, see `packed_attention.PackedRows`.
       offset: added to what enters the first layer; gradients with respect to it are those with
         respect to embeddings, token by token.
     """
-    packed = PackedRows(positions, segment_ids, trunk_length, rows, longest)
+    packed = PackedRows(positions, segment_ids, trunk_length, rows, longest, falling)
     turns = _turns(self.config, positions)
     hidden, key_values = self._run(tokens, turns, packed, None, None, offset)
     if self.is_initializing():

@@ -194,7 +194,8 @@ def _hidden_states(decoder, params, batch):
   (hidden, _), sown = decoder.apply(
       params, unit(batch.trunk_tokens, batch.tokens), unit(index, batch.positions),
       unit(in_trunk.astype(jnp.int32), batch.segment_ids), trunk_length=trunk_length,
-      rows=batch.rows_per_trunk if trunk_length else 1, longest=batch.longest, mutable=[STATES])
+      rows=batch.rows_per_trunk if trunk_length else 1, longest=batch.longest, falling=True,
+      mutable=[STATES])
   trunk, hidden = hidden[:, :trunk_length], of_rows(hidden)
   kept = {int(layer): of_rows(states) for layer, (states,) in sown.get(STATES, {}).items()}
   before = jnp.roll(hidden, 1, axis=1)

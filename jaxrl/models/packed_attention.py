@@ -34,6 +34,7 @@ class PackedRows:
     trunk_length: tokens of each trunk, padding included; 0 for none.
     rows: that follow a trunk.
     longest: tokens that no segment has more of; 0 if unknown.
+    falling: whether segments fill every row from its first token on in falling order of their lengths.
   """
 
   positions: Int[Array, "units length"]
@@ -41,6 +42,7 @@ class PackedRows:
   trunk_length: int = flax.struct.field(pytree_node=False, default=0)
   rows: int = flax.struct.field(pytree_node=False, default=1)
   longest: int = flax.struct.field(pytree_node=False, default=0)
+  falling: bool = flax.struct.field(pytree_node=False, default=False)
 
   def split(self, x: Array) -> tuple[Array, Array]:
     """[units, length, ...] -> the trunk's part, and [units, rows, row length, ...]"""
@@ -74,7 +76,8 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
   run = functools.partial(_attend_fused if kernel == "fused" else _attend_rows, window=window,
                           soft_cap=soft_cap)
   if not packed.trunk_length:
-    return packed.join(trunk_q, run(q, k, v, positions, ids, 0, longest=packed.longest))
+    return packed.join(trunk_q, run(q, k, v, positions, ids, 0, longest=packed.longest,
+                                       falling=packed.falling))
 
   def before(trunk, rows):  # every row with its own copy of the trunk's keys or values in front
     trunk = jnp.broadcast_to(trunk[:, None], (*rows.shape[:2], *trunk.shape[1:]))
@@ -87,7 +90,7 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
   return packed.join(of_trunk[:, 0], out)
 
 
-def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
+def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0, falling=False):
   """Rows over their keys, of which the first `trunk` are the trunk's. [units, rows, length, ...]"""
   units, rows, length, kv, group, width = q.shape
   batch, size = units * rows, _block_of(length)
@@ -97,7 +100,7 @@ def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
   block = functools.partial(_attend_block, trunk=trunk, window=window, soft_cap=soft_cap)
   starts = range(0, length, size)
   # A block needs no keys after it, and none of other segments before it.
-  spans = [(max(start + 1 - longest, 0) // ALIGNED * ALIGNED if longest and not trunk else 0,
+  spans = [(0 if trunk else _first_key(start, longest, falling) // ALIGNED * ALIGNED,
             trunk + min(start + size, length)) for start in starts]
   blocks = zip(jnp.split(q, list(starts[1:]), axis=3), *(_spans(x, axis, spans) for x, axis in zip(keys, KEY_AXES)))
 
@@ -108,6 +111,14 @@ def _attend_rows(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
   else:  # what is divided once is summed up once in the backward pass
     out = _means(*(jnp.concatenate(parts, axis=3) for parts in zip(*(block(*b) for b in blocks))), v.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(units, rows, length, kv, group, width)
+
+
+def _first_key(token, longest, falling):
+  """Where the segment of a token begins at the earliest, see `PackedRows`."""
+  if not longest:
+    return 0
+  before = token // longest if falling else 0  # segments before it at least, none shorter than its own
+  return max(token + 1 - longest, -(-before * (token + 1) // (before + 1)))
 
 
 def _means(sums, weights, dtype):
@@ -172,9 +183,9 @@ def _visible(length, positions, ids, trunk, window):
   return visible
 
 
-def _attend_fused(q, k, v, positions, ids, trunk, window, soft_cap, longest=0):
+def _attend_fused(q, k, v, positions, ids, trunk, window, soft_cap, longest=0, falling=False):
   """`_attend_rows` by a kernel that keeps scores on the chip. [units, rows, length, ...]"""
-  del longest
+  del longest, falling
   import tokamax  # it is optional, and takes a second to import
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # else Tokamax would parse a command line that is not its own

@@ -56,16 +56,20 @@ def test_fused_equals_xla_in_values_and_gradients(trunk, rows, length, window, c
 
 
 @pytest.mark.parametrize("length, longest", [(300, 33), (300, 64), (257, 65), (200, 199), (400, 1)])
-def test_a_limit_of_segments_changes_the_work_and_nothing_else(length, longest):
-  """Rows that are full of segments up to the limit, some of just that length, in any place."""
+@pytest.mark.parametrize("falling", [False, True])
+def test_a_limit_of_segments_changes_the_work_and_nothing_else(length, longest, falling):
+  """Rows that are full of segments up to the limit, some of just that length, in any place or in order."""
   rng = np.random.default_rng(length + longest)
   ids, positions = (np.zeros((UNITS, length), np.int32) for _ in range(2))
   for unit in range(UNITS):
-    start, segment = int(rng.integers(0, 7)), 0
+    start, segment, size = 0 if falling else int(rng.integers(0, 7)), 0, longest
     while start < length:
       segment += 1
-      size = longest if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
-      ids[unit, start:start + size] = segment if rng.random() < 0.9 else 0
+      if falling:
+        size = int(rng.integers(max(1, size - 9), size + 1)) if start else size
+      else:
+        size = longest if rng.random() < 0.5 else int(rng.integers(1, longest + 1))
+      ids[unit, start:start + size] = segment if falling or rng.random() < 0.9 else 0
       positions[unit, start:start + size] = np.arange(len(ids[unit, start:start + size]))
       start += size
   q = rng.normal(size=(UNITS, length, KV, GROUP, WIDTH)).astype(np.float32)
@@ -73,7 +77,7 @@ def test_a_limit_of_segments_changes_the_work_and_nothing_else(length, longest):
   seen = jnp.asarray(ids != 0)[:, :, None, None, None]
 
   def loss(longest, *arrays):
-    packed = PackedRows(jnp.asarray(positions), jnp.asarray(ids), longest=longest)
+    packed = PackedRows(jnp.asarray(positions), jnp.asarray(ids), longest=longest, falling=falling)
     out = packed_attention.attend(*arrays, packed)
     return jnp.sum(jnp.where(seen, out, 0) ** 2), out
   results = [jax.jit(jax.value_and_grad(lambda *a, n=n: loss(n, *a), argnums=(0, 1, 2), has_aux=True)).lower(
@@ -85,6 +89,30 @@ def test_a_limit_of_segments_changes_the_work_and_nothing_else(length, longest):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
   flops = [result.cost_analysis()["flops"] for result in results]
   assert flops[1] < 0.75 * flops[0] if longest < length / 4 else flops[1] <= flops[0]
+
+
+def rows_of_falling_segments(length, longest):
+  """Every way to fill a row with segments of at most `longest` tokens that become no longer."""
+  if not length:
+    yield []
+  for first in range(min(length, longest), 0, -1):
+    for others in rows_of_falling_segments(length - first, first):
+      yield [first, *others]
+
+
+@pytest.mark.parametrize("longest", range(1, 7))
+def test_the_first_key_is_the_earliest_that_any_row_has(longest):
+  length = 18
+  first = np.full(length, length)
+  for sizes in rows_of_falling_segments(length, longest):
+    starts = np.cumsum([0, *sizes[:-1]])
+    first = np.minimum(first, np.repeat(starts, sizes))
+  whole = length - longest + 1  # what follows may be cut off
+  found = [packed_attention._first_key(token, longest, True) for token in range(length)]
+  np.testing.assert_array_equal(found[:whole], first[:whole])
+  assert np.all(np.array(found) <= first)
+  assert [packed_attention._first_key(token, longest, False) for token in range(length)] == [
+      max(0, token + 1 - longest) for token in range(length)]
 
 
 def test_devices_of_a_mesh_share_the_work_of_the_fused_kernel():
