@@ -19,6 +19,7 @@ use_venv() {
     echo "installing jaxrl${extras:+ with $extras} into .venv ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --editable ".${extras:+[$extras]}"
+    .venv/bin/python -m compileall -q jaxrl configs  # as pip does with packages that it copies
     touch "$stamp"
   fi
   PATH="$PWD/.venv/bin:$PATH"

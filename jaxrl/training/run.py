@@ -70,6 +70,7 @@ def _run_phases(config, workdir, quiet, stop):
     _check_workdir(workdir, plain)
   with Reporter(workdir, quiet=quiet) as reporter:
     compilation.use_cache(config.compilation_cache, reporter.note)
+    compilation.short_locations()
     with configs.as_config_errors():
       fresh = not any((workdir / "checkpoints").glob("[0-9]*"))
       parts = builders.build_parts(config, workdir, reporter.note, fresh=fresh)

@@ -237,3 +237,18 @@ print(machine.keep_memory(), before, in_thread())
     told, before, after = done.stdout.split()
     assert told == could
     assert (int(after) < 0.2 * int(before)) == (could == "True"), (before, after)
+
+
+def test_programs_say_the_line_of_an_operation_without_the_calls_that_led_there():
+  def stacks():
+    return jax.jit(lambda x: x + 1).lower(1.0).as_text(debug_info=True).count("callsite(")
+  before = jax.config.jax_include_full_tracebacks_in_locations
+  try:
+    jax.config.update("jax_include_full_tracebacks_in_locations", True)
+    assert stacks()
+    compilation.short_locations({"JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS": "1"})
+    assert stacks()  # asked for
+    compilation.short_locations({})
+    assert not stacks()
+  finally:
+    jax.config.update("jax_include_full_tracebacks_in_locations", before)
