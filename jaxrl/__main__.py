@@ -1,5 +1,5 @@
 """`python -m jaxrl` is the same as `jaxrl`."""
 
-from jaxrl.cli import main
+from jaxrl.cli import command
 
-main()
+command()

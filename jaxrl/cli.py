@@ -27,6 +27,16 @@ from typing import NoReturn
 OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.\[\]]*)(?:=(.*))?", re.DOTALL)
 
 
+def command() -> None:
+  """`main`, in a process that does nothing else: another interrupt while it ends takes no more time."""
+  try:
+    main()
+  finally:
+    for number in (signal.SIGINT, signal.SIGTERM):  # Python would raise them wherever it happens to be
+      if callable(signal.getsignal(number)):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def main(arguments: list[str] | None = None) -> None:
   """Parses the command line and runs the command; exits with 1 and one message on a mistake."""
   arguments = sys.argv[1:] if arguments is None else arguments

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -256,3 +257,18 @@ def test_the_module_is_the_same_command(tmp_path):
     outcomes.add((done.returncode, done.stdout, done.stderr))
   (code, out, error), = outcomes
   assert (code, out) == (1, "") and error.startswith("jaxrl: --config=missing.py: no such Python")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_the_process_ends_is_silent(number):
+  program = f"""
+import atexit, os, signal, sys, time
+from jaxrl import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test in the background has not
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit("not by default"))
+cli.main = lambda: sys.exit(130)
+atexit.register(lambda: (os.kill(os.getpid(), {number:d}), time.sleep(60)))
+cli.command()
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+  assert (done.returncode, done.stderr) == (-number, "")

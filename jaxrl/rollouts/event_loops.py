@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ class _Interrupts:
   def __init__(self):
     self.task: asyncio.Task | None = None
     self.kept: KeyboardInterrupt | None = None
+    self._seen = self._over = False
 
   @contextlib.contextmanager
   def waiting(self):
@@ -33,11 +35,12 @@ class _Interrupts:
       return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number, handler in handlers.items():
-      signal.signal(number, functools.partial(self._receive, handler))
     try:
+      for number, handler in handlers.items():
+        signal.signal(number, functools.partial(self._receive, handler))
       yield
     finally:
+      self._over = True  # if another interrupt keeps a handler from being put back, ours does as it would
       for number, handler in handlers.items():
         signal.signal(number, handler)
       if self.kept:
@@ -57,9 +60,10 @@ class _Interrupts:
     try:
       handler(number, frame)
     except KeyboardInterrupt as interrupt:
-      if self.kept or not _is_of_the_loop(frame):
+      first, self._seen = not self._seen, True
+      if self._over or not (first and _is_of_the_loop(frame) or _is_of_a_callback(frame)):
         raise
-      self.kept = interrupt
+      self.kept = self.kept or interrupt
       if self.task and not self.task.get_loop().is_closed():
         self.task.get_loop().call_soon_threadsafe(self.task.cancel)
 
@@ -67,13 +71,28 @@ class _Interrupts:
 def _is_of_the_loop(frame):
   """Whether a frame is in, or called by asyncio through nothing but, the standard library."""
   while frame is not None:
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    package = _package(frame)
     if package == "asyncio" or frame.f_globals is globals():
       return True
     if package not in sys.stdlib_module_names:
       return False
     frame = frame.f_back
   return False
+
+
+def _is_of_a_callback(frame):
+  """Whether Python itself has called what runs, and would print and forget whatever it raises."""
+  collected = {getattr(function, "__code__", None) for function in gc.callbacks}
+  while frame is not None:
+    if (frame.f_code.co_name == "__del__" or frame.f_code in collected
+        or _package(frame) in ("weakref", "_weakrefset")):
+      return True
+    frame = frame.f_back
+  return False
+
+
+def _package(frame):
+  return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def complete(function, *args):

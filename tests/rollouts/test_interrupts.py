@@ -21,7 +21,7 @@ async def branches():
   return sum(await asyncio.gather(branch(1), branch(2), asyncio.to_thread(int, 3)))
 
 
-def complete_with_a_signal_at(place):
+def complete_with_a_signal_at(place, number):
   """Runs `branches` with an interrupt at one of the lines that the event loop executes.
 
   Returns:
@@ -38,7 +38,7 @@ def complete_with_a_signal_at(place):
       return None
     lines += 1
     if lines == place:
-      signal.getsignal(signal.SIGTERM)(signal.SIGTERM, frame)  # as Python does between two lines
+      signal.getsignal(number)(number, frame)  # as Python does between two lines
     return trace
 
   before = sys.gettrace()
@@ -64,23 +64,27 @@ def interrupted():
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_at_any_line_of_the_event_loop_ends_it_without_noise(
-    interrupted, monkeypatch, caplog):
+    interrupted, number, monkeypatch, caplog):
   noise = []
   monkeypatch.setattr(sys, "unraisablehook", lambda found: noise.append(repr(found.exc_value)))
-  assert complete_with_a_signal_at(0)[0] == 6
+  assert complete_with_a_signal_at(0, number)[0] == 6
   gc.collect()
   place, ended = 1, None
   while True:
-    ended, lines = complete_with_a_signal_at(place)
+    ended, lines = complete_with_a_signal_at(place, number)
     if lines < place:
       break
-    assert ended == signal.SIGTERM, place
+    assert ended == number, place
     gc.collect(0)
     assert not noise and not caplog.records, place
-    assert signal.getsignal(signal.SIGTERM) is interrupted
     place += 1
   assert ended == 6 and place > 500
+  assert event_loops.complete(branches) == 6
+  for number in (signal.SIGINT, signal.SIGTERM):  # whatever has happened to the handlers, they interrupt
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -128,6 +132,59 @@ def test_a_second_interrupt_does_not_wait_for_a_thread(interrupted):
     assert 0.3 < time.monotonic() - start < 10
   finally:
     done.set()
+
+
+def test_a_second_interrupt_does_not_wait_where_the_first_was_raised_at_once(interrupted):
+  done = threading.Event()
+
+  async def serve():
+    async def episode():
+      await asyncio.sleep(0.05)
+      threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+      signal.raise_signal(signal.SIGTERM)
+    task = asyncio.ensure_future(episode())
+    try:
+      await asyncio.get_running_loop().run_in_executor(None, done.wait, 60)
+    finally:
+      task.cancel()
+  start = time.monotonic()
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      event_loops.complete(serve)
+    assert time.monotonic() - start < 10
+  finally:
+    done.set()
+
+
+def test_an_interrupt_of_what_python_calls_by_itself_is_not_lost(interrupted, monkeypatch):
+  """What a callback of the garbage collector or `__del__` raises is printed and forgotten."""
+  noise = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda found: noise.append(repr(found.exc_value)))
+
+  class Dying:
+    def __del__(self):
+      signal.raise_signal(signal.SIGTERM)
+
+  async def drops():
+    Dying()
+    await asyncio.sleep(60)
+
+  def collecting(phase, _):
+    if phase == "start":
+      signal.raise_signal(signal.SIGINT)
+
+  async def collects():
+    gc.callbacks.append(collecting)
+    gc.collect()
+    await asyncio.sleep(60)
+  for episode in (drops, collects):
+    start = time.monotonic()
+    try:
+      with pytest.raises(KeyboardInterrupt):
+        event_loops.complete(episode)
+    finally:
+      gc.callbacks[:] = [function for function in gc.callbacks if function is not collecting]
+    assert time.monotonic() - start < 10 and not noise
 
 
 def test_a_handler_that_raises_nothing_stops_nothing():
