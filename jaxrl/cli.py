@@ -28,11 +28,20 @@ OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.\[\]]*)(?:=(.*))?", re.DOTALL)
 
 
 def command() -> None:
-  """`main`, in a process that does nothing else: another interrupt while it ends takes no more time."""
+  """`main`, in a process that does nothing else, and so need not be taken down in order.
+
+  What was interrupted ends at once: the rest of Python's own end would wait for programs that are being
+  compiled, and threads of libraries sometimes abort it. An interrupt while Python ends is silent.
+  """
   try:
     main()
+  except SystemExit as end:
+    if end.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+      sys.stdout.flush()
+      os._exit(end.code)
+    raise
   finally:
-    for number in (signal.SIGINT, signal.SIGTERM):  # Python would raise them wherever it happens to be
+    for number in (signal.SIGINT, signal.SIGTERM):
       if callable(signal.getsignal(number)):
         signal.signal(number, signal.SIG_DFL)
 

@@ -266,9 +266,22 @@ import atexit, os, signal, sys, time
 from jaxrl import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test in the background has not
 signal.signal(signal.SIGTERM, lambda number, _: sys.exit("not by default"))
-cli.main = lambda: sys.exit(130)
+cli.main = lambda: None
 atexit.register(lambda: (os.kill(os.getpid(), {number:d}), time.sleep(60)))
 cli.command()
 """
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
   assert (done.returncode, done.stderr) == (-number, "")
+
+
+def test_what_was_interrupted_ends_at_once():
+  program = """
+import atexit, sys, threading, time
+from jaxrl import cli
+threading.Thread(target=time.sleep, args=[60]).start()  # as one that compiles
+atexit.register(lambda: time.sleep(60))
+cli.main = lambda: (print("said"), cli._fail("interrupted", code=130))
+cli.command()
+"""
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+  assert (done.returncode, done.stdout, done.stderr) == (130, "said\n", "jaxrl: interrupted\n")
