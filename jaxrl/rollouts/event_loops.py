@@ -47,12 +47,13 @@ class _Interrupts:
         raise self.kept from None
 
   def begin(self):
-    """The running task is the one to cancel.
+    """The running task is the one to cancel, and its loop does not report interrupts of other tasks.
 
     Raises:
       CancelledError: there has been an interrupt before it ran.
     """
     self.task = asyncio.current_task()
+    asyncio.get_running_loop().set_exception_handler(_report)
     if self.kept:
       raise asyncio.CancelledError
 
@@ -66,6 +67,12 @@ class _Interrupts:
       self.kept = self.kept or interrupt
       if self.task and not self.task.get_loop().is_closed():
         self.task.get_loop().call_soon_threadsafe(self.task.cancel)
+
+
+def _report(loop, context):
+  """What asyncio says of errors that nobody waits for; an interrupt has been raised elsewhere too."""
+  if not isinstance(context.get("exception"), KeyboardInterrupt):
+    loop.default_exception_handler(context)
 
 
 def _is_of_the_loop(frame):

@@ -1,6 +1,7 @@
 """Interrupts of running episodes: whatever they hit, they end it, once and without noise."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -185,6 +186,20 @@ def test_an_interrupt_of_what_python_calls_by_itself_is_not_lost(interrupted, mo
     finally:
       gc.callbacks[:] = [function for function in gc.callbacks if function is not collecting]
     assert time.monotonic() - start < 10 and not noise
+
+
+@pytest.mark.parametrize("error, reports", [(KeyboardInterrupt, 0), (ValueError, 1)])
+def test_an_interrupt_of_a_branch_that_nobody_awaits_is_raised_and_not_reported_too(error, reports, caplog):
+  async def episode():
+    async def branch():
+      raise error("in a branch")
+    branches = [asyncio.ensure_future(branch())]
+    await asyncio.sleep(0.01)
+    branches.clear()
+  with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else contextlib.nullcontext():
+    event_loops.complete(episode)
+  gc.collect()
+  assert len(caplog.records) == reports
 
 
 def test_a_handler_that_raises_nothing_stops_nothing():
