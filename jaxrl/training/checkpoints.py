@@ -429,5 +429,6 @@ def _as_type_of(leaf: Any, array: np.ndarray) -> Any:
 def _first_line(error: BaseException) -> str:
   """At most 300 characters: where it begins, and the end, where the system's own reason stands."""
   line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  line = line.partition(" [tensorstore_spec=")[0]  # a thousand characters of what it tried to open
   return line if len(line) <= 300 else f"{line[:140]} ... {line[-140:]}"
 

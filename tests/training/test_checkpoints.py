@@ -322,6 +322,21 @@ def test_a_full_disk_is_named_and_costs_no_earlier_checkpoint(open_checkpoints):
   assert os.listdir(checkpoints.directory) == ["2"]
 
 
+@pytest.mark.parametrize("limit", [300, 3_000, 30_000])
+def test_the_reason_of_the_system_is_said_whatever_could_not_be_written(open_checkpoints, limit):
+  """Limits of a file at which its metadata, an array's, or an array itself does not fit."""
+  checkpoints = open_checkpoints()
+  state = {f"w{i}": jax.random.normal(jax.random.key(i), (256, 64)) for i in range(20)}
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+  try:
+    with pytest.raises(CheckpointError, match="File too large"):
+      checkpoints.save(1, state, {"n": 1})
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("host, place", [
     ({"a": [1, {"b": b"bytes"}]}, r"host\['a'\]\[1\]\['b'\] is a bytes"),
     ({"a": {1: 2}}, r"host\['a'\] has the key 1"),

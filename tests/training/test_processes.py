@@ -293,7 +293,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_earlier_checkpoints_intact(
   intact = sorted(steps_saved(running.workdir))
   said = " ".join(running.said().splitlines()[-2:])
   assert f"jaxrl: checkpoint of step {intact[-1] + 1} could not be written to" in said, said
-  assert "File too large" in said and "Check the free space" in said
+  assert "File too large" in said and "Check the free space" in said, said
   assert "No earlier checkpoint is lost" in said
   assert f"is of step {intact[-1]}, and the same command continues from it" in said
   assert "Traceback" not in running.said()
