@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and the real files where there are any."""
 
+import gc
 import os
 import pathlib
 
@@ -10,6 +11,7 @@ os.environ.setdefault("NPROC", "32")  # threads: see sharding.start_distributed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import jax
 import pytest
 
 from jaxrl.training import compilation
@@ -29,6 +31,22 @@ compilation.use_cache(compilation.OFF, print)
 
 hypothesis.settings.register_profile("jaxrl", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("jaxrl")
+
+
+MAPS, MOST_MAPS = pathlib.Path("/proc/self/maps"), 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+  """Forgets compiled programs when they are many, after a module.
+
+  Linux gives a process 65,530 regions of memory, of which each program takes some; a worker that has
+  used them up dies of a segmentation fault when it loads the next.
+  """
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
