@@ -277,4 +277,5 @@ print(grown, peak_memory()["host_mb"] - before)
 """
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
   grown, after = map(float, done.stdout.split())
-  assert 350 < grown < 500 and after >= grown  # 400 MB
+  assert 350 < grown < 500  # 400 MB
+  assert abs(after - grown) < 5  # it stays, up to what Linux has not yet counted of each core
