@@ -77,7 +77,7 @@ def attend(q: Float[Array, "units length kv group width"], k: Float[Array, "unit
                           soft_cap=soft_cap)
   if not packed.trunk_length:
     return packed.join(trunk_q, run(q, k, v, positions, ids, 0, longest=packed.longest,
-                                       falling=packed.falling))
+                                    falling=packed.falling))
 
   def before(trunk, rows):  # every row with its own copy of the trunk's keys or values in front
     trunk = jnp.broadcast_to(trunk[:, None], (*rows.shape[:2], *trunk.shape[1:]))

@@ -83,9 +83,9 @@ def test_an_interrupt_at_any_line_of_the_event_loop_ends_it_without_noise(
     place += 1
   assert ended == 6 and place > 500
   assert event_loops.complete(branches) == 6
-  for number in (signal.SIGINT, signal.SIGTERM):  # whatever has happened to the handlers, they interrupt
+  for each in (signal.SIGINT, signal.SIGTERM):  # whatever has happened to the handlers, they interrupt
     with pytest.raises(KeyboardInterrupt):
-      signal.raise_signal(number)
+      signal.raise_signal(each)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
