@@ -208,7 +208,7 @@ def _run(config, options):
     stop = stopping.Stop()
     signal.signal(signal.SIGTERM, stop.receive)  # from here on there may be something to save
     try:
-      run.run(config, options.workdir, quiet=options.quiet, stop=stop)
+      run.run(config, options.workdir, quiet=options.quiet, stop=stop, keep_traced=True)
     except stopping.Stopped as stopped:  # all processes together, so that each may end in peace
       _fail(f"{stopped}; {continues}", code=128 + stop.number)
   except KeyboardInterrupt as stop:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl import programs
 from jaxrl import sharding
 from jaxrl.models import decoder as decoder_lib
 from jaxrl.models import token_logits
@@ -21,7 +22,8 @@ from jaxrl.models.cached_attention import KeyValues, LayerCache, Rows
 from jaxrl.sampling import draw as draw_lib
 from jaxrl.sampling import precision
 
-compilations = collections.Counter()  # jit runs a Python body once for each program it compiles
+compilations = collections.Counter()  # programs by the name of their function
+_jit = functools.partial(programs.jit, count=compilations)
 
 
 class Settings(NamedTuple):
@@ -83,7 +85,7 @@ class State:
   step: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("samples", "length"))
+@functools.partial(_jit, static_argnames=("samples", "length"))
 def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samples: int,
              length: int) -> Float[Array, "length rows"]:
   """Numbers in [0, 1) for the tokens `start .. start + length` of every sample.
@@ -92,8 +94,6 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
   index of the token, folded in that order. A program of its own, which all lengths of prompts and
   caches share.
   """
-  compilations["uniforms"] += 1
-
   def request_key(fold, depth):
     def step(i, key):
       return jnp.where(i < depth, jax.random.fold_in(key, fold[i]), key)
@@ -109,7 +109,7 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
   return _replicate(numbers.reshape(length, -1))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "cache_dtype"))
+@functools.partial(_jit, static_argnames=("config", "capacity", "cache_dtype"))
 def prefill(variables, prompts: Prompts, settings: Settings, padding: Bool[Array, "rows"],
             uniform: Float[Array, "length rows"], *, config: decoder_lib.DecoderConfig,
             capacity: int, cache_dtype: str = ""):
@@ -129,7 +129,6 @@ def prefill(variables, prompts: Prompts, settings: Settings, padding: Bool[Array
     width], the state, and for the host the first tokens and log-probabilities [1, rows],
     `state.done` and `state.step`.
   """
-  compilations["prefill"] += 1
   model = decoder_lib.Decoder(config)
   shape, rows = prompts.tokens.shape, len(padding)
   index = jnp.arange(shape[1])
@@ -156,7 +155,7 @@ def prefill(variables, prompts: Prompts, settings: Settings, padding: Bool[Array
   return prefix, state, _replicate((tokens[None], logprobs[None], state.done, state.step))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("state",))
+@functools.partial(_jit, static_argnames=("config",), donate_argnums=2)
 def decode(variables, prefix, state: State, rows: Rows, settings: Settings,
            uniform: Float[Array, "length rows"], first: Int[Array, ""], least: Int[Array, ""], *,
            config: decoder_lib.DecoderConfig):
@@ -178,7 +177,6 @@ def decode(variables, prefix, state: State, rows: Rows, settings: Settings,
     the old `state.step + 1 - first` up to the new are valid (but not after a sample's end),
     `state.done` and `state.step`.
   """
-  compilations["decode"] += 1
   model = decoder_lib.Decoder(config)
 
   def place(index):
@@ -205,11 +203,9 @@ def decode(variables, prefix, state: State, rows: Rows, settings: Settings,
   return state, _replicate((tokens, logprobs, state.done, state.step))
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
+@functools.partial(_jit, static_argnames=("capacity",))
 def grow(state: State, *, capacity: int) -> State:
   """Makes the suffix cache longer."""
-  compilations["grow"] += 1
-
   def pad(x, axis):
     widths = [(0, 0)] * x.ndim
     widths[axis] = 0, capacity - x.shape[axis]
@@ -217,10 +213,9 @@ def grow(state: State, *, capacity: int) -> State:
   return state.replace(suffix=_distribute(_each(functools.partial(_by_length, pad), state.suffix)))
 
 
-@jax.jit
+@_jit
 def shrink(state: State, keep: Int[Array, "fewer"]) -> State:
   """Some of the rows."""
-  compilations["shrink"] += 1
   layered = isinstance(state.suffix, KeyValues)
   take = functools.partial(jnp.take, indices=keep, axis=1 if layered else 0)
   return state.replace(
@@ -228,7 +223,7 @@ def shrink(state: State, keep: Int[Array, "fewer"]) -> State:
       last=state.last[keep], done=state.done[keep])
 
 
-@jax.jit
+@_jit
 def select_prompts(prefix, keep: Int[Array, "rows"]):
   """The prompts' cache once for each of some rows.
 
@@ -236,7 +231,6 @@ def select_prompts(prefix, keep: Int[Array, "rows"]):
     prefix: as returned by `prefill`.
     keep: the prompt of each row.
   """
-  compilations["select_prompts"] += 1
   axis = 1 if isinstance(prefix, KeyValues) else 0
   return jax.tree.map(lambda x: jnp.take(x, keep, axis=axis), prefix)
 

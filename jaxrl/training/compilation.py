@@ -7,6 +7,7 @@ with its directory, programs are compiled as if there were none.
 from collections.abc import Callable, Mapping
 import contextlib
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -18,9 +19,12 @@ import zlib
 import jax
 import jaxlib
 
+from jaxrl import programs
+
 OFF = "off"
 LIMIT = 2 * 10**9  # bytes of all programs in the default place; the least recently used go first
 ENTRY = "*-cache"  # files of JAX's cache, each one compiled program
+FILES = (ENTRY, f"*{programs.SUFFIX}")  # of compiled and of traced programs
 CHECKED = "checked"  # a file whose time says up to when entries are known to be whole
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # first bytes of a compressed entry; else it is zlib's
 
@@ -126,7 +130,7 @@ def trim(root: pathlib.Path, limit: int) -> None:
   """Deletes the least recently used programs below `root` until the rest take `limit` bytes."""
   with contextlib.suppress(OSError):  # another process may be doing the same
     found = []
-    for path in root.rglob(ENTRY):
+    for path in itertools.chain(*map(root.rglob, FILES)):
       stat = path.stat()
       found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
     total = sum(size for _, size, _ in found)
@@ -136,7 +140,7 @@ def trim(root: pathlib.Path, limit: int) -> None:
       path.unlink(missing_ok=True)
       total -= size
     for directory in root.iterdir():  # of versions and machines of which nothing is left
-      if directory.is_dir() and found and not any(directory.glob(ENTRY)):
+      if directory.is_dir() and found and not any(itertools.chain(*map(directory.glob, FILES))):
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl import compose
+from jaxrl import programs
 from jaxrl import sharding
 from jaxrl.advantages.chain import credit
 from jaxrl.advantages.chain import initial_carried
@@ -214,8 +215,8 @@ def make_learner(learning: Learning, state_shardings: TrainState) -> Learner:
 
   def program(part, whole, how, worth_it=True):
     if learning.streams == 1 or not worth_it:
-      return jax.jit(_in_one(part, whole), **how)
-    return streams.SideBySide(jax.jit(part), jax.jit(whole, **how), count, mesh)
+      return programs.jit(_in_one(part, whole), **how)
+    return streams.SideBySide(programs.jit(part), programs.jit(whole, **how), count, mesh)
   signals, update, measure = functions
   return Learner(program(*signals, worth_it=any(learning.frozen_signals.values())), program(*update),
                  program(*measure))

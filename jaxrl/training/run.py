@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from jaxrl import config as configs
+from jaxrl import programs
 from jaxrl import sharding
 from jaxrl.evaluation import policy
 from jaxrl.training import builders
@@ -36,7 +37,7 @@ FREE_OF_OPTIMIZER = ("offload",)  # likewise, of config.optimizer and that of an
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet: bool = False,
-        stop: Stop | None = None) -> dict[str, Any]:
+        stop: Stop | None = None, keep_traced: bool = False) -> dict[str, Any]:
   """Runs all phases of a config, or what is left of them; the same call continues a killed run.
 
   Args:
@@ -44,6 +45,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
     workdir: where everything that the run leaves behind goes.
     quiet: plain log lines instead of a progress bar.
     stop: where to hear that the run shall stop.
+    keep_traced: keeps programs as they were traced, beside those that XLA has compiled, see
+      `jaxrl.programs`: for a process whose modules are as their files say.
 
   Returns:
     The contents of `summary.json`.
@@ -55,10 +58,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, quiet:
   """
   machine.limit_arenas()
   with machine.rare_collections():
-    return _run_phases(config, workdir, quiet, stop)
+    return _run_phases(config, workdir, quiet, stop, keep_traced)
 
 
-def _run_phases(config, workdir, quiet, stop):
+def _run_phases(config, workdir, quiet, stop, keep_traced):
   with configs.as_config_errors():
     sharding.start_distributed()
   workdir, stop = pathlib.Path(workdir), stop or Stop()
@@ -68,9 +71,11 @@ def _run_phases(config, workdir, quiet, stop):
   processes.meet("the start of a run, with its config", json.dumps(plain, sort_keys=True).encode())
   with configs.as_config_errors():
     _check_workdir(workdir, plain)
-  with Reporter(workdir, quiet=quiet) as reporter:
-    compilation.use_cache(config.compilation_cache, reporter.note)
+  with Reporter(workdir, quiet=quiet) as reporter, contextlib.ExitStack() as kept:
+    place = compilation.use_cache(config.compilation_cache, reporter.note)
     compilation.short_locations()
+    if keep_traced and isinstance(place, pathlib.Path):  # not a bucket
+      kept.enter_context(programs.kept_in(place))
     with configs.as_config_errors():
       fresh = not any((workdir / "checkpoints").glob("[0-9]*"))
       parts = builders.build_parts(config, workdir, reporter.note, fresh=fresh)

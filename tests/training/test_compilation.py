@@ -40,14 +40,35 @@ def get_config():
 """
 
 
-def run(place, name, *arguments, **environment):
+# What takes the place of functions says that it is them, and raises if it is ever called.
+NEVER_TRACED = """
+import functools
+from jaxrl.sampling import generate
+from jaxrl.training import learner
+
+def forbidden(module, name):
+  @functools.wraps(getattr(module, name))
+  def function(*args, **kwargs):
+    raise AssertionError(f"{name} was traced")
+  setattr(module, name, function)
+
+for name in ("_outputs", "_signals", "_sums", "_update"):
+  forbidden(learner, name)
+for name in ("_extend", "_logits"):
+  forbidden(generate, name)
+from jaxrl.cli import command
+command()
+"""
+
+
+def run(place, name, *arguments, code="from jaxrl.cli import command; command()", **environment):
   """A run of the command line on one device -> (what it said, summary, rows of metrics)."""
   (place / "varying.py").write_text(CONFIG)
   environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
                               "JAX_ENABLE_COMPILATION_CACHE": "true", **environment}
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # that of tests would come before
   ended = subprocess.run(
-      [sys.executable, "-m", "jaxrl", "run", "--config=varying.py", f"--workdir={name}", "--quiet",
+      [sys.executable, "-c", code, "run", "--config=varying.py", f"--workdir={name}", "--quiet",
        *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=900)
   said = ended.stdout + ended.stderr
   assert ended.returncode == 0, said
@@ -83,6 +104,17 @@ def test_a_second_run_reads_every_program_from_disk_even_after_damage(first):
   assert "cache" not in said and "Traceback" not in said
   assert [row["loss"] for row in same] == [row["loss"] for row in rows]
   assert zlib.decompress(entries[0].read_bytes())  # and is whole again
+
+
+def test_a_second_run_traces_neither_updates_nor_sampling_and_computes_the_same_bits(first):
+  place, _, rows = first
+  kept = {path.name.split("-")[0] for path in (place / "cache/jaxrl/programs").rglob("*-traced")}
+  assert kept >= {"init", "_signals", "_update", "prefill", "decode", "uniforms"}
+  _, summary, same = run(place, "untraced", code=NEVER_TRACED, XDG_CACHE_HOME=str(place / "cache"))
+  assert summary["compile"]["count"] == summary["compile"]["from_disk"]
+  _, _, plain = run(place, "plain", "--config.compilation_cache=off", XDG_CACHE_HOME=str(place / "cache"))
+  for name in ("loss", "grad_norm", "response_tokens", "reward"):
+    assert [row[name] for row in rows] == [row[name] for row in same] == [row[name] for row in plain]
 
 
 def test_a_place_that_cannot_be_written_is_reported_and_stops_nothing(tmp_path):

@@ -154,7 +154,7 @@ def trainer(work, config, clock, workdir):
 
   run.Reporter, run.builders.build_parts, run.builders.start_state = Ticking, build, start
   try:
-    run.run(config, workdir, quiet=True)
+    run.run(config, workdir, quiet=True, keep_traced=True)  # as the command line does
   except Enough:
     return counts, sizes[0]
   raise RuntimeError(f"the run ended after {len(counts)} steps")

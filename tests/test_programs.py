@@ -1,0 +1,176 @@
+"""Programs that are kept as they were traced: the same results without the function, and never a stale one."""
+
+import collections
+import os
+import pickle
+import sys
+import types
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl import digests
+from jaxrl import programs
+
+HOUR = 3600 * 10**9
+traced = []  # names of functions, whenever their Python runs
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+  """A directory that programs are kept in, as where one device is all there is."""
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  monkeypatch.setattr(digests, "HOMES", (*digests.HOMES, __name__.split(".")[0]))
+  monkeypatch.setattr(programs, "_STARTED", programs._STARTED + HOUR)  # files of a fresh checkout are old enough
+  traced.clear()
+  with programs.kept_in(tmp_path):
+    yield tmp_path
+
+
+def kept(place):
+  return sorted(path.name.split("-")[0] for path in place.glob(f"*{programs.SUFFIX}"))
+
+
+def step(state, x, *, power=1):
+  traced.append("step")
+  more = {"weak": 2 * x.sum() ** power, "none": None, "number": 1.5}
+  return {"a": state["a"] + x, "b": state["b"] * x.astype(state["b"].dtype)}, more
+
+
+def arguments(n=3):
+  return {"a": jnp.arange(n, dtype=jnp.float32), "b": jnp.ones(n, jnp.bfloat16)}, jnp.full(n, 0.5)
+
+
+def same(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert one.dtype == jnp.result_type(other) and not one.weak_type
+    np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_a_program_is_traced_once_whatever_process_needs_it(place):
+  expected = step(*arguments(), power=2)
+  traced.clear()
+  for _ in range(3):  # a new object is as good as a new process: it remembers nothing
+    count = collections.Counter()
+    function = programs.jit(step, static_argnames=("power",), count=count, donate_argnums=0)
+    for _ in range(2):
+      state, x = arguments()
+      found = function(state, x, power=2)
+      assert state["a"].is_deleted()
+      same(found, expected)
+    assert count == {"step": 1}
+  assert traced == ["step"] and kept(place) == ["step"]
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "static", "options", "structure", "default", "config"])
+def test_another_program_is_traced(place, change):
+  programs.jit(step)(*arguments())
+  function, (state, x), static = step, arguments(4 if change == "shape" else 3), {}
+  options = {"donate_argnums": 0} if change == "options" else {}
+  if change == "dtype":
+    x = x.astype(jnp.float16)
+  if change == "static":
+    options, static = {"static_argnames": ("power",)}, {"power": 2}
+  if change == "structure":
+    state = collections.OrderedDict(state)
+  if change == "default":
+    function = lambda state, x: step(state, x, power=3)  # noqa: E731
+    function.__name__ = "step"
+  before = traced.copy()
+  with jax.default_matmul_precision("highest" if change == "config" else None):
+    programs.jit(function, **options)(state, x, **static)
+  assert traced == before + ["step"] and kept(place) == ["step", "step"]
+
+
+def test_trace_and_lower_are_those_of_what_runs(place):
+  for _ in range(2):
+    function = programs.jit(step)
+    found = function.trace(*jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments()))
+    assert found.out_info[1]["weak"].shape == () and found.out_info[1]["none"] is None
+    same(function.lower(*arguments()).compile()(*arguments()), step(*arguments()))
+  assert "jit_step" in function.lower(*arguments()).as_text()
+
+
+def test_a_change_of_any_module_that_was_loaded_is_believed_to_matter(place, tmp_path, monkeypatch):
+  source = tmp_path / "piece.py"
+  source.write_text("FACTOR = 2\n")
+  module = types.ModuleType("piece")
+  module.__file__ = str(source)
+  monkeypatch.setitem(sys.modules, "piece", module)
+
+  def start():
+    traced.clear()
+    with programs.kept_in(place):
+      programs.jit(step)(*arguments())
+    return traced.copy()
+  os.utime(source, ns=(10**18, 10**18))
+  assert start() == ["step"] and start() == []
+  source.write_text("FACTOR = 3\n")
+  os.utime(source, ns=(10**18, 10**18 + 1))
+  assert start() == ["step"] and start() == []
+  source.unlink()
+  assert start() == ["step"]
+
+
+def test_files_that_changed_since_the_process_began_may_not_be_those_it_has_loaded(place, monkeypatch):
+  newest = max(os.stat(module.__file__).st_mtime_ns for module in list(sys.modules.values())
+               if getattr(module, "__file__", None) and os.path.exists(module.__file__))
+  monkeypatch.setattr(programs, "_STARTED", newest - 1)
+  programs.jit(step)(*arguments())
+  assert kept(place) == []
+  monkeypatch.setattr(programs, "_STARTED", newest)
+  programs.jit(step)(*arguments())
+  assert kept(place) == ["step"]
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "other", "text"])
+def test_a_file_that_cannot_be_read_is_written_anew(place, damage):
+  programs.jit(step)(*arguments())
+  file, = place.glob("*")
+  whole = file.read_bytes()
+  file.write_bytes({"half": whole[:len(whole) // 2], "empty": b"", "text": b"no program",
+                    "other": zlib.compress(pickle.dumps(({}, (0,), b"")))}[damage])
+  same(programs.jit(step)(*arguments()), step(*arguments()))
+  traced.clear()
+  same(programs.jit(step)(*arguments()), jax.jit(lambda *args: step(*args))(*arguments()))
+  assert traced == ["step"]  # that of `jax.jit`
+
+
+def test_a_place_that_takes_nothing_stops_nothing(place):
+  (place / "file").touch()
+  with programs.kept_in(place / "file"):
+    same(programs.jit(step)(*arguments()), step(*arguments()))
+
+
+def test_what_is_not_ours_or_cannot_be_exported_is_traced_every_time(place):
+  def calls_back(x):
+    traced.append("calls_back")
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+  elsewhere = types.FunctionType(step.__code__, globals() | {"__name__": "elsewhere"}, "step")
+  elsewhere.__module__ = "elsewhere"
+  for _ in range(2):
+    np.testing.assert_allclose(programs.jit(calls_back)(jnp.ones(2)), np.sin(np.ones(2)), rtol=1e-6)
+    programs.jit(elsewhere, static_argnames=("power",))(*arguments(), power=1)
+  assert traced == ["calls_back", "step"] * 2 and kept(place) == []
+
+
+def test_mistakes_in_a_function_are_raised_as_they_are(place):
+  with pytest.raises(TypeError, match="add got incompatible shapes"):
+    programs.jit(step)(arguments(4)[0], arguments(3)[1])
+  assert kept(place) == []
+
+
+def test_without_a_place_or_with_several_devices_nothing_is_kept(tmp_path, monkeypatch):
+  monkeypatch.setattr(digests, "HOMES", (*digests.HOMES, __name__.split(".")[0]))
+  same(programs.jit(step)(*arguments()), step(*arguments()))
+  with programs.kept_in(tmp_path):  # tests have eight devices
+    same(programs.jit(step)(*arguments()), step(*arguments()))
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  with programs.kept_in(tmp_path):
+    pass
+  programs.jit(step)(*arguments())
+  assert kept(tmp_path) == []
