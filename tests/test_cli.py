@@ -207,7 +207,7 @@ def test_an_interrupted_run_says_how_to_continue(monkeypatch, tmp_path, capsys):
 def taken(monkeypatch):
   """What a command line hands to the run."""
   found = []
-  monkeypatch.setattr(run, "run", lambda config, workdir, quiet, stop: found.append(
+  monkeypatch.setattr(run, "run", lambda config, workdir, quiet, **_: found.append(
       (config, workdir, quiet)))
   return found
 
