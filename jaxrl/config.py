@@ -230,6 +230,7 @@ def import_file(path: pathlib.Path):
   loader = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(loader)
   loader.loader.exec_module(module)
+  sys.modules[f"jaxrl_config:{path}"] = module  # for `jaxrl.programs`, which asks whose code is loaded
   return module
 
 

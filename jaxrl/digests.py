@@ -15,7 +15,7 @@ import numpy as np
 
 # Functions and classes of other packages are refused: what those have read when they were loaded, or keep
 # in globals, is not part of a digest.
-HOMES = ("builtins", "collections", "flax", "functools", "jax", "jaxlib", "jaxrl", "numpy", "optax")
+HOMES = ("builtins", "collections", "flax", "functools", "jax", "jaxlib", "jaxrl", "ml_dtypes", "numpy", "optax")
 PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes)
 
 
@@ -74,6 +74,8 @@ def _name(value):
   module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
   if not isinstance(module, str) or not isinstance(name, str) or not _at_home(module):
     return ""
+  if isinstance(value, types.FunctionType) and not _at_home(value.__globals__.get("__name__")):
+    return ""  # somebody else's, put in the place of ours
   found = sys.modules.get(module)
   for part in name.split("."):
     found = getattr(found, part, None)
@@ -87,38 +89,36 @@ def _at_home(module):
 
 def _parts(value):
   """What the digest of a value is made of."""
-  for kinds, parts in _KINDS:
-    if isinstance(value, kinds):
-      return parts(value)
   kind = type(value)
-  if dataclasses.is_dataclass(value) and _at_home(kind.__module__):
-    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+  if _at_home(kind.__module__):
+    for kinds, parts in _KINDS:
+      if isinstance(value, kinds):
+        return parts(value)
+    if dataclasses.is_dataclass(value):
+      return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
   raise Undescribed(f"no digest is made of {kind.__module__}.{kind.__qualname__}")
 
 
 def _of_function(value):
-  if not _at_home(value.__module__):
-    raise Undescribed(f"no digest is made of functions of {value.__module__}")
-  return [value.__module__, value.__code__, value.__defaults__, value.__kwdefaults__,
-          [cell.cell_contents for cell in value.__closure__ or ()]]
+  # Not its own word for where it is from, which `functools.wraps` gives to other people's functions.
+  module = value.__globals__.get("__name__")
+  if not _at_home(module) or vars(sys.modules.get(module, object)) is not value.__globals__:
+    raise Undescribed(f"no digest is made of functions of {module}")
+  return [module, value.__code__, value.__defaults__, value.__kwdefaults__,
+          [cell.cell_contents for cell in value.__closure__ or ()], vars(value)]
 
 
 def _of_code(value):
   return [value.co_qualname, value.co_firstlineno, value.co_code, value.co_consts, value.co_names,
-          value.co_varnames, value.co_freevars, value.co_cellvars]
-
-
-def _of_tuple(value):
-  if type(value) is not tuple and not _at_home(type(value).__module__):
-    raise Undescribed(f"no digest is made of {type(value).__module__}.{type(value).__qualname__}")
-  return list(value)
+          value.co_varnames, value.co_freevars, value.co_cellvars, value.co_flags, value.co_argcount,
+          value.co_posonlyargcount, value.co_kwonlyargcount]
 
 
 def _of_array(value):
   if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == object:
     raise Undescribed(f"no digest is made of an array of {value.dtype}")
   array = np.asarray(value)
-  return [str(array.dtype), array.shape, array.tobytes()]
+  return [str(array.dtype), array.shape, getattr(value, "weak_type", False), array.tobytes()]
 
 
 def _of_structure(value):
@@ -132,14 +132,13 @@ def _of_mesh(value):
 
 _KINDS: tuple[tuple[Any, Callable[[Any], list]], ...] = (
     (enum.Enum, lambda x: [x.name]),
-    (tuple, _of_tuple),
-    (list, list),
+    ((tuple, list), list),
     (dict, lambda x: list(x.items())),
     ((set, frozenset), lambda x: sorted(map(digest, x))),
     (types.FunctionType, _of_function),
     (types.MethodType, lambda x: [x.__func__, x.__self__]),
     (types.CodeType, _of_code),
-    (functools.partial, lambda x: [x.func, x.args, x.keywords]),
+    (functools.partial, lambda x: [x.func, x.args, x.keywords, vars(x)]),
     (np.dtype, lambda x: [str(x)]),
     ((np.ndarray, np.generic, jax.Array), _of_array),
     (type(jax.tree.structure(0)), _of_structure),

@@ -3,30 +3,30 @@
 JAX's compilation cache keeps what XLA has compiled, but to find it there JAX traces a Python function and
 lowers it to StableHLO first: 0.9 of 3.6 s to the first update of `scripts/bench/startup.py`. Inside `kept_in`
 the StableHLO is kept too (`jax.export`). It is found by a digest of all that tracing is given: the function
-with what it closes over, its options, the shapes and structure of its arguments, JAX's configuration. It
-is believed as long as all files are unchanged of the modules that were loaded when it was made. A function
-that closes over anything of which no digest is made, such as a piece of one's own, is traced at every start;
-so is one that cannot be exported.
+with what it closes over, the shapes and structure of its arguments, settings of libraries, which modules of
+others are loaded. It is believed as long as all files are unchanged of the modules that were loaded when it
+was made. A function that closes over anything of which no digest is made, such as a piece of one's own, is
+traced at every start; so is one that cannot be exported.
 
-What was changed in memory (a function put in the place of another one of a module) is not seen. So only
-processes that run one command keep programs: see `keep_traced` of `jaxrl.training.run`.
+Modules are taken to be what their files say: what a person has changed in memory, as in a notebook, is not
+seen. So only processes that run one command keep programs, see `keep_traced` of `jaxrl.training.run`.
 """
 
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
 import functools
 import os
 import pathlib
 import pickle
 import sys
+import sysconfig
 import tempfile
-import threading
 import time
 from typing import Any
 import zlib
 
+import flax
 import jax
 from jax import export
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from jaxrl import digests
 
 FORMAT = 1  # of the files
 SUFFIX = "-traced"  # of their names
+READ_BY_LIBRARIES = ("CUDA", "FLAX", "JAX", "LIBTPU", "NVIDIA", "TF_", "TOKAMAX", "XLA")  # variables
+INSTALLED = (*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+             str(pathlib.Path(__file__).parent))  # places of code that does not change other code
 _place: pathlib.Path | None = None  # where programs are kept, if they are
 
 
@@ -50,135 +53,128 @@ def kept_in(directory: pathlib.Path) -> Iterator[None]:
     _place = before
 
 
-class jit:  # noqa: N801, written as `jax.jit`
-  """A jitted function, whose programs can be kept.
+def jit(function: Callable, *, static_argnames: tuple[str, ...] = (),
+        count: collections.Counter[str] | None = None, **options: Any) -> Callable:
+  """`jax.jit` of a function whose programs can be kept.
 
-  Static arguments are keywords, all others are not. Results are never weakly typed, as those of exported
-  programs cannot be.
+  Results are never weakly typed, as those of exported programs cannot be. Where programs are kept, the
+  function cannot be differentiated or mapped from outside.
+
+  Args:
+    function: pure.
+    static_argnames: keywords, whose values can be hashed; all other arguments are positional.
+    count: counts programs, by the name of their function.
+    options: others of `jax.jit`.
   """
+  name = getattr(function, "func", function).__name__
 
-  def __init__(self, function: Callable, *, static_argnames: tuple[str, ...] = (),
-               count: collections.Counter[str] | None = None, **options: Any):
-    """
-    Args:
-      function: pure.
-      static_argnames: keywords, whose values can be hashed.
-      count: counts programs by the name of their function.
-      options: others of `jax.jit`.
-    """
-    self.__name__ = getattr(function, "func", function).__name__
-    self._function, self._options, self._count = function, options, count
-
-    @functools.wraps(getattr(function, "func", function))
-    def traced(*args, **static):
-      self._counts()
-      return jax.tree.map(_strong, function(*args, **static))
-    self._traced = jax.jit(traced, static_argnames=static_argnames, **options)
-    self._programs: dict[Any, Callable | None] = {}  # by what tracing is given; None if not to be kept
-    self._lock = threading.Lock()
-
-  def __call__(self, *args: Any, **static: Any) -> Any:
-    program = self._program(args, static)
-    return program(*args) if program else self._traced(*args, **static)
-
-  def trace(self, *args: Any, **static: Any) -> jax.stages.Traced:
-    """As that of `jax.jit`."""
-    program = self._program(args, static)
-    return program.trace(*args) if program else self._traced.trace(*args, **static)
-
-  def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
-    """As that of `jax.jit`."""
-    return self.trace(*args, **static).lower()
-
-  def _program(self, args, static):
-    """The jitted function of a kept program, which takes no static arguments; None if there is none."""
-    if _place is None:
-      return None
-    leaves, structure = jax.tree.flatten(args)
-    given = (_place, structure, tuple(map(_described, leaves)), tuple(sorted(static.items())),
-             jax.sharding.get_abstract_mesh())
-    if given not in self._programs:
-      with self._lock:
-        if given not in self._programs:
-          self._programs[given] = self._find(args, static, given)
-    return self._programs[given]
-
-  def _find(self, args, static, given):
-    place, *of_arguments, mesh = given
-    try:
-      key = digests.digest([_surroundings(), str(mesh), self._function, self._options, of_arguments])
-    except digests.Undescribed:
-      return None
-    path = place / f"{self.__name__}-{key}{SUFFIX}"
-    if found := _read(path):
-      self._counts()
-    else:
-      self._traced.trace(*args, **static)  # so that what is wrong with the function is raised
-      try:
-        found = _export(self._traced, args, static)
-      except Exception:  # of many kinds, for what this version of JAX does not export
-        return None
-      _write(path, *found)
-    exported, results = found
-
-    def program(*args):
+  @functools.wraps(getattr(function, "func", function))
+  def traced(*args, **static):
+    if count is not None:
+      count[name] += 1
+    place = _place
+    kept = place and not _is_looked_into() and _find(place, name, function, args, static)
+    if kept:
+      exported, results = kept
       return results.unflatten(exported.call(*jax.tree.leaves(args)))
-    program.__name__ = self.__name__
-    return jax.jit(program, **self._options)
+    return jax.tree.map(_strong, function(*args, **static))
+  return jax.jit(traced, static_argnames=static_argnames, **options)
 
-  def _counts(self):
-    if self._count is not None:
-      self._count[self.__name__] += 1
+
+def _is_looked_into():
+  """Whether somebody wants to see operations one by one."""
+  return jax.config.jax_debug_nans or jax.config.jax_debug_infs or jax.config.jax_disable_jit
+
+
+def _find(place, name, function, args, static):
+  """(program of flat arguments and results, structure of its results), None if it is not to be kept."""
+  leaves, structure = jax.tree.flatten(args)
+  kinds = [jax.typeof(x) for x in leaves]
+  described = [(x.shape, str(x.dtype), x.weak_type, str(x.memory_space)) for x in kinds]
+  try:
+    key = digests.digest([_surroundings(), function, static, structure, described])
+  except Exception:  # not only `Undescribed`: closures may hold values of any kind, and be without end
+    return None
+  path = place / f"{name}-{key}{SUFFIX}"
+  found = _read(path)
+  if found is None:
+    found = _export(function, structure, kinds, static)
+    _write(path, *found)
+  return found if found[0] else None
+
+
+def _export(function, structure, kinds, static):
+  """A program of flat arguments and results, None if there can be none, and the structure of its results."""
+  results = []
+
+  def flat(*leaves):
+    found, as_returned = jax.tree.flatten(function(*structure.unflatten(leaves), **static))
+    results[:] = [as_returned]
+    return [_strong(x) for x in found]
+  program = jax.jit(flat)
+  arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in kinds]
+  program.trace(*arguments)  # so that mistakes in the function are raised
+  try:
+    if any(x.memory_space != jax.memory.Space.Device for x in kinds):
+      raise ValueError("exported programs take arrays of the device's own memory")
+    return export.export(program)(*arguments), results[0]
+  except Exception:  # of many kinds, for what this version of JAX does not export
+    return None, results[0]
 
 
 def _strong(x):
   return jnp.asarray(x, jnp.result_type(x)) if jax.typeof(x).weak_type else x
 
 
-def _described(leaf):
-  """What tracing knows of an argument."""
-  if not hasattr(leaf, "dtype"):
-    return type(leaf).__name__
-  memory = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
-  return tuple(leaf.shape), str(leaf.dtype), getattr(leaf, "weak_type", False), memory
-
-
 def _surroundings():
-  """What else tracing can depend on. Files of different installations are not confused, either."""
-  return [FORMAT, sys.version, sys.prefix, __file__, jax.__version__, os.cpu_count(),
-          jax.devices()[0].device_kind, {name: str(x) for name, x in sorted(jax.config.values.items())}]
+  """What else tracing can depend on: versions, devices, settings, and code that is not ours.
+
+  That which a config loads may change what ours does.
+  """
+  others = sorted((name, file) for name, file in _loaded() if not file.startswith(INSTALLED))
+  settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(READ_BY_LIBRARIES)}
+  return [FORMAT, sys.version, sys.prefix, sys.path, list(sys.flags), os.cpu_count(), jax.__version__,
+          jax.devices()[0].device_kind, str(jax.sharding.get_abstract_mesh()),
+          {name: str(x) for name, x in sorted(jax.config.values.items())},
+          {name: str(getattr(flax.config, name)) for name in dir(flax.config) if name[0] != "_"
+           and not callable(getattr(flax.config, name))}, settings, others]
 
 
-def _export(traced, args, static):
-  """A program whose arguments and results are flat, and the structure of its results."""
-  exported = export.export(traced)(*args, **static)
-  arguments = jax.tree.structure((tuple(exported.in_avals), {}))
-  flat = jax.tree.structure(list(exported.out_avals))
-  return dataclasses.replace(exported, in_tree=arguments, out_tree=flat), exported.out_tree
+def _loaded():
+  """(name, file) of every module that has one."""
+  for name, module in list(sys.modules.items()):
+    file = getattr(module, "__file__", None)
+    if isinstance(file, str):
+      yield name, file
 
 
 def _read(path):
   """What `_write` wrote; None if there is nothing, or nothing that holds any more."""
   try:
     files, results, exported = pickle.loads(zlib.decompress(path.read_bytes()))
-    if any(_state_of(name) != state for name, state in files.items()):
+    loaded = dict(_loaded())
+    if any(_state_of(file) != state or loaded.get(name, file) != file
+           for name, (file, state) in files.items()):
       return None
-    found = export.deserialize(bytearray(exported)), jax.tree.structure(results)
+    program = None if exported is None else export.deserialize(bytearray(exported))
     os.utime(path)  # the least recently used go first, see `training.compilation.trim`
-    return found
+    return program, jax.tree.structure(results)
   except Exception:  # of many kinds, for a file of another version, or half of one
     return None
 
 
 def _write(path, exported, results):
-  """Keeps a program, unless a file has changed since this process began, which may have loaded it before."""
-  names = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-  files = {name: _state_of(name) for name in names if isinstance(name, str)}
-  if any(state and state[1] > _STARTED for state in files.values()):
+  """Keeps a program, or that there can be none, with the files that it was made of.
+
+  Not if one of them has changed since this process began, which may have loaded it before.
+  """
+  files = {name: (file, _state_of(file)) for name, file in _loaded()}
+  if any(state is None or max(state[1:]) > _STARTED for _, state in files.values()):
     return
   with contextlib.suppress(Exception):  # a full disk, results of a class that cannot be pickled
-    content = zlib.compress(pickle.dumps(
-        (files, results.unflatten(range(results.num_leaves)), bytes(exported.serialize()))), 1)
+    content = zlib.compress(pickle.dumps((
+        files, results.unflatten(range(results.num_leaves)),
+        None if exported is None else bytes(exported.serialize()))), 1)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=SUFFIX, delete=False) as file:
       try:
         file.write(content)
@@ -190,23 +186,23 @@ def _write(path, exported, results):
 
 
 @functools.cache
-def _state_of(name):
-  """Size of a file, and when it was changed (ns); None if there is none."""
+def _state_of(file):
+  """Size of a file, and when it and its entry in the directory were changed (ns); None if there is none."""
   try:
-    found = os.stat(name)
+    found = os.stat(file)
   except OSError:
     return None
-  return found.st_size, found.st_mtime_ns
+  return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _start():
-  """When this process began, or before, in ns since 1970."""
+  """When this process began, or shortly before, in ns since 1970."""
   try:
     ticks = int(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
   except (OSError, AttributeError):  # not on Linux
     age = 60
-  return time.time_ns() - int((age + 1) * 1e9)
+  return time.time_ns() - int((age + 0.05) * 1e9)  # clocks of processes and files tick every 10 ms or so
 
 
 _STARTED = _start()

@@ -54,9 +54,9 @@ def different():
       ((1,), 2), (1, (2,)), (1, 2), ("1", "2"), ("12",), {"a": 1}, {"a": 2}, {"b": 1}, {1, 2}, {1, 3}, frozenset({1}),
       Colour.RED, Colour.BLUE, Pair(1, 2), Pair(2, 1), Pair(1, (2,)),
       np.float32(1), np.float64(1), np.zeros(2), np.zeros((1, 2)), np.zeros(2, np.float32), np.ones(2),
-      jnp.zeros(2), jnp.bfloat16(0), np.dtype("int8"), np.dtype(jnp.bfloat16), int, float, jnp.float32,
+      jnp.zeros(2), jnp.asarray(2.0), jnp.float32(2), jnp.bfloat16(0), np.dtype("int8"), np.dtype(jnp.bfloat16), int, float, jnp.float32,
       times(2), times(3), times(2.0), times(2, more=1), times(2, more=3), lambda x: x + 1, lambda x: x + 2,
-      lambda x: x - 1, lambda x, y=1: x + y, lambda x, y=2: x + y, lambda x, *, y=2: x + y,
+      lambda x: x - 1, lambda a: a[0], lambda *a: a[0], lambda *, a: a[0], lambda x, y=1: x + y, lambda x, y=2: x + y, lambda x, *, y=2: x + y,
       jnp.sin, jnp.cos, np.sin, len, optax.sgd(0.1).update, optax.sgd(0.2).update, optax.adam(0.1),
       optax.adam(0.1, b1=0.8), optax.adamw(optax.linear_schedule(0.1, 0, 5)),
       DecoderConfig(vocab_size=5, layers=1, d_model=8, heads=2, kv_heads=1, d_ff=8),
@@ -74,6 +74,24 @@ def test_values_share_a_digest_only_if_they_are_built_alike(at_home):
   assert first == second
   for (i, one), (j, other) in itertools.combinations(enumerate(first), 2):
     assert one != other, (names[i], names[j])
+
+
+@functools.wraps(optax.apply_updates)
+def like_one_of_optax(params, updates):
+  return times(2)(params)
+
+
+class Numbers(dict):
+  pass
+
+
+def test_what_claims_to_be_from_elsewhere_is_not_believed(monkeypatch):
+  for value in (like_one_of_optax, [functools.partial(like_one_of_optax, 1)], Colour.RED, Numbers(a=1)):
+    with pytest.raises(digests.Undescribed):
+      digests.digest(value)
+  monkeypatch.setattr(optax, "apply_updates", like_one_of_optax)
+  with pytest.raises(digests.Undescribed):
+    digests.digest(optax.apply_updates)
 
 
 def test_a_value_that_contains_itself_ends(at_home):

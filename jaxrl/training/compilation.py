@@ -13,6 +13,7 @@ import pathlib
 import platform
 import shutil
 import sys
+import time
 import warnings
 import zlib
 
@@ -122,6 +123,9 @@ def drop_broken(directory: pathlib.Path) -> list[str]:
       if path.stat().st_mtime_ns >= since and not _is_whole(path):
         path.unlink(missing_ok=True)
         broken.append(path.name)
+    for path in directory.glob(f".*{programs.SUFFIX}"):  # never put in its place
+      if path.stat().st_mtime < time.time() - 3600:
+        path.unlink(missing_ok=True)
     mark.touch()
   return broken
 

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 import zlib
 
 import jax
@@ -40,7 +41,6 @@ def get_config():
 """
 
 
-# What takes the place of functions says that it is them, and raises if it is ever called.
 NEVER_TRACED = """
 import functools
 from jaxrl.sampling import generate
@@ -52,7 +52,7 @@ def forbidden(module, name):
     raise AssertionError(f"{name} was traced")
   setattr(module, name, function)
 
-for name in ("_outputs", "_signals", "_sums", "_update"):
+for name in ("_forward", "_weighted", "_apply", "_add"):  # which those that are jitted call
   forbidden(learner, name)
 for name in ("_extend", "_logits"):
   forbidden(generate, name)
@@ -63,7 +63,9 @@ command()
 
 def run(place, name, *arguments, code="from jaxrl.cli import command; command()", **environment):
   """A run of the command line on one device -> (what it said, summary, rows of metrics)."""
-  (place / "varying.py").write_text(CONFIG)
+  if not (place / "varying.py").exists():
+    (place / "varying.py").write_text(CONFIG)
+    time.sleep(0.2)  # a process keeps no program if one of its files may be newer than itself
   environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "",
                               "JAX_ENABLE_COMPILATION_CACHE": "true", **environment}
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # that of tests would come before
