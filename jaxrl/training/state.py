@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 import optax
 
-from jaxrl import programs
 from jaxrl import sharding
 from jaxrl.models import DecoderConfig
 from jaxrl.models import adapters
@@ -89,7 +88,7 @@ def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   # It runs once, and in full its many draws take a CPU as long to compile as an update.
   cpu = mesh.devices.flat[0].platform == "cpu"
   options = {"xla_backend_optimization_level": 1} if cpu else None
-  return programs.jit(init, out_shardings=parameter_shardings(config, mesh), compiler_options=options)
+  return jax.jit(init, out_shardings=parameter_shardings(config, mesh), compiler_options=options)
 
 
 @functools.lru_cache(maxsize=8)
