@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl import chips
 from jaxrl import programs
 from jaxrl import sharding
 from jaxrl.models import decoder as decoder_lib
@@ -85,7 +86,6 @@ class State:
   step: Int[Array, ""]
 
 
-@functools.partial(_jit, static_argnames=("samples", "length"))
 def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samples: int,
              length: int) -> Float[Array, "length rows"]:
   """Numbers in [0, 1) for the tokens `start .. start + length` of every sample.
@@ -94,6 +94,17 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
   index of the token, folded in that order. A program of its own, which all lengths of prompts and
   caches share.
   """
+  return _drawing(chips.platform())(base_key, identity, start, samples=samples, length=length)
+
+
+@functools.cache
+def _drawing(platform):
+  """Of integers alone: a CPU compiles it in half of the time with less optimisation, to run as fast."""
+  options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+  return _jit(_draw_uniforms, static_argnames=("samples", "length"), compiler_options=options)
+
+
+def _draw_uniforms(base_key, identity, start, *, samples, length):
   def request_key(fold, depth):
     def step(i, key):
       return jnp.where(i < depth, jax.random.fold_in(key, fold[i]), key)

@@ -111,7 +111,7 @@ def test_a_second_run_reads_every_program_from_disk_even_after_damage(first):
 def test_a_second_run_traces_neither_updates_nor_sampling_and_computes_the_same_bits(first):
   place, _, rows = first
   kept = {path.name.split("-")[0] for path in (place / "cache/jaxrl/programs").rglob("*-traced")}
-  assert kept >= {"_signals", "_update", "prefill", "decode", "uniforms"}
+  assert kept >= {"_signals", "_update", "prefill", "decode", "_draw_uniforms"}
   _, summary, same = run(place, "untraced", code=NEVER_TRACED, XDG_CACHE_HOME=str(place / "cache"))
   assert summary["compile"]["count"] == summary["compile"]["from_disk"]
   _, _, plain = run(place, "plain", "--config.compilation_cache=off", XDG_CACHE_HOME=str(place / "cache"))
