@@ -15,7 +15,8 @@ import numpy as np
 
 # Functions and classes of other packages are refused: what those have read when they were loaded, or keep
 # in globals, is not part of a digest.
-HOMES = ("builtins", "collections", "flax", "functools", "jax", "jaxlib", "jaxrl", "ml_dtypes", "numpy", "optax")
+HOMES = ("builtins", "collections", "flax", "functools", "jax", "jaxlib", "jaxrl", "ml_dtypes", "numpy",
+         "optax")
 PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes)
 
 

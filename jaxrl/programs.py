@@ -16,6 +16,7 @@ import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import inspect
 import os
 import pathlib
 import pickle
@@ -78,6 +79,7 @@ def jit(function: Callable, *, static_argnames: tuple[str, ...] = (),
       exported, results = kept
       return results.unflatten(exported.call(*jax.tree.leaves(args)))
     return jax.tree.map(_strong, function(*args, **static))
+  traced.__signature__ = inspect.signature(function)  # without what `functools.partial` has given
   return jax.jit(traced, static_argnames=static_argnames, **options)
 
 

@@ -1,4 +1,4 @@
-"""Programs that are kept as they were traced: the same results without the function, and never a stale one."""
+"""Programs that are kept as they were traced: the same results without the function, never a stale one."""
 
 import collections
 import os
@@ -24,7 +24,7 @@ def place(tmp_path, monkeypatch):
   """A directory that programs are kept in, as where one device is all there is."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setattr(digests, "HOMES", (*digests.HOMES, __name__.split(".")[0]))
-  monkeypatch.setattr(programs, "_STARTED", programs._STARTED + HOUR)  # files of a fresh checkout are old enough
+  monkeypatch.setattr(programs, "_STARTED", programs._STARTED + HOUR)  # files of a fresh checkout are old
   traced.clear()
   with programs.kept_in(tmp_path):
     yield tmp_path
@@ -66,7 +66,8 @@ def test_a_program_is_traced_once_whatever_process_needs_it(place):
   assert traced == ["step"] and kept(place) == ["step"]
 
 
-@pytest.mark.parametrize("change", ["shape", "dtype", "weak", "static", "structure", "function", "config", "variable", "path", "module"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "weak", "static", "structure", "function", "config",
+                                    "variable", "path", "module"])
 def test_another_program_is_traced(place, change, monkeypatch):
   programs.jit(step)(*arguments())
   function, (state, x), options, static = step, arguments(4 if change == "shape" else 3), {}, {}
@@ -164,7 +165,8 @@ def test_what_is_not_ours_or_cannot_be_exported_is_traced_every_time(place):
     np.testing.assert_allclose(programs.jit(calls_back)(jnp.ones(2)), np.sin(np.ones(2)), rtol=1e-6)
     programs.jit(elsewhere, static_argnames=("power",))(*arguments(), power=1)
   # Of what cannot be exported, this is kept: nobody tries again.
-  assert traced == ["calls_back", "calls_back", "step", "calls_back", "step"] and kept(place) == ["calls_back"]
+  assert traced == ["calls_back", "calls_back", "step", "calls_back", "step"]
+  assert kept(place) == ["calls_back"]
 
 
 def test_modules_of_the_same_name_from_another_place_are_not_confused(place, tmp_path, monkeypatch):
