@@ -143,10 +143,10 @@ def _surroundings():
 
 
 def _loaded():
-  """(name, file) of every module that has one."""
+  """(name, file) of every module that has one. Some have made themselves, and name none that exists."""
   for name, module in list(sys.modules.items()):
     file = getattr(module, "__file__", None)
-    if isinstance(file, str):
+    if isinstance(file, str) and os.path.isabs(file):
       yield name, file
 
 

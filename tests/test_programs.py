@@ -25,6 +25,10 @@ def place(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setattr(digests, "HOMES", (*digests.HOMES, __name__.split(".")[0]))
   monkeypatch.setattr(programs, "_STARTED", programs._STARTED + HOUR)  # files of a fresh checkout are old
+  # Other tests have loaded modules whose files come and go.
+  loaded, ours = programs._loaded, (*digests.HOMES, "piece", "other")
+  monkeypatch.setattr(programs, "_loaded", lambda: [
+      (name, file) for name, file in loaded() if name.split(".")[0] in ours])
   traced.clear()
   with programs.kept_in(tmp_path):
     yield tmp_path
