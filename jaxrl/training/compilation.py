@@ -26,6 +26,7 @@ OFF = "off"
 LIMIT = 2 * 10**9  # bytes of all programs in the default place; the least recently used go first
 ENTRY = "*-cache"  # files of JAX's cache, each one compiled program
 FILES = (ENTRY, f"*{programs.SUFFIX}")  # of compiled and of traced programs
+ABANDONED = 3600  # seconds
 CHECKED = "checked"  # a file whose time says up to when entries are known to be whole
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # first bytes of a compressed entry; else it is zlib's
 
@@ -111,10 +112,11 @@ def machine_key() -> str:
 def drop_broken(directory: pathlib.Path) -> list[str]:
   """Deletes entries that a killed process has left half written, which JAX would never replace.
 
-  Each entry is looked at once: those older than the last call are known to be whole.
+  Each entry is looked at once: those older than the last call are known to be whole. What has waited for
+  `ABANDONED` seconds to become a traced program goes, too.
 
   Returns:
-    The names of the entries deleted.
+    The names of the entries deleted, of compiled programs.
   """
   mark, broken = directory / CHECKED, []
   with contextlib.suppress(OSError):
@@ -123,8 +125,8 @@ def drop_broken(directory: pathlib.Path) -> list[str]:
       if path.stat().st_mtime_ns >= since and not _is_whole(path):
         path.unlink(missing_ok=True)
         broken.append(path.name)
-    for path in directory.glob(f".*{programs.SUFFIX}"):  # never put in its place
-      if path.stat().st_mtime < time.time() - 3600:
+    for path in directory.glob(f".*{programs.SUFFIX}"):
+      if path.stat().st_mtime < time.time() - ABANDONED:
         path.unlink(missing_ok=True)
     mark.touch()
   return broken

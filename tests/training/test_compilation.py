@@ -41,6 +41,7 @@ def get_config():
 """
 
 
+# The command, with functions that raise if they are called: those that the jitted ones call.
 NEVER_TRACED = """
 import functools
 from jaxrl.sampling import generate
@@ -52,7 +53,7 @@ def forbidden(module, name):
     raise AssertionError(f"{name} was traced")
   setattr(module, name, function)
 
-for name in ("_forward", "_weighted", "_apply", "_add"):  # which those that are jitted call
+for name in ("_forward", "_weighted", "_apply", "_add"):
   forbidden(learner, name)
 for name in ("_extend", "_logits"):
   forbidden(generate, name)
@@ -178,16 +179,27 @@ def test_only_entries_that_are_half_written_are_dropped_and_each_is_read_once(tm
   assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cache", "checked", "notes.txt"]
 
 
+def test_what_a_killed_process_was_writing_of_a_traced_program_is_dropped_and_what_others_write_is_not(tmp_path):
+  for name in (".old-traced", ".new-traced", "old-traced"):
+    (tmp_path / name).touch()
+    if "old" in name:
+      os.utime(tmp_path / name, (1000, 1000))
+  assert compilation.drop_broken(tmp_path) == []
+  assert sorted(p.name for p in tmp_path.iterdir()) == [".new-traced", "checked", "old-traced"]
+
+
 def test_programs_that_were_not_used_for_longest_make_room(tmp_path):
-  for age, name in enumerate(("now/x", "now/y", "before/z")):
-    path = tmp_path / f"{name}-cache"
+  for age, name in enumerate(("now/x-cache", "now/y-traced", "before/z-traced")):
+    path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(bytes(100))
     os.utime(path, (1000 - age, 500))
   compilation.trim(tmp_path, 300)
-  assert len(list(tmp_path.rglob("*-cache"))) == 3
+  assert len(list(tmp_path.rglob("*-*"))) == 3
+  compilation.trim(tmp_path, 250)
+  assert sorted(p.name for p in tmp_path.rglob("*-*")) == ["x-cache", "y-traced"]
   compilation.trim(tmp_path, 150)
-  assert [p.name for p in tmp_path.rglob("*-cache")] == ["x-cache"]
+  assert [p.name for p in tmp_path.rglob("*-*")] == ["x-cache"]
   assert not (tmp_path / "before").exists()
 
 
