@@ -170,10 +170,10 @@ def _write(path, exported, results):
 
   Not if one of them has changed since this process began, which may have loaded it before.
   """
-  files = {name: (file, _state_of(file)) for name, file in _loaded()}
-  if any(state is None or max(state[1:]) > _STARTED for _, state in files.values()):
-    return
-  with contextlib.suppress(Exception):  # a full disk, results of a class that cannot be pickled
+  with contextlib.suppress(Exception):  # a full disk, a class that cannot be pickled, modules that only pretend
+    files = {name: (file, _state_of(file)) for name, file in _loaded()}
+    if any(state is None or max(state[1:]) > _STARTED for _, state in files.values()):
+      return
     content = zlib.compress(pickle.dumps((
         files, results.unflatten(range(results.num_leaves)),
         None if exported is None else bytes(exported.serialize()))), 1)
