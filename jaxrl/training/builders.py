@@ -47,9 +47,11 @@ from jaxrl.training import state as states
 from jaxrl.training import teachers
 from jaxrl.training import transfer
 from jaxrl.training.ahead import Ahead
+from jaxrl.training.fitting import Fitting
 from jaxrl.training.loop import PhaseRun
 from jaxrl.training.rehearsal import Aside
 from jaxrl.training.rehearsal import Rehearsal
+from jaxrl.training.shapes import Fitter
 from jaxrl.training.shapes import PAIRED
 from jaxrl.training.shapes import Shape
 from jaxrl.training.shapes import shape_of
@@ -59,7 +61,7 @@ from jaxrl.transforms.start import PhaseStart
 
 KINDS = ("sft", "rl", *PAIRED, "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
-REMEMBERED = 4  # rehearsals of earlier runs
+REMEMBERED = 6  # rehearsals of earlier runs
 _REHEARSALS: dict[tuple, Rehearsal] = {}
 
 
@@ -247,7 +249,7 @@ def phase_run(parts: Parts, phase: Phase) -> PhaseRun:
   return PhaseRun(
       name=phase.name, steps=phase.steps, supply=_supply(parts, phase),
       learner=parts.rehearsals[phase.name].learner, shape=parts.shapes[phase.name],
-      updates_per_batch=s.rollout.updates if sampled else 1,
+      fitting=_fitting(parts, phase), updates_per_batch=s.rollout.updates if sampled else 1,
       mesh=parts.mesh, max_bad_steps=s.optimizer.max_bad_steps,
       max_logprob_gap=s.rollout.max_logprob_gap,
       validate=_validator(parts, phase),
@@ -517,12 +519,25 @@ def sizes_of(phase: Phase, builder: data.TaskBuilder, pair_builder: data.PairBui
 def make_shape(phase: Phase, decoder: DecoderConfig, mesh: jax.sharding.Mesh, sizes: Sequence[int],
                shared: Sequence[tuple[int, Sequence[int]]] = ()) -> Shape:
   """The shape of a phase's batches; `sizes` and `shared` as in `shape_of`."""
-  state = state_of(phase.learning, mesh)
-
-  kept = sharding.bytes_of(state) + 2 * gradient_bytes(phase.learning, state)  # their sum, and the next of them
-  return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=kept,
+  return shape_of(phase.settings, decoder, mesh, sizes, kept_bytes=_kept_bytes(phase, mesh),
                   compares=any(map(compose.is_by_sequence, phase.learning.terms)),
                   shared=shared)
+
+
+def _kept_bytes(phase, mesh):
+  """What one device keeps while it trains: the state, the sum of the gradients and the next of them."""
+  state = state_of(phase.learning, mesh)
+  return sharding.bytes_of(state) + 2 * gradient_bytes(phase.learning, state)
+
+
+def _fitting(parts, phase):
+  """What fits the layout of rollouts to their lengths, None where it is given."""
+  shape = parts.shapes[phase.name]
+  if phase.kind != "rl" or shape.together or not phase.settings.batch.share_prompts:
+    return None
+  fitter = Fitter(phase.settings, parts.decoder, parts.mesh, shape.prompt, _kept_bytes(phase, parts.mesh))
+  return Fitting(shape, parts.rehearsals[phase.name].learner, fitter,
+                 functools.partial(_rehearse, phase, parts.mesh))
 
 
 def gradient_bytes(learning: learner.Learning, state: states.TrainState) -> int:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl import sharding
+from jaxrl.batch import Layout
 from jaxrl.batch import TokenBatch
 from jaxrl.batch import Trajectory
 from jaxrl.evaluation import policy
@@ -17,10 +18,12 @@ from jaxrl.training import processes
 from jaxrl.training import stored
 from jaxrl.training import streams
 from jaxrl.training.checkpoints import Checkpoints
+from jaxrl.training.fitting import Fitting
 from jaxrl.training.learner import Learner
 from jaxrl.training.learner import to_micro_batches
 from jaxrl.training.reporting import Reporter
 from jaxrl.training.shapes import Shape
+from jaxrl.training.shapes import groups_of
 from jaxrl.training.state import TrainState
 from jaxrl.training.stopping import Stop
 from jaxrl.training.stopping import Stopped
@@ -43,8 +46,10 @@ class Progress:
     phase: index of the phase in `config.phases`.
     updates: updates of all phases so far; the number of a checkpoint.
     supply: position in the data, None before the first batch and after the last.
-    shape: rows, row length, sequences and trunk length of the largest batch of the phase; later
-      ones are padded to it, so that a phase soon compiles nothing more.
+    shape: rows, row length, sequences and trunk length of the largest batch of the phase in this
+      layout; later ones are padded to it, so that a phase soon compiles nothing more.
+    layout: fields of the layout that batches are to have, () for that of the phase.
+    longest: tokens of the longest response of the phase.
     updates_left: updates still to be made on the batch in the checkpoint's buffer.
     batch_metrics: what was logged about that batch.
     ended: the phase has reached its last update, or what it was waiting for.
@@ -56,6 +61,8 @@ class Progress:
   updates: int = 0
   supply: dict | None = None
   shape: tuple[int, int, int, int] = (1, 1, 1, 0)
+  layout: tuple[int, ...] = ()
+  longest: int = 0
   updates_left: int = 0
   batch_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   ended: bool = False
@@ -73,6 +80,7 @@ class PhaseRun:
     learner: compiled functions.
     updates_per_batch: optimiser updates on each batch.
     shape: of every batch, unless more is needed.
+    fitting: finds another shape where that is better, None if there shall be none.
     mesh: where batches go.
     max_bad_steps: updates in a row with a non-finite gradient before the run stops.
     max_logprob_gap: largest difference between sampler and trainer that the first update accepts.
@@ -97,6 +105,14 @@ class PhaseRun:
   checkpoint_every: int
   samples_every: int
   curves_every: int
+  fitting: Fitting | None = None
+
+  def now(self, progress: Progress) -> tuple[Shape, Learner]:
+    """Shape of the next batch, and the functions for it."""
+    shape, learner = self.shape, self.learner
+    if self.fitting and progress.layout:
+      shape, learner = self.fitting.now(Layout(*progress.layout))
+    return shape.at_least(*progress.shape), learner
 
 
 def train(phase: PhaseRun, state: TrainState, progress: Progress,
@@ -120,7 +136,7 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
 def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
   if progress.supply is not None:
     phase.supply.set_state(stored.put_arrays(progress.supply, buffer or {}))
-  batch = None
+  batch, (_, learner) = None, phase.now(progress)
   if progress.updates_left and not progress.ended:
     own = {name: x for name, x in buffer.items() if not name.startswith(f"{SUPPLY}/")}
     batch = sharding.put_batch(_check_divides(from_buffer(own), phase.mesh), phase.mesh)
@@ -130,12 +146,15 @@ def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
     fresh = batch is None
     if fresh:
       supplied = phase.supply.next(state.params, step, state.reference)
-      state, batch = _prepare(phase, state, supplied, progress)
+      shape, learner = phase.now(progress)
+      state, batch = _prepare(phase, shape, learner, state, supplied, progress)
       progress.updates_left = phase.updates_per_batch
+      if phase.fitting:
+        _fit(phase, shape, supplied.trajectories, progress, step, reporter)
       if phase.samples_every and step % phase.samples_every == 0 and phase.supply.sampled:
         _log_samples(phase, batch, supplied, progress.updates + 1, reporter)
     with jax.set_mesh(phase.mesh):
-      finish = streams.begin(phase.learner.update, state, batch)
+      finish = streams.begin(learner.update, state, batch)
       if progress.updates_left == 1 and step + 1 < phase.steps:
         phase.supply.prefetch()
       state, metrics = finish()
@@ -226,27 +245,42 @@ def _check_divides(batch, mesh):
   return batch
 
 
-def _prepare(phase, state, supplied: Supplied, progress):
-  host = phase.shape.at_least(*progress.shape).pack(supplied.trajectories)
+def _prepare(phase, shape, learner, state, supplied: Supplied, progress):
+  host = shape.pack(supplied.trajectories)
   progress.shape = (*host.tokens.shape, host.num_sequences, host.trunk_tokens.shape[1])
   progress.batch_metrics = {
       **supplied.metrics, "sequences": len(supplied.trajectories),
       "loss_tokens": int(host.loss_mask.sum()), **packing_metrics(supplied.trajectories, host)}
-  host = to_micro_batches(host, phase.shape.micro_batch_rows)
+  host = to_micro_batches(host, shape.micro_batch_rows)
   processes.meet(f"the batch of update {progress.updates + 1}", processes.content_of(host))
   with jax.set_mesh(phase.mesh):
-    state, batch, metrics = phase.learner.prepare(state, sharding.put_batch(host, phase.mesh))
+    state, batch, metrics = learner.prepare(state, sharding.put_batch(host, phase.mesh))
   progress.batch_metrics |= {name: float(value) for name, value in metrics.items()}
   return state, batch
 
 
+def _fit(phase, shape, trajectories, progress, step, reporter):
+  """Has later batches in another layout, if that is worth it."""
+  progress.longest = max([progress.longest, *(n for _, sizes in groups_of(trajectories) for n in sizes)])
+  updates = phase.updates_per_batch
+  found = phase.fitting.look(trajectories, shape.at_least(*progress.shape).layout, longest=progress.longest,
+                             batch=step // updates + 1, left=phase.steps - step - updates)
+  if found:
+    layout, saved = found
+    progress.layout, progress.shape = dataclasses.astuple(layout), (1, 1, progress.shape[2], layout.trunk_length)
+    sharing = f", up to {layout.rows_per_trunk} beside a prompt" if layout.trunk_length else " with their prompts"
+    reporter.note(f"{phase.name}: responses like these fit rows of {layout.row_length} tokens{sharing}, which "
+                  f"saves {saved:.0%} of the work; so they are laid out from the next batch on")
+
+
 def packing_metrics(trajectories: list[Trajectory], host: TokenBatch) -> dict[str, float]:
   """How much of what is computed is wanted: `tokens` of all sequences, `computed_tokens` without
-  padding (fewer where prompts are shared), and their share in the rows and trunks in use."""
+  padding (fewer where prompts are shared), and their share in the rows and trunks that are computed."""
   in_use = (host.segment_ids != 0).any(axis=1)
   rows, trunks = int(in_use.sum()), int((host.trunk_lengths > 0).sum())
   computed = int((host.segment_ids != 0).sum() + host.trunk_lengths.sum())
-  places = rows * host.tokens.shape[1] + trunks * host.trunk_tokens.shape[1]
+  places = trunks * (host.rows_per_trunk * host.tokens.shape[1] + host.trunk_tokens.shape[1]) if trunks else (
+      rows * host.tokens.shape[1])
   return {"tokens": sum(len(t.tokens) for t in trajectories), "computed_tokens": computed,
           "rows": rows, "row_length": host.tokens.shape[1],
           "packing_efficiency": computed / max(places, 1)}

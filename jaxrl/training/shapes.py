@@ -17,12 +17,13 @@ import numpy as np
 from jaxrl import chips
 from jaxrl import sharding
 from jaxrl.batch import Layout, TokenBatch, Trajectory
-from jaxrl.batch import bucket, first_fit_decreasing, pack
+from jaxrl.batch import bucket, first_fit_decreasing, pack, prompt_length
 from jaxrl.models import DecoderConfig
 from jaxrl.models import packed_attention
 
 PAIRED = ("preference", "reward")  # kinds of phases whose sequences are compared within groups
 WORTH_SHARING = 0.9  # of the work that whole sequences would take
+SEVERAL = 8  # groups, to know how well whole sequences fill rows
 MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
 CPU_BLOCK = 470_000  # activations of a micro-batch, as counted below: they stay in a core's cache
 BUSY = 8192  # tokens at a time that keep any device busy
@@ -40,6 +41,7 @@ class Shape:
     rows, sequences: that no batch is likely to exceed.
     together: whether the sequences of a group share a row, or the rows of a trunk.
     longest: of `TokenBatch`.
+    prompt: tokens that no prompt of rollouts is likely to exceed.
   """
 
   layout: Layout
@@ -48,6 +50,7 @@ class Shape:
   sequences: int = 1
   together: bool = False
   longest: int = 0
+  prompt: int = 0
 
   def pack(self, trajectories: Sequence[Trajectory]) -> TokenBatch:
     """A host batch of at least this shape."""
@@ -79,7 +82,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     compares: whether a loss compares rollouts: groups then stay together, and are taken to be pairs.
     shared: of those pairs, tokens of the prompt, and of each answer without it.
   """
-  together = compares or settings.kind in PAIRED
+  together, prompt = compares or settings.kind in PAIRED, 0
   if together:
     longest, groups = max(sizes, default=1), settings.batch.examples * (2 if settings.data.weaker else 1)
     if settings.kind == "rl":
@@ -94,20 +97,86 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
   elif settings.kind == "rl":
     known = list(sizes) or [max(settings.data.max_prompt_tokens, 1)]
     prompts = [known[i % len(known)] for i in range(settings.rollout.prompts)]
-    samples = settings.rollout.episode.get("samples", 1)
-    layout = _layout_of_rollouts(settings, decoder, max(prompts), samples)
+    samples, prompt = settings.rollout.episode.get("samples", 1), max(prompts)
+    layout = _layout_of_rollouts(settings, decoder, prompt, samples)
     responses = [settings.rollout.max_tokens] * samples
     sequences = len(prompts) * samples
     if layout.trunk_length:
-      rows = sum(_rows(layout, length, responses) for length in prompts)
+      rows = len(prompts) * _rows(layout, responses)
     else:
-      rows = _rows_of_whole(layout, max(prompts) + settings.rollout.max_tokens, sequences)
+      rows = _rows_of_whole(layout, prompt + settings.rollout.max_tokens, sequences)
   else:
     layout = Layout(settings.batch.row_length)
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
   micro = _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows)
-  return Shape(layout, micro, rows if 0 < rows * layout.row_length <= MOST_PADDING else 1, sequences,
-               together=together, longest=_longest(settings))
+  return Shape(layout, micro, _padded(rows, layout), sequences, together, _longest(settings), prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitter:
+  """Shapes of rollouts of which some were seen.
+
+  What is expected before the first batch serves responses of the longest length and of half of it. Where
+  most are much shorter, or where a few are long, another layout can take a third of the time.
+
+  Attributes:
+    settings: of the phase.
+    decoder: the model.
+    mesh: that trains.
+    prompt: tokens of the longest one that is expected.
+    kept_bytes: as in `shape_of`.
+  """
+
+  settings: ml_collections.ConfigDict
+  decoder: DecoderConfig
+  mesh: jax.sharding.Mesh
+  prompt: int
+  kept_bytes: int = 0
+
+  def best(self, layout: Layout, trajectories: Sequence[Trajectory], longest: int) -> tuple[Layout, float]:
+    """The layout in which a batch costs least, and the share of the work in a present one that it saves.
+
+    Args:
+      layout: the present one.
+      trajectories: of a batch.
+      longest: tokens of the longest response so far.
+    """
+    groups = groups_of(trajectories)
+    if not groups:
+      return layout, 0.0
+    prompt = max(self.prompt, *(prompt for prompt, _ in groups))
+    layouts = _layouts(self.settings, prompt, max(longest, self.settings.rollout.max_tokens))
+
+    def work(layout):
+      return _work(layout, self.decoder, groups)
+    least = min(layouts, key=work)
+    return least, 1 - work(least) / work(layout)
+
+  def shape(self, layout: Layout, sequences: int) -> Shape:
+    """What batches of so many sequences look like in a layout."""
+    s = self.settings
+    samples, longest = s.rollout.episode.get("samples", 1), s.rollout.max_tokens
+    if layout.trunk_length:
+      rows = s.rollout.prompts * _rows(layout, [min(longest, layout.row_length)] * samples)
+    else:
+      rows = _rows_of_whole(layout, min(self.prompt + longest, layout.row_length), s.rollout.prompts * samples)
+    micro = _micro_batch_rows(s, self.decoder, layout, self.mesh, self.kept_bytes, rows)
+    return Shape(layout, micro, _padded(rows, layout), sequences)
+
+
+def groups_of(trajectories: Sequence[Trajectory]) -> list[tuple[int, list[int]]]:
+  """Of all prompts of a batch, their tokens, and those of every response that trains after them."""
+  found: dict[bytes, tuple[int, list[int]]] = {}
+  for t in trajectories:
+    head = prompt_length(t)
+    if head < len(t.tokens):
+      found.setdefault(t.tokens[:head].tobytes(), (head, []))[1].append(len(t.tokens) - head)
+  return list(found.values())
+
+
+def _padded(rows, layout):
+  """Rows that batches are padded to in advance."""
+  return rows if 0 < rows * layout.row_length <= MOST_PADDING else 1
 
 
 def _longest(settings):
@@ -148,30 +217,42 @@ def _layout_of_pairs(settings, decoder, whole, sizes, shared):
 def _layout_of_rollouts(settings, decoder, prompt, samples):
   """Whole sequences, or rows and trunks that serve full-length and shorter responses well."""
   longest = settings.rollout.max_tokens
-  row = settings.batch.row_length
-  whole = Layout(row if row >= prompt + longest else bucket(prompt + longest))
-  if not settings.batch.share_prompts or samples < 2:
+  whole, *shared = _layouts(settings, prompt, longest)
+  if samples < 2:
     return whole
-  rows = dict.fromkeys(_round_up(longest * n) for n in (1, 2, 4, 8))
-  shared = [Layout(row, _round_up(prompt), 2 ** i) for row in rows for i in range(6)]
 
   def cost(layout):
     total = 0.0
     for share in (1.0, 0.5):  # of the longest response, which half of them come near to
       responses = [math.ceil(longest * share * x) for x in np.linspace(share, 1, samples)]
-      units = _rows(layout, prompt, responses) / layout.rows_per_trunk
-      tokens = units * (layout.trunk_length + layout.rows_per_trunk * layout.row_length)
-      attention = 1 + layout.row_length / (4 * decoder.d_model)  # relative to all other work
-      total += tokens * attention / (prompt + sum(responses))
+      total += _work(layout, decoder, SEVERAL * [(prompt, responses)]) / (prompt + sum(responses))
     return total
-  best = min(shared, key=cost)
+  best = min(shared, key=cost, default=whole)
   return best if cost(best) < WORTH_SHARING * cost(whole) else whole
 
 
-def _rows(layout, prompt, responses):
-  """Rows that a prompt and its responses take, padding rows included."""
-  if not layout.trunk_length:  # other prompts fill up what is left of a row
-    return sum(prompt + n for n in responses) / layout.row_length
+def _layouts(settings, prompt, longest):
+  """Layouts for responses of up to `longest` tokens: whole sequences, then those that share prompts."""
+  row, trunk = settings.batch.row_length, _round_up(prompt)
+  whole = Layout(row if row >= prompt + longest else bucket(prompt + longest))
+  if not settings.batch.share_prompts or not prompt:
+    return [whole]
+  rows = dict.fromkeys(_round_up(longest * n) for n in (1, 2, 4, 8))
+  return [whole, *(Layout(row, trunk, 2 ** i) for row in rows for i in range(6))]
+
+
+def _work(layout, decoder, groups):
+  """What groups cost in a layout, padding included; of each, tokens of the prompt and of the responses."""
+  if layout.trunk_length:
+    rows = sum(_rows(layout, responses) for _, responses in groups)
+  else:
+    rows = len(first_fit_decreasing([prompt + n for prompt, sizes in groups for n in sizes], layout.row_length))
+  tokens = rows * layout.row_length + rows // layout.rows_per_trunk * layout.trunk_length
+  return tokens * (1 + layout.row_length / (4 * decoder.d_model))  # attention, relative to all other work
+
+
+def _rows(layout, responses):
+  """Rows that the responses to one prompt take beside its trunks, padding rows included."""
   unit = layout.rows_per_trunk
   return -(-len(first_fit_decreasing(responses, layout.row_length)) // unit) * unit
 

@@ -17,6 +17,7 @@ import common
 
 FIRST_CHARACTER = 0x20000  # from here on, a million code points are neither spaces nor surrogates
 ROWS = 512  # of data, but for pairs: these are all in every update
+UPDATES = 1000  # of reinforcement learning, as in a real run; it ends when enough were measured
 SFT_PROMPT = 2  # tokens: a BOS and one more; all others carry loss, EOS among them
 PAIRED = {"dpo": "dpo", "reward": "reward_model"}  # sections whose examples are pairs, and their phases
 
@@ -83,7 +84,7 @@ def make_config(work: common.Work, data: pathlib.Path):
   config.reward_model = dict(of_pairs, kind="reward", objective=[dict(name="bradley_terry")])
   surrogate = [dict(name="clipped_surrogate", low=0.2, high=0.2)]
   penalty = [dict(name="kl", beta=work.beta)] if work.beta else []
-  config.rl = dict(kind="rl", steps=steps, objective=surrogate + penalty)
+  config.rl = dict(kind="rl", steps=max(steps, UPDATES), objective=surrogate + penalty)
   configs.override(config, dict(work.overrides))
   return config
 
