@@ -99,6 +99,8 @@ def get_config() -> ml_collections.ConfigDict:
       row_length=128,
       micro_batch_rows=0,  # per forward and backward pass; 0 is as many as suit cache or memory
       share_prompts=True,  # compute the prompt of a group once, where that saves a tenth or more
+      # Rollouts are laid out anew where the lengths of a batch show that it saves more than it costs to compile.
+      fit_layout=True,
       vocabulary_chunk=0)  # tokens of it whose logits exist at a time; 0: 1024 on a CPU, else 8192
 
   config.rollout = dict(

@@ -531,9 +531,9 @@ def _kept_bytes(phase, mesh):
 
 
 def _fitting(parts, phase):
-  """What fits the layout of rollouts to their lengths, None where it is given."""
-  shape = parts.shapes[phase.name]
-  if phase.kind != "rl" or shape.together or not phase.settings.batch.share_prompts:
+  """What fits the layout of rollouts to their lengths, None where it stays as it is."""
+  shape, batch = parts.shapes[phase.name], phase.settings.batch
+  if phase.kind != "rl" or shape.together or not (batch.share_prompts and batch.fit_layout):
     return None
   fitter = Fitter(phase.settings, parts.decoder, parts.mesh, shape.prompt, _kept_bytes(phase, parts.mesh))
   return Fitting(shape, parts.rehearsals[phase.name].learner, fitter,

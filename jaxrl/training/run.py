@@ -127,8 +127,8 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
     parts.compile(index)  # while the first batch is sampled
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, rng, state, buffer = state.params, state.rng, None, None
-      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0),
-                                     ended=False, updates_left=0, batch_metrics={})
+      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0), layout=(),
+                                     longest=0, ended=False, updates_left=0, batch_metrics={})
       gc.collect()  # the last phase's arrays may be part of a cycle
     if state is None:
       state, params = builders.start_state(parts, phase, params, rng), None  # which frees a copy

@@ -22,6 +22,8 @@ LEVERS = {  # what is switched: work, settings before, settings after
         dict(section="grpo"), {"batch.share_prompts": "False"}, {}),
     "prompt computed once per group, 512 tokens": (
         dict(section="grpo", prompt_len=512), {"batch.share_prompts": "False"}, {}),
+    "rollouts laid out as their lengths want it, most of them short": (
+        dict(section="grpo", new_tokens=256, median_len=40, sigma=0.4), {"batch.fit_layout": "False"}, {}),
     "rows at a time chosen for the cache, not all at once": (
         dict(section="grpo"), {"batch.micro_batch_rows": "128"}, {}),
     "logits of 1024 tokens at a time, vocabulary 16384": (

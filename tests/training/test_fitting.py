@@ -185,6 +185,22 @@ def test_a_run_is_the_same_in_another_layout_and_computes_less_padding(run, capf
       row["packing_efficiency"] for row in plain[2:])
 
 
+def test_a_layout_stays_where_it_is_to_stay(run):
+  config = config_of()
+  config.batch.fit_layout = False
+  config.rl.steps = 3
+  assert max(row["packing_efficiency"] for row in run("fixed", 0.1, config)) < 0.5
+
+
+def test_the_next_phase_begins_with_a_layout_of_its_own(run):
+  config = config_of()
+  config.phases = ("rl", "again")
+  config.again = dict(config.rl.to_dict(), steps=3)
+  rows = run("two", 0.1, config)
+  again = [row for row in rows if row["phase"] == "again"]
+  assert again[0]["packing_efficiency"] < 0.5 < min(row["packing_efficiency"] for row in (*rows[1:STEPS], *again[1:]))
+
+
 class After(Stop):
   """Asks to stop after so many updates."""
 
