@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import threading
 from typing import Any
 
 import jax
@@ -63,6 +64,7 @@ KINDS = ("sft", "rl", *PAIRED, "evaluate")
 TRAINING, TESTING, VALIDATING = 0, 1, 2  # first integer of every PRNG key
 REMEMBERED = 6  # rehearsals of earlier runs
 _REHEARSALS: dict[tuple, Rehearsal] = {}
+_ONE_AT_A_TIME = threading.Lock()  # threads rehearse too, see `fitting`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -531,7 +533,8 @@ def _kept_bytes(phase, mesh):
 
 
 def _fitting(parts, phase):
-  """What fits the layout of rollouts to their lengths, None where it stays as it is."""
+  """What fits the layout of rollouts to their lengths; None where groups have to stay together, where prompts
+  are not shared, and where the config says so."""
   shape, batch = parts.shapes[phase.name], phase.settings.batch
   if phase.kind != "rl" or shape.together or not (batch.share_prompts and batch.fit_layout):
     return None
@@ -565,11 +568,12 @@ def _rehearse(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:
   kept = tuple(x.shape for x in jax.tree.leaves(state_of(phase.learning, mesh).opt_state))
   key = (json.dumps(plain, sort_keys=True), tuple(piece.func for piece in built),
          phase.learning.decoder, mesh, repr(shape), kept, tuple(phase.learning.others.items()))
-  if key not in _REHEARSALS:
-    while len(_REHEARSALS) >= REMEMBERED:
-      _REHEARSALS.pop(next(iter(_REHEARSALS)))
-    _REHEARSALS[key] = rehearsal(phase, mesh, shape)
-  return _REHEARSALS[key]
+  with _ONE_AT_A_TIME:
+    if key not in _REHEARSALS:
+      while len(_REHEARSALS) >= REMEMBERED:
+        _REHEARSALS.pop(next(iter(_REHEARSALS)))
+      _REHEARSALS[key] = rehearsal(phase, mesh, shape)
+    return _REHEARSALS[key]
 
 
 def rehearsal(phase: Phase, mesh: jax.sharding.Mesh, shape: Shape) -> Rehearsal:

@@ -9,6 +9,7 @@ together, which gives the same numbers.
 import collections
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 
 import jax
@@ -23,6 +24,7 @@ MOST = 1 << 24  # numbers that are drawn together: they exist twice, before and 
 CHUNK = 1024  # numbers, of one draw each
 FOLD = "random_fold_in"  # what JAX calls `fold_in` in a trace
 NORMAL, UNIFORM, BY_NORMAL = "_normal", "_uniform", "erf_inv"  # and what it makes of `normal`: see `_draws_of`
+CUSTOM = "custom_"  # what such equations begin with
 LEAST, ROOT = np.nextafter(np.float32(-1), np.float32(0)), np.float32(np.sqrt(2))
 
 
@@ -51,61 +53,91 @@ def at_once(traced: jax.stages.Traced) -> Callable[[Array], PyTree]:
   """A function that a program was traced of, with its draws of normal numbers made together.
 
   Draws that are not from a threefry key to float32, or are inside of loops, stay where they are; so do all if
-  they are more numbers than `MOST`, or of keys that another setting of JAX (`jax_threefry_partitionable`)
-  gives other numbers.
+  they are more numbers than `MOST`, if another setting of JAX (`jax_threefry_partitionable`) gives other
+  numbers, or where derivatives are defined.
 
   Args:
     traced: of a function of one array.
   """
   jaxpr, _ = pe.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals), instantiate=True)
   draws = _draws_of(jaxpr)
-  if sum(draw.size for draw in draws) > MOST or not jax.config.jax_threefry_partitionable:
-    draws = []
+  custom = any(equation.primitive.name.startswith(CUSTOM) for equation in jaxpr.eqns)
+  alone = custom or sum(draw.size for draw in draws) > MOST or not jax.config.jax_threefry_partitionable
 
   def run(argument):
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*traced.jaxpr.consts, argument)))
-
-    def of(variable):
-      return variable.val if isinstance(variable, core.Literal) else values[variable]
-
-    def evaluate(equations):
-      for equation in equations:
-        if any(variable in values for variable in equation.outvars):
-          continue  # derived or drawn with others
-        if equation.primitive.name == FOLD:
-          _derive(equation, jaxpr.eqns, values)
-          continue
-        out = equation.primitive.bind(*map(of, equation.invars), **equation.params)
-        values.update(zip(equation.outvars, out if equation.primitive.multiple_results else [out]))
-
-    evaluate(_before(draws, jaxpr))
-    if draws:
-      for draw, x in zip(draws, _drawn([of(draw.key) for draw in draws], [draw.size for draw in draws])):
-        values[draw.out] = draw.factor * x.reshape(draw.out.aval.shape)
-        values.update(dict.fromkeys(draw.within))
-    evaluate(jaxpr.eqns)
-    return jax.tree.unflatten(jax.tree.structure(traced.out_info), map(of, jaxpr.outvars))
+    if alone or not draws:
+      found = core.jaxpr_as_fun(traced.jaxpr)(argument)
+    else:
+      found = _together(jaxpr, draws, traced.jaxpr.consts, argument)
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), found)
   return run
+
+
+def _together(jaxpr, draws, consts, argument):
+  """The results of a trace."""
+  values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, argument)))
+
+  def of(variable):
+    return variable.val if isinstance(variable, core.Literal) else values[variable]
+
+  def evaluate(equations):
+    for equation in equations:
+      if any(variable in values for variable in equation.outvars):
+        continue  # derived or drawn with others
+      if _is_fold(equation):
+        _derive(equation, jaxpr.eqns, values)
+        continue
+      out = equation.primitive.bind(*map(of, equation.invars), **equation.params)
+      values.update(zip(equation.outvars, out if equation.primitive.multiple_results else [out]))
+
+  evaluate(_before(draws, jaxpr))
+  for draw, x in zip(draws, _drawn([of(draw.key) for draw in draws], [draw.size for draw in draws])):
+    values[draw.out] = draw.factor * x.reshape(draw.out.aval.shape)
+    values.update(dict.fromkeys(draw.within))
+  evaluate(jaxpr.eqns)
+  return [of(variable) for variable in jaxpr.outvars]
 
 
 def _draws_of(jaxpr):
   """The draws of a trace: `normal` as one program, or its parts where an initializer has put them together."""
-  def is_program(equation, name, *arguments):
-    return (equation is not None and equation.primitive.name == "jit" and equation.params["name"] == name
-            and str(equation.invars[0].aval.dtype) == "key<fry>" and equation.invars[0].aval.shape == ()
-            and [getattr(x, "val", None) for x in equation.invars[1:]] == list(arguments)
-            and equation.outvars[0].aval.dtype == jnp.float32)
   readers = collections.Counter(
       x for equation in jaxpr.eqns for x in equation.invars if not isinstance(x, core.Literal))
   readers.update(x for x in jaxpr.outvars if not isinstance(x, core.Literal))
   maker, found = {out: equation for equation in jaxpr.eqns for out in equation.outvars}, []
   for equation in jaxpr.eqns:
-    if is_program(equation, NORMAL):
+    if _is_program(equation, NORMAL):
       found.append(Draw(equation.invars[0], equation.outvars[0], ROOT))
     elif equation.primitive.name == BY_NORMAL and isinstance(uniform := equation.invars[0], core.Var):
-      if is_program(maker.get(uniform), UNIFORM, LEAST, 1.0) and readers[uniform] == 1:
+      if uniform in maker and _is_program(maker[uniform], UNIFORM) and readers[uniform] == 1:
         found.append(Draw(maker[uniform].invars[0], equation.outvars[0], np.float32(1), (uniform,)))
   return found
+
+
+def _is_program(equation, name):
+  """Whether it is JAX's own program of that name, from a threefry key to float32."""
+  if equation.primitive.name != "jit" or equation.params["name"] != name:
+    return False
+  key, out = equation.invars[0].aval, equation.outvars[0].aval
+  if str(key.dtype) != "key<fry>" or key.shape != () or out.dtype != jnp.float32:
+    return False
+  own = _program_of(name, out.shape)
+  return (str(equation.params["jaxpr"]) == str(own.params["jaxpr"])
+          and [getattr(x, "val", None) for x in equation.invars[1:]] == [x.val for x in own.invars[1:]])
+
+
+@functools.lru_cache(maxsize=256)
+def _program_of(name, shape):
+  """How JAX traces a draw of one of the two names."""
+  draw = {NORMAL: lambda key: jax.random.normal(key, shape, jnp.float32),
+          UNIFORM: lambda key: jax.random.uniform(key, shape, jnp.float32, LEAST, np.float32(1))}[name]
+  key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+  return next(equation for equation in jax.make_jaxpr(draw)(key).jaxpr.eqns
+              if equation.primitive.name == "jit" and equation.params["name"] == name)
+
+
+def _is_fold(equation):
+  """Whether it derives one key of another."""
+  return equation.primitive.name == FOLD and all(x.aval.shape == () for x in equation.invars)
 
 
 def _before(draws, jaxpr):
@@ -121,7 +153,7 @@ def _before(draws, jaxpr):
 def _derive(equation, equations, values):
   """Adds what an equation derives from a key to the values, and what others derive from the same."""
   key = equation.invars[0]
-  same = [other for other in equations if other.primitive.name == FOLD and other.invars[0] is key
+  same = [other for other in equations if _is_fold(other) and other.invars[0] is key
           and isinstance(other.invars[1], core.Literal)]
   if equation not in same:
     values[equation.outvars[0]] = jax.random.fold_in(values[key], values[equation.invars[1]])

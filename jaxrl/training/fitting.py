@@ -8,6 +8,7 @@ again, and batches have it from then on.
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
+import dataclasses
 import threading
 
 import jax
@@ -17,6 +18,7 @@ from jaxrl.training.learner import Learner
 from jaxrl.training.rehearsal import Rehearsal
 from jaxrl.training.shapes import Fitter, Shape
 
+Fitted = tuple[int, ...]  # row and trunk length, rows per trunk, rows at a time, and rows that batches are padded to
 LEAST = 0.05  # of the work of an update, that another layout has to save
 WORTH = 20  # updates, whose work it has to save until the end of the phase: to compile it costs less
 
@@ -25,7 +27,8 @@ class Fitting:
   """Shapes and programs for a phase whose responses become known.
 
   Batches 1, 2, 4, 8, ... of the phase are looked at, so that it soon compiles nothing more. What is decided
-  depends on them and on the layout before, which checkpoints keep; so a run that continues decides the same.
+  depends on them and on what was decided before, which checkpoints keep; so a run that continues decides the
+  same.
   """
 
   def __init__(self, shape: Shape, learner: Learner, fitter: Fitter, rehearse: Callable[[Shape], Rehearsal]):
@@ -36,43 +39,50 @@ class Fitting:
       rehearse: traces the programs of a shape.
     """
     self._fitter, self._rehearse = fitter, rehearse
-    self._sequences = shape.sequences
-    self._known = {shape.layout: _done((shape, learner))}
+    self._units = fitter.mesh.shape["data"] * fitter.mesh.shape["fsdp"]
+    self._known = {(): _done((shape, learner))}
 
-  def now(self, layout: Layout) -> tuple[Shape, Learner]:
-    """The shape of batches in a layout, and their programs; waits until these are compiled."""
-    self._begin(layout)
-    return self._known[layout].result()
+  def now(self, fitted: Fitted, least: Sequence[int]) -> tuple[Shape, Learner]:
+    """A shape that was decided on, and its programs, traced; their first call waits for their compilation.
 
-  def look(self, trajectories: Sequence[Trajectory], layout: Layout, *, longest: int, batch: int, left: int
-           ) -> tuple[Layout, float] | None:
-    """Another layout for the batches to come, if it is worth its compilation, which then begins; and the
-    share of the work of batches like this one that it saves.
+    Args:
+      fitted: what `look` has returned; () is what the phase began with.
+      least: `Progress.shape`.
+    """
+    self.begin(tuple(fitted), least)
+    shape, learner = self._known[tuple(fitted)].result()
+    return shape.at_least(*least), learner
+
+  def look(self, trajectories: Sequence[Trajectory], shape: Shape, *, longest: Sequence[int], batch: int,
+           left: int) -> tuple[Fitted, float] | None:
+    """Another shape for the batches to come, if it is worth its compilation, and the share of work it saves.
 
     Args:
       trajectories: of a batch.
-      layout: that it had.
-      longest: tokens of the longest response so far.
+      shape: that it had.
+      longest: as `shapes.longest_of`, of all batches so far.
       batch: its number in the phase, from 1.
       left: updates after those on it.
     """
     if batch & (batch - 1):
       return None
-    layout, saved = self._fitter.best(layout, trajectories, longest)
+    found, saved = self._fitter.best(shape, trajectories, longest)
     if saved < LEAST or saved * left < WORTH:
       return None
-    self._begin(layout)
-    return layout, saved
+    return (*dataclasses.astuple(found.layout), found.micro_batch_rows, found.rows), saved
 
-  def _begin(self, layout):
+  def begin(self, fitted: Fitted, least: Sequence[int]) -> None:
     """Begins to compile, unless it has begun before; several processes have to do it in one order."""
-    if layout in self._known:
+    if fitted in self._known:
       return
-    done = self._known[layout] = futures.Future()
+    done = self._known[fitted] = futures.Future()
+    *layout, micro, rows = fitted
+    layout = Layout(*layout)
+    unit = self._units * layout.rows_per_trunk  # perhaps of other devices than those that it was decided on
+    shape = Shape(layout, -(-micro // unit) * unit, rows).at_least(*least)
 
     def make():
       try:
-        shape = self._fitter.shape(layout, self._sequences)
         rehearsal = self._rehearse(shape)
         rehearsal.compile()
         done.set_result((shape, rehearsal.learner))

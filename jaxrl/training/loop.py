@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jaxrl import sharding
-from jaxrl.batch import Layout
 from jaxrl.batch import TokenBatch
 from jaxrl.batch import Trajectory
 from jaxrl.evaluation import policy
@@ -18,12 +17,13 @@ from jaxrl.training import processes
 from jaxrl.training import stored
 from jaxrl.training import streams
 from jaxrl.training.checkpoints import Checkpoints
+from jaxrl.training.fitting import Fitted
 from jaxrl.training.fitting import Fitting
 from jaxrl.training.learner import Learner
 from jaxrl.training.learner import to_micro_batches
 from jaxrl.training.reporting import Reporter
 from jaxrl.training.shapes import Shape
-from jaxrl.training.shapes import groups_of
+from jaxrl.training.shapes import longest_of
 from jaxrl.training.state import TrainState
 from jaxrl.training.stopping import Stop
 from jaxrl.training.stopping import Stopped
@@ -48,8 +48,8 @@ class Progress:
     supply: position in the data, None before the first batch and after the last.
     shape: rows, row length, sequences and trunk length of the largest batch of the phase in this
       layout; later ones are padded to it, so that a phase soon compiles nothing more.
-    layout: fields of the layout that batches are to have, () for that of the phase.
-    longest: tokens of the longest response of the phase.
+    fitted: what was decided of later batches, see `fitting.Fitting`; () for the shape of the phase.
+    longest: tokens of the longest prompt, response and sequence of the phase.
     updates_left: updates still to be made on the batch in the checkpoint's buffer.
     batch_metrics: what was logged about that batch.
     ended: the phase has reached its last update, or what it was waiting for.
@@ -61,8 +61,8 @@ class Progress:
   updates: int = 0
   supply: dict | None = None
   shape: tuple[int, int, int, int] = (1, 1, 1, 0)
-  layout: tuple[int, ...] = ()
-  longest: int = 0
+  fitted: Fitted = ()
+  longest: tuple[int, int, int] = (0, 0, 0)
   updates_left: int = 0
   batch_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   ended: bool = False
@@ -109,10 +109,9 @@ class PhaseRun:
 
   def now(self, progress: Progress) -> tuple[Shape, Learner]:
     """Shape of the next batch, and the functions for it."""
-    shape, learner = self.shape, self.learner
-    if self.fitting and progress.layout:
-      shape, learner = self.fitting.now(Layout(*progress.layout))
-    return shape.at_least(*progress.shape), learner
+    if self.fitting:
+      return self.fitting.now(progress.fitted, progress.shape)
+    return self.shape.at_least(*progress.shape), self.learner
 
 
 def train(phase: PhaseRun, state: TrainState, progress: Progress,
@@ -250,7 +249,8 @@ def _prepare(phase, shape, learner, state, supplied: Supplied, progress):
   progress.shape = (*host.tokens.shape, host.num_sequences, host.trunk_tokens.shape[1])
   progress.batch_metrics = {
       **supplied.metrics, "sequences": len(supplied.trajectories),
-      "loss_tokens": int(host.loss_mask.sum()), **packing_metrics(supplied.trajectories, host)}
+      "loss_tokens": int(host.loss_mask.sum()),
+      **packing_metrics(supplied.trajectories, host, shape.micro_batch_rows)}
   host = to_micro_batches(host, shape.micro_batch_rows)
   processes.meet(f"the batch of update {progress.updates + 1}", processes.content_of(host))
   with jax.set_mesh(phase.mesh):
@@ -260,29 +260,31 @@ def _prepare(phase, shape, learner, state, supplied: Supplied, progress):
 
 
 def _fit(phase, shape, trajectories, progress, step, reporter):
-  """Has later batches in another layout, if that is worth it."""
-  progress.longest = max([progress.longest, *(n for _, sizes in groups_of(trajectories) for n in sizes)])
-  updates = phase.updates_per_batch
-  found = phase.fitting.look(trajectories, shape.at_least(*progress.shape).layout, longest=progress.longest,
+  """Has later batches in another shape, if that is worth it."""
+  progress.longest, updates = longest_of(trajectories, progress.longest), phase.updates_per_batch
+  found = phase.fitting.look(trajectories, shape.at_least(*progress.shape), longest=progress.longest,
                              batch=step // updates + 1, left=phase.steps - step - updates)
   if found:
-    layout, saved = found
-    progress.layout, progress.shape = dataclasses.astuple(layout), (1, 1, progress.shape[2], layout.trunk_length)
-    sharing = f", up to {layout.rows_per_trunk} beside a prompt" if layout.trunk_length else " with their prompts"
-    reporter.note(f"{phase.name}: responses like these fit rows of {layout.row_length} tokens{sharing}, which "
-                  f"saves {saved:.0%} of the work; so they are laid out from the next batch on")
+    progress.fitted, saved = found
+    row, trunk, rows, *_ = progress.fitted
+    progress.shape = 1, 1, progress.shape[2], trunk
+    phase.fitting.begin(progress.fitted, progress.shape)
+    sharing = f", {rows} of them beside a prompt" if trunk else " with their prompts"
+    reporter.note(f"{phase.name}: responses like these are laid out in rows of {row} tokens{sharing}, from the next "
+                  f"batch on; that saves {saved:.0%} of the work")
 
 
-def packing_metrics(trajectories: list[Trajectory], host: TokenBatch) -> dict[str, float]:
+def packing_metrics(trajectories: list[Trajectory], host: TokenBatch, micro_batch_rows: int) -> dict[str, float]:
   """How much of what is computed is wanted: `tokens` of all sequences, `computed_tokens` without
-  padding (fewer where prompts are shared), and their share in the rows and trunks that are computed."""
+  padding (fewer where prompts are shared), and their share in the micro-batches in use."""
   in_use = (host.segment_ids != 0).any(axis=1)
-  rows, trunks = int(in_use.sum()), int((host.trunk_lengths > 0).sum())
   computed = int((host.segment_ids != 0).sum() + host.trunk_lengths.sum())
-  places = trunks * (host.rows_per_trunk * host.tokens.shape[1] + host.trunk_tokens.shape[1]) if trunks else (
-      rows * host.tokens.shape[1])
+  units = int(in_use.reshape(-1, host.rows_per_trunk).any(axis=1).sum())
+  unit = host.rows_per_trunk * host.tokens.shape[1] + host.trunk_tokens.shape[1]
+  together = micro_batch_rows // host.rows_per_trunk
+  places = -(-units // together) * together * unit
   return {"tokens": sum(len(t.tokens) for t in trajectories), "computed_tokens": computed,
-          "rows": rows, "row_length": host.tokens.shape[1],
+          "rows": int(in_use.sum()), "row_length": host.tokens.shape[1],
           "packing_efficiency": computed / max(places, 1)}
 
 

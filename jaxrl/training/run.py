@@ -111,7 +111,8 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   else:
     reporter.rewind(0)
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
-  parts.compile(progress.phase)
+  if not progress.fitted:
+    parts.compile(progress.phase)
   params = None
   if state is None and sources.begins(parts.config):
     params = sources.parameters(parts.config.model.source, parts.decoder, rng, parts.mesh,
@@ -124,11 +125,12 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
       reporter.note(f"starting with the parameters of {parts.config.start}")
   for index in range(progress.phase, len(parts.phases)):
     phase = parts.phases[index]
-    parts.compile(index)  # while the first batch is sampled
+    if index > progress.phase or not progress.fitted:
+      parts.compile(index)  # while the first batch is sampled
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
       params, rng, state, buffer = state.params, state.rng, None, None
-      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0), layout=(),
-                                     longest=0, ended=False, updates_left=0, batch_metrics={})
+      progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0), fitted=(),
+                                     longest=(0, 0, 0), ended=False, updates_left=0, batch_metrics={})
       gc.collect()  # the last phase's arrays may be part of a cycle
     if state is None:
       state, params = builders.start_state(parts, phase, params, rng), None  # which frees a copy

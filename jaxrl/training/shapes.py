@@ -28,6 +28,7 @@ MOST_PADDING = 1 << 22  # tokens that a batch is padded to in advance
 CPU_BLOCK = 470_000  # activations of a micro-batch, as counted below: they stay in a core's cache
 BUSY = 8192  # tokens at a time that keep any device busy
 PARTS = 8  # micro-batches of the largest batch, at least, where they are not smaller than that
+SMALL, QUARTERS = 256, 4  # tokens of a micro-batch on a CPU, and micro-batches of rows that vary, at least
 HALF = 0.5  # of the memory that parameters and optimiser leave, for a micro-batch's activations
 
 
@@ -51,6 +52,11 @@ class Shape:
   together: bool = False
   longest: int = 0
   prompt: int = 0
+
+  @property
+  def tokens_at_a_time(self) -> int:
+    """Of a micro-batch, over all devices."""
+    return _tokens(self.layout, self.micro_batch_rows)
 
   def pack(self, trajectories: Sequence[Trajectory]) -> TokenBatch:
     """A host batch of at least this shape."""
@@ -92,7 +98,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     whole = Layout(row if settings.kind == "rl" else _fullest(sizes, row, groups))
     layout = _layout_of_pairs(settings, decoder, whole, sizes, shared)
     rows = (groups * layout.rows_per_trunk if layout.trunk_length else
-            _rows_of_whole(layout, longest, groups))
+            _rows_at_most(layout, longest, groups))
     sequences = 2 * groups
   elif settings.kind == "rl":
     known = list(sizes) or [max(settings.data.max_prompt_tokens, 1)]
@@ -104,7 +110,7 @@ def shape_of(settings: ml_collections.ConfigDict, decoder: DecoderConfig, mesh: 
     if layout.trunk_length:
       rows = len(prompts) * _rows(layout, responses)
     else:
-      rows = _rows_of_whole(layout, prompt + settings.rollout.max_tokens, sequences)
+      rows = _rows_at_most(layout, prompt + settings.rollout.max_tokens, sequences)
   else:
     layout = Layout(settings.batch.row_length)
     sequences, rows = settings.batch.examples, _rows_of_examples(settings)
@@ -133,35 +139,60 @@ class Fitter:
   prompt: int
   kept_bytes: int = 0
 
-  def best(self, layout: Layout, trajectories: Sequence[Trajectory], longest: int) -> tuple[Layout, float]:
-    """The layout in which a batch costs least, and the share of the work in a present one that it saves.
+  def best(self, shape: Shape, trajectories: Sequence[Trajectory], longest: Sequence[int]) -> tuple[Shape, float]:
+    """The shape in which a batch costs least, and the share of the work in its present one that this saves.
 
     Args:
-      layout: the present one.
+      shape: the present one.
       trajectories: of a batch.
-      longest: tokens of the longest response so far.
+      longest: as `longest_of`, of all batches so far.
     """
     groups = groups_of(trajectories)
     if not groups:
-      return layout, 0.0
-    prompt = max(self.prompt, *(prompt for prompt, _ in groups))
-    layouts = _layouts(self.settings, prompt, max(longest, self.settings.rollout.max_tokens))
+      return shape, 0.0
 
-    def work(layout):
-      return _work(layout, self.decoder, groups)
-    least = min(layouts, key=work)
-    return least, 1 - work(least) / work(layout)
+    def rows(layout):
+      return _rows_of_groups(layout, groups) if layout.trunk_length else _rows_of_whole(layout, trajectories)
 
-  def shape(self, layout: Layout, sequences: int) -> Shape:
-    """What batches of so many sequences look like in a layout."""
+    def work(shape):  # micro-batches are computed as a whole
+      used = -(-rows(shape.layout) // shape.micro_batch_rows)
+      return _work(shape.layout, self.decoder, used * shape.micro_batch_rows)
+    found = [self._shape(layout, rows(layout), shape.sequences) for layout in self._layouts(longest)]
+    if self.settings.batch.micro_batch_rows:  # to bound memory
+      found = [other for other in found if other.tokens_at_a_time <= shape.tokens_at_a_time]
+    least = min(found, key=work, default=shape)
+    return least, 1 - work(least) / work(shape)
+
+  def _layouts(self, longest):
+    prompt, response, sequence = longest
+    whole, *shared = _layouts(self.settings, max(prompt, self.prompt),
+                              max(response, self.settings.rollout.max_tokens))
+    return [whole if whole.row_length >= sequence else Layout(bucket(sequence)), *shared]
+
+  def _shape(self, layout, rows, sequences):
+    """A shape for batches that have so many rows in use, padded up to those of the longest responses."""
     s = self.settings
     samples, longest = s.rollout.episode.get("samples", 1), s.rollout.max_tokens
     if layout.trunk_length:
-      rows = s.rollout.prompts * _rows(layout, [min(longest, layout.row_length)] * samples)
+      most = s.rollout.prompts * _rows(layout, [min(longest, layout.row_length)] * samples)
     else:
-      rows = _rows_of_whole(layout, min(self.prompt + longest, layout.row_length), s.rollout.prompts * samples)
+      most = _rows_at_most(layout, min(self.prompt + longest, layout.row_length), s.rollout.prompts * samples)
     micro = _micro_batch_rows(s, self.decoder, layout, self.mesh, self.kept_bytes, rows)
-    return Shape(layout, micro, _padded(rows, layout), sequences)
+    if not s.batch.micro_batch_rows:  # other batches have other rows in use
+      unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * layout.rows_per_trunk
+      small = SMALL if chips.platform() == "cpu" else BUSY
+      fewer = max(rows // QUARTERS, small * unit // _tokens(layout, unit))
+      micro = min(micro, max(1, fewer // unit) * unit)
+    return Shape(layout, micro, _padded(max(rows, most), layout), sequences)
+
+
+def longest_of(trajectories: Sequence[Trajectory], before: Sequence[int] = (0, 0, 0)) -> tuple[int, int, int]:
+  """Tokens of the longest prompt, the longest response and the longest sequence, or what was longer before."""
+  groups = groups_of(trajectories)
+  prompt, response, sequence = before
+  return (max([prompt, *(tokens for tokens, _ in groups)]),
+          max([response, *(tokens for _, sizes in groups for tokens in sizes)]),
+          max([sequence, *(len(t.tokens) for t in trajectories)]))
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> list[tuple[int, list[int]]]:
@@ -225,7 +256,11 @@ def _layout_of_rollouts(settings, decoder, prompt, samples):
     total = 0.0
     for share in (1.0, 0.5):  # of the longest response, which half of them come near to
       responses = [math.ceil(longest * share * x) for x in np.linspace(share, 1, samples)]
-      total += _work(layout, decoder, SEVERAL * [(prompt, responses)]) / (prompt + sum(responses))
+      if layout.trunk_length:
+        rows = SEVERAL * _rows(layout, responses)
+      else:
+        rows = len(first_fit_decreasing(SEVERAL * [prompt + n for n in responses], layout.row_length))
+      total += _work(layout, decoder, rows) / (prompt + sum(responses))
     return total
   best = min(shared, key=cost, default=whole)
   return best if cost(best) < WORTH_SHARING * cost(whole) else whole
@@ -241,14 +276,23 @@ def _layouts(settings, prompt, longest):
   return [whole, *(Layout(row, trunk, 2 ** i) for row in rows for i in range(6))]
 
 
-def _work(layout, decoder, groups):
-  """What groups cost in a layout, padding included; of each, tokens of the prompt and of the responses."""
-  if layout.trunk_length:
-    rows = sum(_rows(layout, responses) for _, responses in groups)
-  else:
-    rows = len(first_fit_decreasing([prompt + n for prompt, sizes in groups for n in sizes], layout.row_length))
-  tokens = rows * layout.row_length + rows // layout.rows_per_trunk * layout.trunk_length
-  return tokens * (1 + layout.row_length / (4 * decoder.d_model))  # attention, relative to all other work
+def _work(layout, decoder, rows):
+  """What rows of a layout cost, those between that are padding included."""
+  return _tokens(layout, rows) * (1 + layout.row_length / (4 * decoder.d_model))  # attention, relative to the rest
+
+
+def _tokens(layout, rows):
+  return rows * layout.row_length + rows // layout.rows_per_trunk * layout.trunk_length
+
+
+def _rows_of_groups(layout, groups):
+  """Rows that responses take beside their prompts."""
+  return sum(_rows(layout, responses) for _, responses in groups)
+
+
+def _rows_of_whole(layout, trajectories):
+  """Rows that whole sequences take, of which also those are stored that train nothing."""
+  return len(first_fit_decreasing([len(t.tokens) for t in trajectories], layout.row_length))
 
 
 def _rows(layout, responses):
@@ -261,7 +305,7 @@ def _round_up(size, multiple=16):
   return -(-size // multiple) * multiple
 
 
-def _rows_of_whole(layout, longest, sequences):
+def _rows_at_most(layout, longest, sequences):
   """Rows that so many sequences take at most: all but the last hold what fits at its longest."""
   return -(-sequences // max(1, layout.row_length // longest))
 
@@ -269,7 +313,7 @@ def _rows_of_whole(layout, longest, sequences):
 def _rows_of_examples(settings):
   """Rows of a batch, 0 where the config sets no limits to know them from."""
   length, longest = settings.batch.row_length, _longest(settings)
-  return _rows_of_whole(Layout(length), min(longest, length), settings.batch.examples) if longest else 0
+  return _rows_at_most(Layout(length), min(longest, length), settings.batch.examples) if longest else 0
 
 
 def _micro_batch_rows(settings, decoder, layout, mesh, kept_bytes, rows):

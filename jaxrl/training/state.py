@@ -84,11 +84,10 @@ def initial_parameters(config: DecoderConfig, rng: Array, mesh: jax.sharding.Mes
 @functools.lru_cache(maxsize=1)
 def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The jitted function from raw data of a PRNG key to random parameters."""
-  initialize = _initialize(config)
-  if mesh.size == 1:
-    initialize = draws.at_once(initialize.trace(KEY_DATA))
-
   def init(rng):
+    initialize = _initialize(config)
+    if mesh.size == 1:
+      initialize = draws.at_once(initialize.trace(KEY_DATA))
     return nn.unbox(initialize(rng))
   # It runs once, and draws one by one take a CPU twice as long to compile in full.
   cpu = mesh.devices.flat[0].platform == "cpu"

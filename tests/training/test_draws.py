@@ -12,6 +12,7 @@ from jaxrl.models import DecoderConfig
 from jaxrl.models import adapters
 from jaxrl.models import init_parameters
 from jaxrl.training import draws
+from jaxrl.training import state as states
 
 SIZES = (1, 1023, 1024, 1025, 3000)
 PLAIN = DecoderConfig(vocab_size=97, layers=2, d_model=36, heads=3, kv_heads=1, d_ff=50, tie_embeddings=False)
@@ -109,3 +110,33 @@ def test_many_numbers_and_older_settings_stay_as_they_are(toys, monkeypatch):
 def test_a_function_without_draws(toys):
   alone, together, _ = both(lambda x: {"a": x * 2, "b": jnp.ones(3), "same": x}, np.arange(4.0, dtype=np.float32))
   toys.same_bits(together, alone)
+
+
+def test_what_cannot_be_joined_stays_as_it_is(toys):
+  def with_derivative(rng):
+    return jax.nn.relu(jax.random.normal(jax.random.wrap_key_data(rng), (9,)))
+
+  def mapped(rng):
+    keys = jax.random.split(jax.random.wrap_key_data(rng), 4)
+    key = jax.random.fold_in(keys[0], 1)
+    return (jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 3), (5,)))(keys),
+            jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (5,)))(jnp.arange(3)),
+            jax.random.normal(key, (2,)))
+
+  @jax.jit
+  def _normal(key):  # with the name of JAX's own
+    return 3 * jax.random.normal(key, (4,))
+  for function in (with_derivative, mapped, lambda rng: _normal(jax.random.wrap_key_data(rng))):
+    alone, together, _ = both(function, data(4))
+    toys.same_bits(together, alone)
+
+
+def test_a_setting_that_gives_other_numbers_is_heeded_whenever_it_changes(toys):
+  mesh = toys.one_device()
+  with jax.threefry_partitionable(True):
+    new = jax.device_get(states.initial_parameters(PLAIN, data(), mesh))
+    with jax.threefry_partitionable(False):
+      old = jax.device_get(states.initial_parameters(PLAIN, data(), mesh))
+      plain = jax.jit(lambda rng: nn.unbox(init_parameters(PLAIN, jax.random.wrap_key_data(rng))))(data())
+    toys.same_bits(old, plain)
+    toys.same_bits(jax.device_get(states.initial_parameters(PLAIN, data(), mesh)), new)

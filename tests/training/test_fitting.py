@@ -1,8 +1,8 @@
 """Layouts that follow what was sampled: the cheapest of all, worth its compilation, the same after a kill."""
 
+import dataclasses
 import functools
 import json
-import pathlib
 import types
 
 import jax
@@ -12,7 +12,6 @@ import pytest
 from configs import base
 from jaxrl import sharding
 from jaxrl.batch import Layout
-from jaxrl.batch import pack
 from jaxrl.batch import Trajectory
 from jaxrl.training import fitting
 from jaxrl.training import run as runs
@@ -47,80 +46,114 @@ def batch_of(lengths, prompt=32, prompts=16):
   return found
 
 
-def fitter(prompt=32, d_model=128, **rollout):
-  decoder = types.SimpleNamespace(d_model=d_model, mlp_width=3 * d_model, heads=4)
-  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+def fitter(prompt=32, d_model=128, devices=1, **rollout):
+  decoder = types.SimpleNamespace(d_model=d_model, mlp_width=384, heads=4)
+  mesh = sharding.make_mesh(devices, 1, 1, devices=jax.devices()[:devices])
   return shapes.Fitter(settings(prompt, **rollout), decoder, mesh, prompt)
 
 
-def places(layout, trajectories):
-  """Tokens of the rows and trunks in use, counted in the batch that is packed."""
-  host = pack(trajectories, row_length=layout.row_length, trunk_length=layout.trunk_length,
-              rows_per_trunk=layout.rows_per_trunk, rows_multiple=layout.rows_per_trunk)
-  trunks = int((host.trunk_lengths > 0).sum())
-  if trunks:
-    return trunks * (host.trunk_tokens.shape[1] + host.rows_per_trunk * host.tokens.shape[1])
-  return int((host.segment_ids != 0).any(axis=1).sum()) * host.tokens.shape[1]
+def begun(found):
+  """The shape that a phase begins with."""
+  return shapes.shape_of(found.settings, found.decoder, found.mesh, [found.prompt])
+
+
+def best(found, shape, trajectories):
+  return found.best(shape, trajectories, shapes.longest_of(trajectories))
+
+
+def places(shape, trajectories):
+  """Tokens of the micro-batches in use, counted in the batch that is packed."""
+  host = shape.pack(trajectories)
+  used = (host.segment_ids != 0).any(axis=1).reshape(-1, shape.micro_batch_rows).any(axis=1).sum()
+  rows = used * shape.micro_batch_rows
+  return int(rows * host.tokens.shape[1] + rows // host.rows_per_trunk * host.trunk_tokens.shape[1])
+
+
+def unscored(trajectories, share):
+  rng = np.random.default_rng(1)
+  return [dataclasses.replace(t, scored=rng.random() >= share) for t in trajectories]
 
 
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.parametrize("prompt", [4, 32, 200])
-def test_the_best_layout_is_that_whose_batch_is_smallest(name, prompt):
-  trajectories = batch_of(LENGTHS[name], prompt)
-  wide = fitter(prompt, d_model=1 << 20)  # attention costs nothing beside all other work
-  begun = shapes.shape_of(wide.settings, wide.decoder, wide.mesh, [prompt])
-  best, saved = wide.best(begun.layout, trajectories, 64)
-  rows = [64, 128, 256, 512]
-  others = [Layout(row, -(-prompt // 16) * 16, n) for row in rows for n in (1, 2, 4, 8, 16, 32)]
-  least = min(places(layout, trajectories) for layout in (*others, begun.layout))
-  found = places(best, trajectories)
-  assert found <= 1.01 * least  # whole sequences, of which no count is needed to know the cost, may be fewer
-  assert saved == pytest.approx(1 - found / places(begun.layout, trajectories), abs=0.02)
-  assert wide.best(best, trajectories, 64) == (best, 0)
+@pytest.mark.parametrize("devices, prompts, share", [(1, 16, 0), (8, 16, 0), (8, 4, 0), (1, 16, 0.4), (1, 16, 0.9)])
+def test_the_best_shape_is_that_whose_batch_computes_least(name, prompt, devices, prompts, share):
+  trajectories = unscored(batch_of(LENGTHS[name], prompt, prompts), share)
+  wide = fitter(prompt, d_model=1 << 40, devices=devices, prompts=prompts)  # attention costs nothing beside the rest
+  first = begun(wide)
+  found, saved = best(wide, first, trajectories)
+  now = places(first, trajectories)
+  assert saved == pytest.approx(1 - places(found, trajectories) / now, abs=1e-9)
+  assert saved >= -1e-9
+  layouts = [Layout(row, -(-prompt // 16) * 16, n) for row in (64, 128, 256, 512) for n in (1, 2, 4, 8, 16, 32)]
+  for layout in (*layouts, first.layout):
+    rows = -(-len(trajectories) // layout.rows_per_trunk) * layout.rows_per_trunk
+    other = shapes.Shape(layout, max(found.micro_batch_rows, devices * layout.rows_per_trunk), rows)
+    if other.micro_batch_rows % layout.rows_per_trunk == 0:
+      left = max(found.tokens_at_a_time, other.tokens_at_a_time)  # of the last micro-batch
+      assert places(found, trajectories) < places(other, trajectories) + left
+  assert best(wide, found, trajectories)[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_responses_longer_than_the_limit_are_given_rows_that_hold_them():
   trajectories = batch_of(lambda rng: np.array([100, 300, 20, 20]))  # as in episodes of several turns
-  layout, _ = fitter().best(Layout(64, 32, 4), trajectories, 300)
-  assert layout.row_length >= 304
-  assert fitter().best(Layout(64, 32, 4), [], 0) == (Layout(64, 32, 4), 0)
-  assert layout.row_length == pack(trajectories, row_length=layout.row_length, trunk_length=layout.trunk_length,
-                                   rows_per_trunk=layout.rows_per_trunk,
-                                   rows_multiple=layout.rows_per_trunk).tokens.shape[1]
+  shape = best(fitter(), shapes.Shape(Layout(512, 32, 4), 4, 64), trajectories)[0]
+  assert shape.pack(trajectories).tokens.shape[1] == shape.layout.row_length >= 304
+  assert fitter().best(shape, [], (0, 0, 0)) == (shape, 0)
+  small = fitter().best(shape, batch_of(LENGTHS["short"]), shapes.longest_of(trajectories))[0]
+  assert small.layout.row_length >= 300  # such a response may come again
+  longest = shapes.longest_of(trajectories, (40, 20, 900))
+  assert longest == (40, 300, 900)
+  assert shapes.longest_of(unscored(trajectories, 1)) == (0, 0, 332)
 
 
-@pytest.mark.parametrize("layout", [Layout(64, 32, 8), Layout(128, 32, 1), Layout(128)])
-def test_a_shape_holds_the_longest_batch_in_whole_micro_batches(layout):
-  shape = fitter().shape(layout, 128)
-  host = shape.pack(batch_of(LENGTHS["full"]))
-  assert shape.micro_batch_rows % layout.rows_per_trunk == 0
-  assert host.tokens.shape == shape.pack([]).tokens.shape  # nothing longer makes it larger
-  assert (host.num_sequences, host.rows_per_trunk) == (128, layout.rows_per_trunk)
+def test_rows_at_a_time_that_a_config_says_hold_no_more_tokens_afterwards():
+  found = fitter()
+  found.settings.batch.micro_batch_rows = 8
+  first = begun(found)
+  for name in LENGTHS:
+    assert best(found, first, batch_of(LENGTHS[name]))[0].tokens_at_a_time <= first.tokens_at_a_time
 
 
-def look(found, **changes):
-  """What a `Fitting` says of short responses, and the layouts that it has begun to compile."""
-  begun = []
+def look(found, trajectories=None, **changes):
+  """What a `Fitting` says of short responses, and the shapes that it has begun to compile."""
+  compiled = []
 
   def rehearse(shape):
-    begun.append(shape.layout)
-    return types.SimpleNamespace(compile=lambda: None, learner=shape.layout)
-  shape = shapes.shape_of(found.settings, found.decoder, found.mesh, [32])
+    compiled.append(shape)
+    return types.SimpleNamespace(compile=lambda: None, learner="another")
+  shape = begun(found)
   fit = fitting.Fitting(shape, "first", found, rehearse)
-  arguments = dict(longest=8, batch=1, left=1000) | changes
-  layout = fit.look(batch_of(LENGTHS["short"]), shape.layout, **arguments)
-  return fit, shape, layout, begun
+  trajectories = trajectories or batch_of(LENGTHS["short"])
+  arguments = dict(longest=shapes.longest_of(trajectories), batch=1, left=1000) | changes
+  return fit, shape, fit.look(trajectories, shape, **arguments), compiled
 
 
 def test_only_what_saves_more_than_it_costs_is_compiled():
-  fit, shape, (layout, saved), begun = look(fitter())
-  assert saved > 0.3
-  assert fit.now(layout) == (fitter().shape(layout, shape.sequences), layout)
-  assert begun == [layout]
-  assert fit.now(shape.layout) == (shape, "first")
-  assert fit.now(layout)[1] == layout and begun == [layout]  # known by now
-  assert look(fitter(), left=int(fitting.WORTH / saved) - 1)[2:] == (None, [])
-  assert look(fitter(), left=int(fitting.WORTH / saved) + 1)[2] == (layout, saved)
+  fit, shape, (fitted, saved), compiled = look(fitter())
+  assert saved > 0.3 and not compiled
+  least = (1, 1, 200, 32)
+  found, learner = fit.now(json.loads(json.dumps(fitted)), least)  # as a checkpoint holds it
+  assert learner == "another" and compiled == [found]
+  assert dataclasses.astuple(found.layout) == fitted[:3] and found.sequences == 200
+  assert fit.now((), (1, 1, 1, 0)) == (shape, "first")
+  assert fit.now(fitted, (1, 1, 300, 48))[0].layout.trunk_length == 48
+  assert len(compiled) == 1
+  assert look(fitter(), left=int(fitting.WORTH / saved) - 1)[2] is None
+  assert look(fitter(), left=int(fitting.WORTH / saved) + 1)[2] == (fitted, saved)
+
+
+def test_a_shape_is_rehearsed_with_the_rows_that_were_seen():
+  trajectories = batch_of(LENGTHS["full"], prompts=64)  # four times what the config lets expect
+  shape = best(fitter(), begun(fitter()), trajectories)[0]
+  assert shape.pack(trajectories).tokens.shape == shape.pack([]).tokens.shape
+
+
+def test_a_shape_serves_the_devices_of_whoever_continues():
+  fitted = look(fitter())[2][0]
+  fit, *_ = look(fitter(devices=8))
+  shape, _ = fit.now(fitted, (1, 1, 1, 0))
+  assert shape.micro_batch_rows % (8 * shape.layout.rows_per_trunk) == 0
 
 
 def test_batches_are_looked_at_ever_more_rarely():
@@ -129,14 +162,11 @@ def test_batches_are_looked_at_ever_more_rarely():
 
 
 def test_what_goes_wrong_in_a_rehearsal_is_raised_where_its_programs_are_wanted():
-  found = fitter()
-  shape = shapes.shape_of(found.settings, found.decoder, found.mesh, [32])
-
   def rehearse(shape):
     raise ValueError(f"no room for {shape.layout.row_length}")
-  fit = fitting.Fitting(shape, "first", found, rehearse)
+  fit = fitting.Fitting(begun(fitter()), "first", fitter(), rehearse)
   with pytest.raises(ValueError, match="no room for 128"):
-    fit.now(Layout(128, 32, 1))
+    fit.now((128, 32, 1, 4, 16), (1, 1, 1, 0))
 
 
 def config_of():
@@ -175,7 +205,7 @@ def rows_of(workdir):
 
 def test_a_run_is_the_same_in_another_layout_and_computes_less_padding(run, capfd):
   plain, fitted = run("plain", 10 ** 9), run("fitted", 0.1)
-  assert "of the work; so they are laid out from the next batch on" in "".join(capfd.readouterr())
+  assert "from the next batch on; that saves" in "".join(capfd.readouterr())
   for name in ("reward", "tokens", "loss_tokens", "response_tokens"):
     assert [row[name] for row in fitted] == [row[name] for row in plain]
   for name in ("loss", "kl", "entropy", "grad_norm"):
