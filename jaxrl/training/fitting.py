@@ -49,7 +49,7 @@ class Fitting:
       fitted: what `look` has returned; () is what the phase began with.
       least: `Progress.shape`.
     """
-    self.begin(tuple(fitted), least)
+    self.begin(fitted, least)
     shape, learner = self._known[tuple(fitted)].result()
     return shape.at_least(*least), learner
 
@@ -72,7 +72,12 @@ class Fitting:
     return (*dataclasses.astuple(found.layout), found.micro_batch_rows, found.rows), saved
 
   def begin(self, fitted: Fitted, least: Sequence[int]) -> None:
-    """Begins to compile, unless it has begun before; several processes have to do it in one order."""
+    """Begins to compile, unless it has begun before; several processes have to do it in one order.
+
+    Args:
+      fitted, least: as in `now`.
+    """
+    fitted = tuple(fitted)
     if fitted in self._known:
       return
     done = self._known[fitted] = futures.Future()

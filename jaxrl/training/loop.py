@@ -135,15 +135,18 @@ def train(phase: PhaseRun, state: TrainState, progress: Progress,
 def _train(phase, state, progress, buffer, reporter, checkpoints, stop):
   if progress.supply is not None:
     phase.supply.set_state(stored.put_arrays(progress.supply, buffer or {}))
-  batch, (_, learner) = None, phase.now(progress)
+  batch, learner = None, phase.learner
   if progress.updates_left and not progress.ended:
     own = {name: x for name, x in buffer.items() if not name.startswith(f"{SUPPLY}/")}
     batch = sharding.put_batch(_check_divides(from_buffer(own), phase.mesh), phase.mesh)
+    _, learner = phase.now(progress)
   step = int(state.step)
   while step < phase.steps and not progress.ended:
     start = time.perf_counter()
     fresh = batch is None
     if fresh:
+      if phase.fitting:
+        phase.fitting.begin(progress.fitted, progress.shape)  # while the policy samples
       supplied = phase.supply.next(state.params, step, state.reference)
       shape, learner = phase.now(progress)
       state, batch = _prepare(phase, shape, learner, state, supplied, progress)
@@ -268,7 +271,6 @@ def _fit(phase, shape, trajectories, progress, step, reporter):
     progress.fitted, saved = found
     row, trunk, rows, *_ = progress.fitted
     progress.shape = 1, 1, progress.shape[2], trunk
-    phase.fitting.begin(progress.fitted, progress.shape)
     sharing = f", {rows} of them beside a prompt" if trunk else " with their prompts"
     reporter.note(f"{phase.name}: responses like these are laid out in rows of {row} tokens{sharing}, from the next "
                   f"batch on; that saves {saved:.0%} of the work")
