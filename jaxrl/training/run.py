@@ -111,7 +111,7 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
   else:
     reporter.rewind(0)
   rng = jax.random.key_data(jax.random.key(parts.config.seed)) if state is None else state.rng
-  if not progress.fitted:
+  if not progress.fitted:  # else the loop compiles another shape
     parts.compile(progress.phase)
   params = None
   if state is None and sources.begins(parts.config):
@@ -125,9 +125,8 @@ def _run(parts: Parts, checkpoints, reporter, stop) -> dict[str, Any]:
       reporter.note(f"starting with the parameters of {parts.config.start}")
   for index in range(progress.phase, len(parts.phases)):
     phase = parts.phases[index]
-    if index > progress.phase or not progress.fitted:
-      parts.compile(index)  # while the first batch is sampled
     if index > progress.phase:  # a new phase: fresh optimiser, fresh position in the data
+      parts.compile(index)  # while the first batch is sampled
       params, rng, state, buffer = state.params, state.rng, None, None
       progress = dataclasses.replace(progress, phase=index, supply=None, shape=(1, 1, 1, 0), fitted=(),
                                      longest=(0, 0, 0), ended=False, updates_left=0, batch_metrics={})

@@ -152,7 +152,9 @@ class Fitter:
       return shape, 0.0
 
     def rows(layout):
-      return _rows_of_groups(layout, groups) if layout.trunk_length else _rows_of_whole(layout, trajectories)
+      if layout.trunk_length:
+        return sum(_rows(layout, responses) for _, responses in groups)
+      return _rows_of_whole(layout, [len(t.tokens) for t in trajectories])  # also those that train nothing
 
     def work(shape):  # micro-batches are computed as a whole
       used = -(-rows(shape.layout) // shape.micro_batch_rows)
@@ -259,7 +261,7 @@ def _layout_of_rollouts(settings, decoder, prompt, samples):
       if layout.trunk_length:
         rows = SEVERAL * _rows(layout, responses)
       else:
-        rows = len(first_fit_decreasing(SEVERAL * [prompt + n for n in responses], layout.row_length))
+        rows = _rows_of_whole(layout, SEVERAL * [prompt + n for n in responses])
       total += _work(layout, decoder, rows) / (prompt + sum(responses))
     return total
   best = min(shared, key=cost, default=whole)
@@ -285,14 +287,9 @@ def _tokens(layout, rows):
   return rows * layout.row_length + rows // layout.rows_per_trunk * layout.trunk_length
 
 
-def _rows_of_groups(layout, groups):
-  """Rows that responses take beside their prompts."""
-  return sum(_rows(layout, responses) for _, responses in groups)
-
-
-def _rows_of_whole(layout, trajectories):
-  """Rows that whole sequences take, of which also those are stored that train nothing."""
-  return len(first_fit_decreasing([len(t.tokens) for t in trajectories], layout.row_length))
+def _rows_of_whole(layout, sizes):
+  """Rows that whole sequences take."""
+  return len(first_fit_decreasing(sizes, layout.row_length))
 
 
 def _rows(layout, responses):
@@ -345,7 +342,7 @@ def _tokens_at_a_time(settings, decoder, layout, mesh, kept_bytes):
   if chips.platform() == "cpu":
     keys = layout.trunk_length + min(layout.row_length, _longest(settings) or layout.row_length)
     # A score counts as a quarter of an activation: so the fastest come out of rows of 96 to 512 tokens.
-    return max(256, int(CPU_BLOCK / (decoder.mlp_width + decoder.heads * keys / 4)))
+    return max(SMALL, int(CPU_BLOCK / (decoder.mlp_width + decoder.heads * keys / 4)))
   limit = chips.memory_bytes(jax.local_devices()[0]) or 16 << 30
   room = HALF * max(limit - kept_bytes, limit // 8)
   return max(256, int(room / _bytes_per_token(settings, decoder, layout, mesh.shape["tensor"])))
