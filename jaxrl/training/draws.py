@@ -74,7 +74,7 @@ def at_once(traced: jax.stages.Traced) -> Callable[[Array], PyTree]:
 
 
 def _together(jaxpr, draws, consts, argument):
-  """The results of a trace."""
+  """The results of a trace: first the keys of its draws, then all of these, then the rest."""
   values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, argument)))
 
   def of(variable):
