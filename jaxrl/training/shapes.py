@@ -159,10 +159,12 @@ class Fitter:
     def work(shape):  # micro-batches are computed as a whole
       used = -(-rows(shape.layout) // shape.micro_batch_rows)
       return _work(shape.layout, self.decoder, used * shape.micro_batch_rows)
-    found = [self._shape(layout, rows(layout), shape.sequences) for layout in self._layouts(longest)]
+    # Other rows at a time alone would follow the chances of single batches.
+    found = [self._shape(layout, rows(layout), shape.sequences) for layout in self._layouts(longest)
+             if layout != shape.layout]
     if self.settings.batch.micro_batch_rows:  # to bound memory
       found = [other for other in found if other.tokens_at_a_time <= shape.tokens_at_a_time]
-    least = min(found, key=work, default=shape)
+    least = min([shape, *found], key=work)
     return least, 1 - work(least) / work(shape)
 
   def _layouts(self, longest):
