@@ -20,7 +20,7 @@ from jaxrl.training.shapes import Fitter, Shape
 
 Fitted = tuple[int, ...]  # row and trunk length, rows per trunk, rows at a time, and rows that batches are padded to
 LEAST = 0.05  # of the work of an update, that another layout has to save
-WORTH = 50  # updates, whose work it has to save until the end of the phase: those of the quickstart take as long as 40
+WORTH = 50  # updates, whose work it has to save until the end of the phase: to compile it takes about 40 of the quickstart
 
 
 class Fitting:
