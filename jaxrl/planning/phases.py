@@ -31,9 +31,9 @@ from jaxrl.models import pretrained
 from jaxrl.planning import programs
 from jaxrl.planning import sampling
 from jaxrl.planning.programs import Program
-from jaxrl.training import builders
 from jaxrl.training import inputs
 from jaxrl.training import master
+from jaxrl.training import phases as phase_lib
 from jaxrl.training import pieces
 from jaxrl.training import refusals
 from jaxrl.training import sources
@@ -183,14 +183,14 @@ def plan(config: ml_collections.ConfigDict, target: chips.Target, workdir: pathl
     config = _with_shape(config, place, notes)
     mesh, sampling_mesh = transfer.make_meshes(config.mesh)
     source, tokenizer = _data(config, place, notes)
-    decoder, phases = builders.make_phases(config, mesh, sampling_mesh, tokenizer)
+    decoder, phases = phase_lib.make_phases(config, mesh, sampling_mesh, tokenizer)
     for phase in phases:
       refusals.check_phase(phase, mesh, [None], [None])  # taken to have problems held out
     sizes = _sizes(config, phases, source, tokenizer)
     planners = {m: sampling.Planner(config, decoder, m) for m in (mesh, sampling_mesh)}
     found = [_phase(config, phase, sizes[phase.name], mesh, planners,
                     sampling_mesh if pieces.samples_ahead(phase) else mesh) for phase in phases]
-  state = builders.state_of(phases[0].learning, mesh)
+  state = phase_lib.state_of(phases[0].learning, mesh)
   return Plan(target, dict(mesh.shape), decoder, sum(x.size for x in jax.tree.leaves(state.params)), found,
               notes, _compiler(mesh, target), time.perf_counter() - began)
 
@@ -202,17 +202,17 @@ def _compiler(mesh, target):
 
 
 def _phase(config, phase, sizes, mesh, planners, sampling_mesh):
-  state = builders.state_of(phase.learning, mesh)
+  state = phase_lib.state_of(phase.learning, mesh)
   moments, copy = master.split(state.opt_state)
   trees = {"parameters": state.params, "optimiser": moments, "float32 master": copy,
            "frozen models": (state.frozen, state.others)}
   held = {name: sharding.bytes_of(tree) for name, tree in trees.items()}
   host = {name: size for name, tree in trees.items() if (size := sharding.bytes_of(tree, on_host=True))}
-  gradient = builders.gradient_bytes(phase.learning, state)
+  gradient = phase_lib.gradient_bytes(phase.learning, state)
   shape, count, gradients, update, signals = None, 0, 0.0, None, None
   if phase.kind != "evaluate":
-    shape = builders.make_shape(phase, phase.learning.decoder, mesh, *sizes)
-    rehearsal = builders.rehearsal(phase, mesh, shape)
+    shape = phase_lib.make_shape(phase, phase.learning.decoder, mesh, *sizes)
+    rehearsal = phase_lib.rehearsal(phase, mesh, shape)
     count = rehearsal.batch.tokens.shape[0] // shape.micro_batch_rows
     streams = min(phase.learning.streams, count)
     gradients = gradient * (2 if count > streams else 1) * streams
@@ -293,5 +293,5 @@ def _sizes(config, phases, source, tokenizer):
   if source is None:
     limits = {True: 2 * (d.max_prompt_tokens + d.max_completion_tokens), False: d.max_prompt_tokens}
     return {p.name: ([limits[p.kind in PAIRED]] if d.max_prompt_tokens else [], ()) for p in phases}
-  readers = builders.make_readers(config, phases, tokenizer)
-  return {p.name: builders.sizes_of(p, *readers, source) for p in phases}
+  readers = phase_lib.make_readers(config, phases, tokenizer)
+  return {p.name: phase_lib.sizes_of(p, *readers, source) for p in phases}

@@ -75,7 +75,7 @@ def calls_of(phase: Any, prompt: int, problems: int, mesh: jax.sharding.Mesh) ->
   """Calls for an update, and for the evaluations around a phase.
 
   Args:
-    phase: a `builders.Phase`.
+    phase: a `training.phases.Phase`.
     prompt: tokens of each prompt.
     problems: held out; 0 if there are none.
     mesh: that samples.

@@ -35,7 +35,7 @@ def check_phase(phase: Any, mesh: jax.sharding.Mesh, problems: Sequence[Any], pa
   """Refuses settings that are out of range or do not go together.
 
   Args:
-    phase: a `builders.Phase`, as in all of these.
+    phase: a `phases.Phase`, as in all of these.
     problems, pairs: held out, to evaluate on the way.
   """
   s, where = phase.settings, f"config.{phase.name}"

@@ -26,7 +26,7 @@ from configs import base  # noqa: E402
 from jaxrl import config as configs  # noqa: E402
 from jaxrl import sharding  # noqa: E402
 from jaxrl.batch import Trajectory, pack  # noqa: E402
-from jaxrl.training import builders, state as states  # noqa: E402
+from jaxrl.training import builders, phases as phase_lib, state as states  # noqa: E402
 from jaxrl.training.learner import make_learner, to_micro_batches  # noqa: E402
 
 MODEL = dict(layers=8, d_model=512, heads=8, kv_heads=4, d_ff=1536, vocab_size=16384, scan_layers=True)
@@ -95,7 +95,7 @@ def measured(settings):
   learner = make_learner(learning, jax.tree.map(lambda x: x.sharding, state))
   found = dict(parameters=sharding.bytes_of(state.params), optimizer=sharding.bytes_of(state.opt_state),
                optimizer_on_host=sharding.bytes_of(state.opt_state, on_host=True),
-               gradient=builders.gradient_bytes(learning, state))
+               gradient=phase_lib.gradient_bytes(learning, state))
   with jax.set_mesh(parts.mesh):
     state, batch, _ = learner.prepare(state, batch_of(phase.settings.batch.micro_batch_rows, parts.mesh))
     memory = learner.update.lower(state, batch).compile().memory_analysis()

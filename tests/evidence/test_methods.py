@@ -9,7 +9,7 @@ import pytest
 from jaxrl import cli
 from jaxrl import config as configs
 from jaxrl.evidence import listing, methods, reproduce, runs, table, verdict
-from jaxrl.training import builders
+from jaxrl.training import phases as phase_lib
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 
@@ -114,9 +114,9 @@ def test_a_reproduction_runs_both_arms_judges_and_draws(tmp_path, monkeypatch):
         real.reported, {"rl.steps": 2, "rl.optimizer.warmup_steps": 0, "rl.evaluate.every": 1,
                         "rl.rollout.prompts": 2}, TINY, real.arms, real.claims)
   monkeypatch.setattr(methods, "evidence_of", tiny)
-  traced, rehearsal = [], builders.rehearsal
-  monkeypatch.setattr(builders, "REMEMBERED", 1)  # as if there were more arms than are remembered
-  monkeypatch.setattr(builders, "rehearsal", lambda phase, *rest: traced.append(phase.name) or rehearsal(
+  traced, rehearsal = [], phase_lib.rehearsal
+  monkeypatch.setattr(phase_lib, "REMEMBERED", 1)  # as if there were more arms than are remembered
+  monkeypatch.setattr(phase_lib, "rehearsal", lambda phase, *rest: traced.append(phase.name) or rehearsal(
       phase, *rest))
   results = tmp_path / "results"
   made = reproduce.reproduce("verl-rank", [0, 1], workdir=tmp_path / "runs", results=results)

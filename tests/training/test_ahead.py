@@ -21,6 +21,7 @@ from jaxrl.rewards import Criterion, Scored
 from jaxrl.rollouts import Rollouts, group
 from jaxrl.sampling import Sampler, SamplingParams
 from jaxrl.training import builders, hostfile, loop, stored, transfer
+from jaxrl.training import phases as phase_lib
 from jaxrl.training.ahead import Ahead
 from jaxrl.training.checkpoints import Checkpoints
 from jaxrl.training.learner import make_learner, to_micro_batches
@@ -426,20 +427,20 @@ def config(staleness, **sampling):
 ])
 def test_settings_that_cannot_work_are_refused(
     monkeypatch, tmp_path, staleness, sampling, message):
-  monkeypatch.setattr(builders, "_rehearse", lambda *_: None)
+  monkeypatch.setattr(phase_lib, "rehearse", lambda *_: None)
   with pytest.raises(ValueError, match=message):
     builders.build_parts(config(staleness, **sampling), tmp_path, print)
 
 
 def test_several_processes_are_refused(monkeypatch, tmp_path):
-  monkeypatch.setattr(builders, "_rehearse", lambda *_: None)
+  monkeypatch.setattr(phase_lib, "rehearse", lambda *_: None)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   with pytest.raises(ValueError, match="use --config.rollout.staleness=0 or one process"):
     builders.build_parts(config(1, data=4), tmp_path, print)
 
 
 def test_a_config_makes_phases_that_sample_on_devices_of_their_own(monkeypatch, tmp_path):
-  monkeypatch.setattr(builders, "_rehearse", lambda *_: types.SimpleNamespace(learner=None))
+  monkeypatch.setattr(phase_lib, "rehearse", lambda *_: types.SimpleNamespace(learner=None))
   parts = builders.build_parts(config(1, data=2, tensor=2), tmp_path, print)
   with contextlib.closing(parts.scorer):
     sft, rl = (builders.phase_run(parts, phase).supply for phase in parts.phases)

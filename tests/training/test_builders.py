@@ -14,6 +14,7 @@ from jaxrl.batch import Task, Trajectory
 from jaxrl.evaluation import policy
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import builders, refusals, run
+from jaxrl.training import phases as phase_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def build(tmp_path):
 @pytest.fixture
 def untraced(monkeypatch):
   """Leaves out the slow part where it has nothing to say."""
-  monkeypatch.setattr(builders, "_rehearse", lambda *_: types.SimpleNamespace(learner=None))
+  monkeypatch.setattr(phase_lib, "rehearse", lambda *_: types.SimpleNamespace(learner=None))
 
 
 def names(pieces):

@@ -19,6 +19,7 @@ from jaxrl.models import decoder as decoders
 from jaxrl.models.outputs import critic_of
 from jaxrl.objectives.aggregate import Aggregation
 from jaxrl.training import builders
+from jaxrl.training import phases as phase_lib
 from jaxrl.training import state as states
 from jaxrl.training.learner import make_learner
 from jaxrl.training.learner import to_micro_batches
@@ -151,7 +152,7 @@ def test_advantages_are_against_the_critic_whatever_the_policy(toys, learners, p
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
   """A supervised phase, and two that want values, of a small model."""
-  monkeypatch.setattr(builders, "_rehearse", lambda *_: types.SimpleNamespace(learner=None))
+  monkeypatch.setattr(phase_lib, "rehearse", lambda *_: types.SimpleNamespace(learner=None))
   config = configs.load("configs/ppo.py")
   config.model.update(layers=2, d_model=16, heads=2, kv_heads=2, d_ff=16)
   config.evaluate.problems = 0
