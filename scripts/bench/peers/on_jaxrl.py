@@ -18,6 +18,7 @@ import common
 FIRST_CHARACTER = 0x20000  # from here on, a million code points are neither spaces nor surrogates
 ROWS = 512  # of data, but for pairs: these are all in every update
 UPDATES = 1000  # of reinforcement learning, as in a real run; it ends when enough were measured
+SETTLED = 10  # updates of it that are not measured: after the first, 2nd, 4th and 8th another layout may be compiled
 SFT_PROMPT = 2  # tokens: a BOS and one more; all others carry loss, EOS among them
 PAIRED = {"dpo": "dpo", "reward": "reward_model"}  # sections whose examples are pairs, and their phases
 
@@ -210,6 +211,8 @@ def main():
   with cli.loading():  # as `jaxrl run` does
     meter = common.CompileMeter()
     importlib.import_module("jaxrl.training.run")
+  if work.section == "grpo" and work.iters:
+    work = dataclasses.replace(work, warmup=max(work.warmup, SETTLED))
   clock = common.Clock(work, meter.read)
   with tempfile.TemporaryDirectory(prefix="jaxrl_bench_") as directory:
     workdir = pathlib.Path(directory)
