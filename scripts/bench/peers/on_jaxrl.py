@@ -66,7 +66,7 @@ def make_config(work: common.Work, data: pathlib.Path):
   config.tokenizer.alphabet = text(range(common.SPECIALS, work.vocab))
   config.model.update(layers=work.layers, d_model=work.d_model, heads=work.heads,
                       kv_heads=work.kv_heads, d_ff=work.d_ff, tie_embeddings=work.tied)
-  config.optimizer.update(learning_rate=1e-5)
+  config.optimizer.update(learning_rate=work.learning_rate)
   config.batch.update(examples=examples, row_length=work.row_length or row or sum(lengths))
   if work.micro_batch_rows:
     config.batch.micro_batch_rows = work.micro_batch_rows

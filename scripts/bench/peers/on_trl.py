@@ -92,7 +92,7 @@ def arguments(work, directory, sequences):
   """What all trainers are told."""
   return dict(
       output_dir=os.path.join(directory, "trainer"), per_device_train_batch_size=sequences,
-      gradient_accumulation_steps=1, max_steps=work.warmup + work.iters, learning_rate=1e-5,
+      gradient_accumulation_steps=1, max_steps=work.warmup + work.iters, learning_rate=work.learning_rate,
       logging_steps=10 ** 6, logging_first_step=False, save_strategy="no", report_to="none",
       disable_tqdm=True, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
       seed=work.seed, dataloader_pin_memory=False, lr_scheduler_type="constant",

@@ -95,7 +95,7 @@ def grpo(work, clock):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
   micro = work.micro_prompts
   training = rl_cluster.RLTrainingConfig(
-      actor_optimizer=optax.adamw(1e-5), eval_every_n_steps=NO_EVALUATION, max_steps=UNENDING,
+      actor_optimizer=optax.adamw(work.learning_rate), eval_every_n_steps=NO_EVALUATION, max_steps=UNENDING,
       mini_batch_size=work.prompts if micro else None, train_micro_batch_size=micro or None,
       rollout_micro_batch_size=work.prompts if micro else None,
       compute_logps_micro_batch_size=work.prompts if micro else None, pbar_description=None)
@@ -141,7 +141,7 @@ def sft(work, clock):
   from tunix.sft import utils
   model, size = build_model(work)
   trainer = peft_trainer.PeftTrainer(
-      model=model, optimizer=optax.adamw(1e-5), training_config=peft_trainer.TrainingConfig(
+      model=model, optimizer=optax.adamw(work.learning_rate), training_config=peft_trainer.TrainingConfig(
           eval_every_n_steps=NO_EVALUATION, max_steps=None))
 
   def model_input(batch):
@@ -170,7 +170,7 @@ def dpo(work, clock):
   from tunix.sft.dpo import dpo_trainer
   model, size = build_model(work)
   trainer = dpo_trainer.DPOTrainer(
-      model=model, ref_model=build_model(work)[0], optimizer=optax.adamw(1e-5),
+      model=model, ref_model=build_model(work)[0], optimizer=optax.adamw(work.learning_rate),
       training_config=dpo_trainer.DPOTrainingConfig(
           eval_every_n_steps=NO_EVALUATION, max_steps=None, beta=0.1))
   longest = int(common.pair_lengths(work).max()) - work.prompt_len
