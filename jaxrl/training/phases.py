@@ -173,9 +173,9 @@ def sizes_of(phase: Phase, builder: data.TaskBuilder, pair_builder: data.PairBui
              source: data.Source) -> tuple[list[int], Sequence[tuple[int, Sequence[int]]]]:
   """Tokens of some examples, and of the parts of pairs, see `shape_of`."""
   if phase.kind in PAIRED:
-    to_trajectories = to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
+    sequences_of = to_trajectories(phase.settings, phase.learning.terms, builder.tokenizer)
     examples = data.linked(inputs.first_tasks(pair_builder, source))
-    made = [to_trajectories([example]) for example in examples]
+    made = [sequences_of([example]) for example in examples]
     refusals.check_pairs(phase.learning.terms, made)
     return [sum(len(t.tokens) for t in pair) for pair in made], _prompts_of(made)
   if pieces.asks_pairs(phase.settings):

@@ -24,7 +24,6 @@ class SideBySide:
                mesh: jax.sharding.Mesh):
     """Of jitted functions; `count` tells from a batch how many parts there are to be."""
     self._part, self._whole, self._count, self._mesh = part, whole, count, mesh
-    self._seen: set = set()
 
   def __call__(self, state: Any, batch: Any) -> Any:
     return self.begin(state, batch)()
@@ -32,7 +31,6 @@ class SideBySide:
   def begin(self, state: Any, batch: Any) -> Callable[[], Any]:
     """Starts all parts, and returns what waits for them and puts them together."""
     count = self._count(batch)
-    shape = jax.tree.structure(batch), tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
 
     def one(index: int, started: threading.Event) -> Any:
       try:
@@ -41,14 +39,13 @@ class SideBySide:
       finally:
         started.set()
       return jax.block_until_ready(part)
-    starts = [threading.Event() for _ in range(count)]
-    if shape not in self._seen:  # threads that come to a new shape together would all compile it
-      parts = [one(index, start) for index, start in enumerate(starts)]
-      self._seen.add(shape)
-      return lambda: self._whole(state, batch, parts)
-    running = [_threads(count).submit(one, index, start) for index, start in enumerate(starts)]
-    for start in starts:  # else what the caller does meanwhile would keep threads from their first step
-      start.wait()
+    running = []
+    for index in range(count):
+      started = threading.Event()
+      running.append(_threads(count).submit(one, index, started))
+      # Threads that came to a new shape together would all compile it, and what the caller does meanwhile
+      # would keep them from their first step.
+      started.wait()
 
     def finish():
       futures.wait(running)
