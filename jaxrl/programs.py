@@ -48,6 +48,7 @@ def kept_in(directory: pathlib.Path) -> Iterator[None]:
   global _place
   before, _place = _place, directory if jax.device_count() == 1 else None
   _state_of.cache_clear()
+  _files_of.cache_clear()
   try:
     yield
   finally:
@@ -94,7 +95,7 @@ def _find(place, name, function, args, static):
   kinds = [jax.typeof(x) for x in leaves]
   described = [(x.shape, str(x.dtype), x.weak_type, str(x.memory_space)) for x in kinds]
   try:
-    key = digests.digest([_surroundings(), function, static, structure, described])
+    key = digests.digest([_surroundings(), function, static, structure, repr(described)])
   except Exception:  # not only `Undescribed`: closures may hold values of any kind, and be without end
     return None
   path = place / f"{name}-{key}{SUFFIX}"
@@ -129,32 +130,37 @@ def _strong(x):
 
 
 def _surroundings():
-  """What else tracing can depend on: versions, devices, settings, and code that is not ours.
+  """What else tracing can depend on, as text: versions, devices, settings, and code that is not ours.
 
   That which a config loads may change what ours does.
   """
-  others = sorted((name, file) for name, file in _loaded() if not file.startswith(INSTALLED))
+  others = sorted((name, file) for name, file in _loaded().items() if not file.startswith(INSTALLED))
   settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(READ_BY_LIBRARIES)}
-  return [FORMAT, sys.version, sys.prefix, sys.path, list(sys.flags), os.cpu_count(), jax.__version__,
-          jax.devices()[0].device_kind, str(jax.sharding.get_abstract_mesh()),
-          {name: str(x) for name, x in sorted(jax.config.values.items())},
-          {name: str(getattr(flax.config, name)) for name in dir(flax.config) if name[0] != "_"
-           and not callable(getattr(flax.config, name))}, settings, others]
+  return repr([FORMAT, sys.version, sys.prefix, sys.path, list(sys.flags), os.cpu_count(), jax.__version__,
+               jax.devices()[0].device_kind, str(jax.sharding.get_abstract_mesh()),
+               {name: str(x) for name, x in sorted(jax.config.values.items())},
+               {name: str(getattr(flax.config, name)) for name in dir(flax.config) if name[0] != "_"
+                and not callable(getattr(flax.config, name))}, settings, others])
 
 
 def _loaded():
-  """(name, file) of every module that has one. Some have made themselves, and name none that exists."""
-  for name, module in sys.modules.copy().items():  # a list of them is not safe from what other threads load
-    file = getattr(module, "__file__", None)
-    if isinstance(file, str) and os.path.isabs(file):
-      yield name, file
+  """{name: file} of every module that has one. Some have made themselves, and name none that exists."""
+  modules = sys.modules.copy()  # one by one they are not safe from what other threads load
+  return _files_of(tuple(modules), tuple(map(id, modules.values())))
+
+
+@functools.lru_cache(maxsize=1)  # it takes 5 ms, and is asked for three times for every program
+def _files_of(names, modules):
+  del modules  # only another module may have another file
+  files = ((name, getattr(sys.modules.get(name), "__file__", None)) for name in names)
+  return {name: file for name, file in files if isinstance(file, str) and os.path.isabs(file)}
 
 
 def _read(path):
   """What `_write` wrote; None if there is nothing, or nothing that holds any more."""
   try:
     files, results, exported = pickle.loads(zlib.decompress(path.read_bytes()))
-    loaded = dict(_loaded())
+    loaded = _loaded()
     if any(_state_of(file) != state or loaded.get(name, file) != file
            for name, (file, state) in files.items()):
       return None
@@ -171,7 +177,7 @@ def _write(path, exported, results):
   Not if one of them has changed since this process began, which may have loaded it before.
   """
   with contextlib.suppress(Exception):  # a full disk, a class that cannot be pickled, modules that only pretend
-    files = {name: (file, _state_of(file)) for name, file in _loaded()}
+    files = {name: (file, _state_of(file)) for name, file in _loaded().items()}
     if any(state is None or max(state[1:]) > _STARTED for _, state in files.values()):
       return
     content = zlib.compress(pickle.dumps((

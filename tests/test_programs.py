@@ -28,8 +28,8 @@ def place(tmp_path, monkeypatch):
   monkeypatch.setattr(programs, "_STARTED", programs._STARTED + HOUR)  # files of a fresh checkout are old
   # Other tests have loaded modules whose files come and go.
   loaded, ours = programs._loaded, (*digests.HOMES, "piece", "other")
-  monkeypatch.setattr(programs, "_loaded", lambda: [
-      (name, file) for name, file in loaded() if name.split(".")[0] in ours])
+  monkeypatch.setattr(programs, "_loaded", lambda: {
+      name: file for name, file in loaded().items() if name.split(".")[0] in ours})
   traced.clear()
   with programs.kept_in(tmp_path):
     yield tmp_path
@@ -133,7 +133,7 @@ def test_a_change_of_any_module_that_was_loaded_is_believed_to_matter(place, tmp
 
 
 def test_files_that_changed_since_the_process_began_may_not_be_those_it_has_loaded(place, monkeypatch):
-  newest = max(max(programs._state_of(file)[1:]) for _, file in programs._loaded())
+  newest = max(max(programs._state_of(file)[1:]) for file in programs._loaded().values())
   monkeypatch.setattr(programs, "_STARTED", newest - 1)
   programs.jit(step)(*arguments())
   assert kept(place) == []
@@ -187,7 +187,7 @@ def test_modules_that_are_loaded_meanwhile_do_not_matter(monkeypatch):
   gc.callbacks.append(load)
   gc.set_threshold(1)
   try:
-    assert dict(programs._loaded())["jaxrl.programs"] == programs.__file__
+    assert programs._loaded()["jaxrl.programs"] == programs.__file__
   finally:
     gc.set_threshold(*thresholds)
     gc.callbacks.remove(load)

@@ -1,6 +1,7 @@
 """What was rehearsed is what runs: compiled once, aside, before there is a batch."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -93,22 +94,22 @@ class Slow(np.ndarray):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_parts_run_while_their_caller_does_something_else(count):
-  """All of them are under way when `begin` returns, each in a thread, though not one of them is done."""
+  """All of them are under way when `begin` returns, each in a thread, though not one of them is done; they are
+  called one after the other, so that only the first of them compiles."""
   mesh, threads, fail = sharding.make_mesh(devices=jax.devices()[:1]), [], []
+  calling = threading.Lock()
 
   def part(state, batch, index, parts):
     threads.append(threading.current_thread())
     if index in fail:
       raise ArithmeticError(f"part {index}")
-    assert jax.sharding.get_mesh() == mesh
+    assert jax.sharding.get_mesh() == mesh and calling.acquire(blocking=False)
+    time.sleep(0.01)
+    calling.release()
     return np.asarray(state + batch * index).view(Slow)
   function = streams.SideBySide(part, lambda state, batch, parts: (len(parts), sum(parts)), lambda batch: count, mesh)
   state, batch = np.float32(2), np.float32(10)
   expected = count, sum(2 + 10 * i for i in range(count))
-  Slow.let_go.set()
-  assert function(state, batch) == expected  # of a new shape, which compiles: one after the other
-  assert set(threads) == {threading.current_thread()}
-  threads.clear()
   Slow.let_go.clear()
   finish = streams.begin(Aside().first(function), state, batch)
   assert len(set(threads)) == count and threading.current_thread() not in threads
