@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from jaxrl import digests
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 SUFFIX = "-traced"  # of their names
 READ_BY_LIBRARIES = ("CUDA", "FLAX", "JAX", "LIBTPU", "NVIDIA", "TF_", "TOKAMAX", "XLA")  # variables
 INSTALLED = (*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
@@ -68,14 +68,11 @@ def jit(function: Callable, *, static_argnames: tuple[str, ...] = (),
     count: counts programs, by the name of their function.
     options: others of `jax.jit`.
   """
-  name = getattr(function, "func", function).__name__
-
   @functools.wraps(getattr(function, "func", function))
   def traced(*args, **static):
     if count is not None:
-      count[name] += 1
-    place = _place
-    kept = place and not _is_looked_into() and _find(place, name, function, args, static)
+      count[_name_of(function)] += 1
+    kept = _find(function, args, static)
     if kept:
       exported, results = kept
       return results.unflatten(exported.call(*jax.tree.leaves(args)))
@@ -84,26 +81,55 @@ def jit(function: Callable, *, static_argnames: tuple[str, ...] = (),
   return jax.jit(traced, static_argnames=static_argnames, **options)
 
 
+def eval_shape(function: Callable, *args: Any) -> Any:
+  """`jax.eval_shape` of a function, pure and perhaps jitted, whose result can be kept as well."""
+  leaves, structure = jax.tree.flatten(args)
+  path = _path_of(f"shape_of_{_name_of(function)}", inspect.unwrap(function), structure,
+                  [(x.shape, str(x.dtype)) for x in leaves], {})
+  found = path and _read(path)
+  if not found:
+    found = jax.eval_shape(function, *args)
+    if path:
+      _write(path, lambda: found)
+  return found
+
+
+def _name_of(function):
+  return getattr(function, "func", function).__name__
+
+
 def _is_looked_into():
   """Whether somebody wants to see operations one by one."""
   return jax.config.jax_debug_nans or jax.config.jax_debug_infs or jax.config.jax_disable_jit
 
 
-def _find(place, name, function, args, static):
-  """(program of flat arguments and results, structure of its results), None if it is not to be kept."""
-  leaves, structure = jax.tree.flatten(args)
-  kinds = [jax.typeof(x) for x in leaves]
-  described = [(x.shape, str(x.dtype), x.weak_type, str(x.memory_space)) for x in kinds]
+def _path_of(name, function, structure, described, static):
+  """Where what is traced of a function is kept, None if it is not to be."""
+  if not _place or _is_looked_into():
+    return None
   try:
     key = digests.digest([_surroundings(), function, static, structure, repr(described)])
   except Exception:  # not only `Undescribed`: closures may hold values of any kind, and be without end
     return None
-  path = place / f"{name}-{key}{SUFFIX}"
-  found = _read(path)
-  if found is None:
-    found = _export(function, structure, kinds, static)
-    _write(path, *found)
-  return found if found[0] else None
+  return _place / f"{name}-{key}{SUFFIX}"
+
+
+def _find(function, args, static):
+  """(program of flat arguments and results, structure of its results), None if it is not to be kept."""
+  leaves, structure = jax.tree.flatten(args)
+  kinds = [jax.typeof(x) for x in leaves]
+  path = _path_of(_name_of(function), function, structure,
+                  [(x.shape, str(x.dtype), x.weak_type, str(x.memory_space)) for x in kinds], static)
+  if path is None:
+    return None
+  with contextlib.suppress(Exception):  # of many kinds, for a file of another version of JAX
+    exported, results = _read(path)
+    program = None if exported is None else export.deserialize(bytearray(exported))
+    return program and (program, jax.tree.structure(results))
+  program, results = _export(function, structure, kinds, static)
+  _write(path, lambda: (None if program is None else bytes(program.serialize()),
+                        results.unflatten(range(results.num_leaves))))
+  return program and (program, results)
 
 
 def _export(function, structure, kinds, static):
@@ -159,20 +185,19 @@ def _files_of(names, modules):
 def _read(path):
   """What `_write` wrote; None if there is nothing, or nothing that holds any more."""
   try:
-    files, results, exported = pickle.loads(zlib.decompress(path.read_bytes()))
+    files, content = pickle.loads(zlib.decompress(path.read_bytes()))
     loaded = _loaded()
     if any(_state_of(file) != state or loaded.get(name, file) != file
            for name, (file, state) in files.items()):
       return None
-    program = None if exported is None else export.deserialize(bytearray(exported))
     os.utime(path)  # the least recently used go first, see `training.compilation.trim`
-    return program, jax.tree.structure(results)
+    return content
   except Exception:  # of many kinds, for a file of another version, or half of one
     return None
 
 
-def _write(path, exported, results):
-  """Keeps a program, or that there can be none, with the files that it was made of.
+def _write(path, make):
+  """Keeps what was made of all files that were loaded, with them; `make` gives it.
 
   Not if one of them has changed since this process began, which may have loaded it before.
   """
@@ -180,9 +205,7 @@ def _write(path, exported, results):
     files = {name: (file, _state_of(file)) for name, file in _loaded().items()}
     if any(state is None or max(state[1:]) > _STARTED for _, state in files.values()):
       return
-    content = zlib.compress(pickle.dumps((
-        files, results.unflatten(range(results.num_leaves)),
-        None if exported is None else bytes(exported.serialize()))), 1)
+    content = zlib.compress(pickle.dumps((files, make())), 1)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=SUFFIX, delete=False) as file:
       try:
         file.write(content)

@@ -1,13 +1,16 @@
 """Programs that are kept as they were traced: the same results without the function, never a stale one."""
 
 import collections
+import functools
 import gc
 import os
 import pickle
 import sys
+import threading
 import types
 import zlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +72,35 @@ def test_a_program_is_traced_once_whatever_process_needs_it(place):
       same(found, expected)
     assert count == {"step": 1}
   assert traced == ["step"] and kept(place) == ["step"]
+
+
+def boxed(x, power):
+  traced.append("boxed")
+  return {"kernel": nn.LogicallyPartitioned(jnp.outer(x, x) ** power, ("embed", None)), "scale": (x, 1.0)}
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function])
+def test_shapes_are_traced_once_too_and_keep_their_boxes(place, jit):
+  x = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
+  expected = jax.eval_shape(functools.partial(boxed, power=2), x)
+  traced.clear()
+  for _ in range(3):
+    found = programs.eval_shape(jit(functools.partial(boxed, power=2)), x)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
+    assert nn.get_partition_spec(found) == nn.get_partition_spec(expected)
+  assert traced == ["boxed"] and kept(place) == ["shape_of_boxed"]
+  longer = jax.ShapeDtypeStruct((4,), x.dtype)
+  assert programs.eval_shape(jit(functools.partial(boxed, power=2)), longer)["kernel"].value.shape == (4, 4)
+  programs.eval_shape(jit(functools.partial(boxed, power=3)), x)
+  assert traced == 3 * ["boxed"] and kept(place) == 3 * ["shape_of_boxed"]
+
+
+def test_shapes_of_what_has_no_digest_are_traced_every_time(place):
+  lock, x = threading.Lock(), jax.ShapeDtypeStruct((3,), jnp.float32)
+  for _ in range(2):
+    assert programs.eval_shape(lambda x: (traced.append(lock), x)[1], x) == x
+  assert traced == [lock, lock] and kept(place) == []
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "weak", "static", "structure", "function", "config",

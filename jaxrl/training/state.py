@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 import optax
 
+from jaxrl import programs
 from jaxrl import sharding
 from jaxrl.models import DecoderConfig
 from jaxrl.models import adapters
@@ -92,19 +93,19 @@ def initializer(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   # It runs once, and draws one by one take a CPU twice as long to compile in full.
   cpu = mesh.devices.flat[0].platform == "cpu"
   options = {"xla_backend_optimization_level": 1} if cpu else None
-  return jax.jit(init, out_shardings=parameter_shardings(config, mesh), compiler_options=options)
+  return programs.jit(init, out_shardings=parameter_shardings(config, mesh), compiler_options=options)
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_shardings(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """The sharding of every parameter."""
-  return sharding.shardings_of(jax.eval_shape(_initialize(config), KEY_DATA), mesh)
+  return sharding.shardings_of(_boxed(config), mesh)
 
 
 def abstract_parameters(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
   """Shape, type and sharding of every parameter."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                      nn.unbox(jax.eval_shape(_initialize(config), KEY_DATA)),
+                      nn.unbox(_boxed(config)),
                       parameter_shardings(config, mesh))
 
 
@@ -124,7 +125,17 @@ def complete(params: Any, config: DecoderConfig, rng: Array, mesh: jax.sharding.
 @functools.lru_cache(maxsize=8)
 def _initialize(config):
   """Raw data of a PRNG key -> boxed parameters; jitted, so that it is traced once."""
-  return jax.jit(lambda rng: init_parameters(config, jax.random.wrap_key_data(rng)))
+  return jax.jit(functools.partial(_boxed_parameters, config))
+
+
+def _boxed_parameters(config, rng):
+  return init_parameters(config, jax.random.wrap_key_data(rng))
+
+
+@functools.lru_cache(maxsize=8)
+def _boxed(config):
+  """Shapes and types of boxed parameters."""
+  return programs.eval_shape(_initialize(config), KEY_DATA)
 
 
 def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
@@ -151,11 +162,10 @@ def abstract_state(config: DecoderConfig, mesh: jax.sharding.Mesh,
 
 @functools.lru_cache(maxsize=8)
 def _abstract_state(config, mesh, optimizer, frozen, trains):
-  def make(rng):
-    params = _initialize(config)(rng)
+  def make(params, rng):
     return start_phase(params, rng, optimizer, frozen=frozen,
                        part=adapters.trained(params, config.adapters, trains))
-  boxed = jax.eval_shape(make, KEY_DATA)
+  boxed = jax.eval_shape(make, _boxed(config), KEY_DATA)
   shardings = sharding.shardings_of(boxed, mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       nn.unbox(boxed), shardings)
