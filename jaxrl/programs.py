@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import inspect
+import operator
 import os
 import pathlib
 import pickle
@@ -31,24 +32,27 @@ import flax
 import jax
 from jax import export
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl import digests
 
 FORMAT = 2  # of the files
 SUFFIX = "-traced"  # of their names
 READ_BY_LIBRARIES = ("CUDA", "FLAX", "JAX", "LIBTPU", "NVIDIA", "TF_", "TOKAMAX", "XLA")  # variables
-INSTALLED = (*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
-             str(pathlib.Path(__file__).parent))  # places of code that does not change other code
+INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
+    str(pathlib.Path(__file__).parent) + os.sep})  # places of code that does not change other code
+JITTED = type(jax.jit(lambda: None))
 _place: pathlib.Path | None = None  # where programs are kept, if they are
+_known: tuple[tuple, tuple, dict[str, str]] = (), (), {}  # names, modules and files that were loaded last
 
 
 @contextlib.contextmanager
 def kept_in(directory: pathlib.Path) -> Iterator[None]:
   """Has programs of `jit` kept in a directory, if there is a single device."""
-  global _place
+  global _place, _known
   before, _place = _place, directory if jax.device_count() == 1 else None
+  _known = (), (), {}
   _state_of.cache_clear()
-  _files_of.cache_clear()
   try:
     yield
   finally:
@@ -82,15 +86,20 @@ def jit(function: Callable, *, static_argnames: tuple[str, ...] = (),
 
 
 def eval_shape(function: Callable, *args: Any) -> Any:
-  """`jax.eval_shape` of a function, pure and perhaps jitted, whose result can be kept as well."""
+  """`jax.eval_shape` of a function, pure and perhaps jitted, whose result can be kept as well.
+
+  With the initializer's shapes and program kept, `second_start` of `scripts/bench/compare.py` took 2.7 s, not 3.0.
+  """
+  plain = function.__wrapped__ if isinstance(function, JITTED) else function
   leaves, structure = jax.tree.flatten(args)
-  path = _path_of(f"shape_of_{_name_of(function)}", inspect.unwrap(function), structure,
-                  [(x.shape, str(x.dtype)) for x in leaves], {})
-  found = path and _read(path)
-  if not found:
+  described = [(type(x).__name__, np.shape(x), str(getattr(x, "dtype", "")), getattr(x, "weak_type", None))
+               for x in leaves]
+  path = _path_of(f"shape_of_{_name_of(plain)}", plain, structure, described, {})
+  if path is None:
+    return jax.eval_shape(function, *args)
+  if (found := _read(path)) is None:
     found = jax.eval_shape(function, *args)
-    if path:
-      _write(path, lambda: found)
+    _write(path, lambda: found)
   return found
 
 
@@ -105,13 +114,14 @@ def _is_looked_into():
 
 def _path_of(name, function, structure, described, static):
   """Where what is traced of a function is kept, None if it is not to be."""
-  if not _place or _is_looked_into():
+  place = _place  # other threads may be at work when it ends
+  if not place or _is_looked_into():
     return None
   try:
     key = digests.digest([_surroundings(), function, static, structure, repr(described)])
   except Exception:  # not only `Undescribed`: closures may hold values of any kind, and be without end
     return None
-  return _place / f"{name}-{key}{SUFFIX}"
+  return place / f"{name}-{key}{SUFFIX}"
 
 
 def _find(function, args, static):
@@ -171,15 +181,15 @@ def _surroundings():
 
 def _loaded():
   """{name: file} of every module that has one. Some have made themselves, and name none that exists."""
-  modules = sys.modules.copy()  # one by one they are not safe from what other threads load
-  return _files_of(tuple(modules), tuple(map(id, modules.values())))
-
-
-@functools.lru_cache(maxsize=1)  # it takes 5 ms, and is asked for three times for every program
-def _files_of(names, modules):
-  del modules  # only another module may have another file
-  files = ((name, getattr(sys.modules.get(name), "__file__", None)) for name in names)
-  return {name: file for name, file in files if isinstance(file, str) and os.path.isabs(file)}
+  global _known
+  loaded = sys.modules.copy()  # one by one they are not safe from what other threads load
+  names, modules = tuple(loaded), tuple(loaded.values())
+  before, same, found = _known
+  if names != before or not all(map(operator.is_, modules, same)):  # it takes 5 ms, three times for every program
+    files = {name: getattr(module, "__file__", None) for name, module in loaded.items()}
+    found = {name: file for name, file in files.items() if isinstance(file, str) and os.path.isabs(file)}
+    _known = names, modules, found
+  return found
 
 
 def _read(path):

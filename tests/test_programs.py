@@ -79,6 +79,26 @@ def boxed(x, power):
   return {"kernel": nn.LogicallyPartitioned(jnp.outer(x, x) ** power, ("embed", None)), "scale": (x, 1.0)}
 
 
+def test_a_module_beside_the_package_is_not_part_of_it(monkeypatch):
+  before = programs._surroundings()
+  module = types.ModuleType("jaxrl_pieces")
+  module.__file__ = os.path.dirname(os.path.dirname(programs.__file__)) + "/jaxrl_pieces.py"
+  monkeypatch.setitem(sys.modules, "jaxrl_pieces", module)
+  assert programs._surroundings() != before
+
+
+@pytest.mark.parametrize("kind", ["scalar", "batched", "number"])
+def test_shapes_are_those_of_the_function_that_was_given(place, kind):
+  """`jax.vmap` and others say of themselves that they are the function they were made of."""
+  def total(x):
+    return jnp.sum(x)
+  function, x = {"scalar": (total, jnp.ones(3)), "batched": (jax.vmap(total), jnp.ones((3, 2))),
+                 "number": (total, 3.0)}[kind]
+  programs.eval_shape(total, jnp.ones((3, 2)))
+  for _ in range(2):
+    assert programs.eval_shape(function, x) == jax.eval_shape(function, x)
+
+
 @pytest.mark.parametrize("jit", [jax.jit, lambda function: function])
 def test_shapes_are_traced_once_too_and_keep_their_boxes(place, jit):
   x = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
@@ -174,13 +194,14 @@ def test_files_that_changed_since_the_process_began_may_not_be_those_it_has_load
   assert kept(place) == ["step"]
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "other", "text"])
+@pytest.mark.parametrize("damage", ["half", "empty", "other", "before", "text"])
 def test_a_file_that_cannot_be_read_is_written_anew(place, damage):
   programs.jit(step)(*arguments())
   file, = place.glob("*")
   whole = file.read_bytes()
   file.write_bytes({"half": whole[:len(whole) // 2], "empty": b"", "text": b"no program",
-                    "other": zlib.compress(pickle.dumps(({}, (0,), b"")))}[damage])
+                    "other": zlib.compress(pickle.dumps(({}, (b"", (0,))))),
+                    "before": zlib.compress(pickle.dumps(({}, (0,), b"")))}[damage])
   same(programs.jit(step)(*arguments()), step(*arguments()))
   traced.clear()
   same(programs.jit(step)(*arguments()), jax.jit(lambda *args: step(*args))(*arguments()))

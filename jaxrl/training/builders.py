@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 

@@ -65,7 +65,7 @@ def make_phases(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, samp
 
   Args:
     config: of all phases.
-    mesh, sampling_mesh, tokenizer: see `Parts`.
+    mesh, sampling_mesh, tokenizer: see `builders.Parts`.
     workdir: has what the models of other runs were, if the run has begun.
 
   Raises:

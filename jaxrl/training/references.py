@@ -32,7 +32,7 @@ class Reference:
   """A loss and what it is taken of.
 
   Attributes:
-    terms, aggregations: as in `learner.Learning`.
+    terms, aggregations: as in `learning.Learning`.
     batches: on the host, rows in order; shapes do not depend on the mesh, so that any mesh continues.
   """
 

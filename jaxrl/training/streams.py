@@ -8,7 +8,6 @@ an Intel Xeon: 0.52 -> 0.36 s, against loops of one program).
 from collections.abc import Callable
 from concurrent import futures
 import functools
-import threading
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ class SideBySide:
                mesh: jax.sharding.Mesh):
     """Of jitted functions; `count` tells from a batch how many parts there are to be."""
     self._part, self._whole, self._count, self._mesh = part, whole, count, mesh
+    self._seen: set = set()
 
   def __call__(self, state: Any, batch: Any) -> Any:
     return self.begin(state, batch)()
@@ -31,21 +31,25 @@ class SideBySide:
   def begin(self, state: Any, batch: Any) -> Callable[[], Any]:
     """Starts all parts, and returns what waits for them and puts them together."""
     count = self._count(batch)
+    shape = jax.tree.structure(batch), tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+    starts = [futures.Future() for _ in range(count)]
 
-    def one(index: int, started: threading.Event) -> Any:
+    def one(index: int) -> Any:
       try:
         with jax.set_mesh(self._mesh):  # threads do not share it
           part = self._part(state, batch, index, count)
-      finally:
-        started.set()
+      except BaseException as error:
+        starts[index].set_exception(error)
+        raise
+      starts[index].set_result(None)
       return jax.block_until_ready(part)
     running = []
-    for index in range(count):
-      started = threading.Event()
-      running.append(_threads(count).submit(one, index, started))
-      # Threads that came to a new shape together would all compile it, and what the caller does meanwhile
-      # would keep them from their first step.
-      started.wait()
+    for index, start in enumerate(starts):
+      running.append(_threads(count).submit(one, index))
+      if shape not in self._seen:  # threads that come to a new shape together would all compile it
+        start.result()
+    futures.wait(starts)  # else what the caller does meanwhile would keep threads from their first step
+    self._seen.add(shape)
 
     def finish():
       futures.wait(running)

@@ -94,31 +94,43 @@ class Slow(np.ndarray):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_parts_run_while_their_caller_does_something_else(count):
-  """All of them are under way when `begin` returns, each in a thread, though not one of them is done; they are
-  called one after the other, so that only the first of them compiles."""
+  """All of them are under way when `begin` returns, each in a thread, though not one of them is done. Those of a
+  new shape are called one after the other, so that only the first of them compiles; then all at once."""
   mesh, threads, fail = sharding.make_mesh(devices=jax.devices()[:1]), [], []
-  calling = threading.Lock()
+  calling, together = threading.Lock(), threading.Barrier(count)
 
   def part(state, batch, index, parts):
     threads.append(threading.current_thread())
     if index in fail:
       raise ArithmeticError(f"part {index}")
-    assert jax.sharding.get_mesh() == mesh and calling.acquire(blocking=False)
-    time.sleep(0.01)
-    calling.release()
+    assert jax.sharding.get_mesh() == mesh
+    if batch.ndim:
+      assert calling.acquire(blocking=False)
+      time.sleep(0.01)
+      calling.release()
+    elif len(threads) > count:
+      together.wait(10)
     return np.asarray(state + batch * index).view(Slow)
   function = streams.SideBySide(part, lambda state, batch, parts: (len(parts), sum(parts)), lambda batch: count, mesh)
   state, batch = np.float32(2), np.float32(10)
   expected = count, sum(2 + 10 * i for i in range(count))
-  Slow.let_go.clear()
-  finish = streams.begin(Aside().first(function), state, batch)
-  assert len(set(threads)) == count and threading.current_thread() not in threads
-  Slow.let_go.set()
-  assert finish() == expected
+  for _ in range(2):
+    Slow.let_go.clear()
+    finish = streams.begin(Aside().first(function), state, batch)
+    assert len(set(threads)) == count and threading.current_thread() not in threads
+    Slow.let_go.set()
+    assert finish() == expected
+  assert function(state, batch[None]) == expected
   fail.append(count - 1)
+  together.abort()
   finish = streams.begin(function, state, batch)
-  with pytest.raises(ArithmeticError, match=f"part {count - 1}"):
+  with pytest.raises((ArithmeticError, threading.BrokenBarrierError)):
     finish()
+  threads.clear()
+  fail[:] = range(count)
+  with pytest.raises(ArithmeticError, match="part 0"):  # a new shape, which fails once, and at once
+    streams.begin(function, state, np.zeros(2))
+  assert len(threads) == 1
 
 
 def test_signals_of_no_frozen_model_are_no_work_to_share(toys):

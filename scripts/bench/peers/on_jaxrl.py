@@ -18,7 +18,7 @@ import common
 FIRST_CHARACTER = 0x20000  # from here on, a million code points are neither spaces nor surrogates
 ROWS = 512  # of data, but for pairs: these are all in every update
 UPDATES = 1000  # of reinforcement learning, as in a real run; it ends when enough were measured
-SETTLED = 10  # updates of it that are not measured: after the first, 2nd, 4th and 8th another layout may be compiled
+SETTLED = 10  # updates of it that are not measured: another layout may be compiled after 1, 2, 4 or 8, then after 16
 SFT_PROMPT = 2  # tokens: a BOS and one more; all others carry loss, EOS among them
 PAIRED = {"dpo": "dpo", "reward": "reward_model"}  # sections whose examples are pairs, and their phases
 
