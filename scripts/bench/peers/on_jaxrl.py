@@ -18,7 +18,8 @@ import common
 FIRST_CHARACTER = 0x20000  # from here on, a million code points are neither spaces nor surrogates
 ROWS = 512  # of data, but for pairs: these are all in every update
 UPDATES = 1000  # of reinforcement learning, as in a real run; it ends when enough were measured
-SETTLED = 10  # updates of it that are not measured: another layout may be compiled after 1, 2, 4 or 8, then after 16
+SETTLED = 10  # steps that sample and are not measured: until then there are lengths that nothing was compiled for,
+# and another layout may be after 1, 2, 4 or 8 updates (and after 16)
 SFT_PROMPT = 2  # tokens: a BOS and one more; all others carry loss, EOS among them
 PAIRED = {"dpo": "dpo", "reward": "reward_model"}  # sections whose examples are pairs, and their phases
 
@@ -211,7 +212,7 @@ def main():
   with cli.loading():  # as `jaxrl run` does
     meter = common.CompileMeter()
     importlib.import_module("jaxrl.training.run")
-  if work.section == "grpo" and work.iters:
+  if work.section in ("sampling", "grpo") and work.iters:
     work = dataclasses.replace(work, warmup=max(work.warmup, SETTLED))
   clock = common.Clock(work, meter.read)
   with tempfile.TemporaryDirectory(prefix="jaxrl_bench_") as directory:
