@@ -39,8 +39,8 @@ from jaxrl import digests
 FORMAT = 2  # of the files
 SUFFIX = "-traced"  # of their names
 READ_BY_LIBRARIES = ("CUDA", "FLAX", "JAX", "LIBTPU", "NVIDIA", "TF_", "TOKAMAX", "XLA")  # variables
-INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
-    str(pathlib.Path(__file__).parent) + os.sep})  # places of code that does not change other code
+INSTALLED = tuple(path + os.sep for path in {str(pathlib.Path(__file__).parent), *(
+    sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))})  # changes no other code
 JITTED = type(jax.jit(lambda: None))
 _place: pathlib.Path | None = None  # where programs are kept, if they are
 _known: tuple[tuple, tuple, dict[str, str]] = (), (), {}  # names, modules and files that were loaded last
@@ -132,7 +132,7 @@ def _find(function, args, static):
                   [(x.shape, str(x.dtype), x.weak_type, str(x.memory_space)) for x in kinds], static)
   if path is None:
     return None
-  with contextlib.suppress(Exception):  # of many kinds, for a file of another version of JAX
+  with contextlib.suppress(Exception):  # of many kinds: there is no file, or one of another version of JAX
     exported, results = _read(path)
     program = None if exported is None else export.deserialize(bytearray(exported))
     return program and (program, jax.tree.structure(results))
